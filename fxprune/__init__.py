@@ -1,0 +1,69 @@
+"""fxprune: a model-surgery compiler over torch.fx graphs.
+
+    gated = fxprune.instrument(model)        # learn width and depth while training
+    small = fxprune.finalize(gated)          # a smaller, plain model, proved equal
+    fxprune.export_onnx(small, "small.onnx")
+
+After Srinivas & Babu, "Learning Neural Network Architectures using Backpropagation", BMVC 2016.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+if not (Path(__file__).parent / "passes").is_dir():
+    raise ImportError(
+        "fxprune/passes, a link to ../passes, was lost in this checkout; restore it with "
+        "`git checkout fxprune/passes` (on Windows after `git config core.symlinks true`), or "
+        "install the package"
+    )
+
+from fxprune.compiler import finalize, instrument
+from fxprune.costs import Costs, costs
+from fxprune.errors import (
+    ExampleInputError,
+    ExportError,
+    FxpruneError,
+    GateError,
+    ModelError,
+    NothingToDoError,
+    TraceError,
+    VerificationError,
+)
+from fxprune.export import OnnxCheck, export_onnx
+from fxprune.inspection import Inspection, architecture, freeze, inspect
+from fxprune.penalties import Penalty, paper_penalties, parameter_groups, penalty
+from fxprune.report import Report
+from fxprune.verify import Verification, verify
+
+try:
+    __version__ = version("fxprune")
+except PackageNotFoundError:  # a bare checkout on the path
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Costs",
+    "ExampleInputError",
+    "ExportError",
+    "FxpruneError",
+    "GateError",
+    "Inspection",
+    "ModelError",
+    "NothingToDoError",
+    "OnnxCheck",
+    "Penalty",
+    "Report",
+    "TraceError",
+    "Verification",
+    "VerificationError",
+    "architecture",
+    "costs",
+    "export_onnx",
+    "finalize",
+    "freeze",
+    "inspect",
+    "instrument",
+    "paper_penalties",
+    "parameter_groups",
+    "penalty",
+    "verify",
+]

@@ -1,0 +1,100 @@
+"""The command line: `fxprune inspect`.
+
+A model is named as `module:name` or `path/to/file.py:name`, where name is an `nn.Module` or a
+function that returns one. What the user did wrong ends in one line and exit status 2.
+"""
+
+import importlib
+import importlib.util
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+from fxprune.errors import FxpruneError
+from fxprune.inspection import inspect
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Model surgery over torch.fx graphs."
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except FxpruneError as error:
+        print(f"fxprune: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback()
+def _about() -> None:
+    """Model surgery over torch.fx graphs."""
+
+
+@app.command("version")
+def show_version() -> None:
+    """Print the versions of fxprune and torch."""
+    print(f"fxprune {version('fxprune')}, torch {torch.__version__}")
+
+
+@app.command("inspect")
+def inspect_model(
+    model: Annotated[str, typer.Argument(help="module:name or path/to/file.py:name")],
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="shape of an input, as 1x3x224x224; guessed if not given"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Show a model's layers: live and total width, gates, and why there is none."""
+    found = load_model(model)
+    inputs = tuple(example(text) for text in shape) if shape else None
+    inspection = inspect(found, inputs)
+    if as_json:
+        print(json.dumps(inspection.to_dict(), indent=2))
+    else:
+        Console().print(inspection.table())
+
+
+def load_model(spec: str) -> nn.Module:
+    """Return the module a specification names; raise `FxpruneError` if it names none."""
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise FxpruneError(f"{spec!r} names no model; write module:name or path/to/file.py:name")
+    try:
+        found: Any = getattr(_import(place), name)
+        model = found if isinstance(found, nn.Module) else found()
+    except Exception as error:
+        raise FxpruneError(f"{spec!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise FxpruneError(f"{spec!r} is a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def example(text: str) -> Tensor:
+    """Return a random input of a shape written as 1x3x224x224."""
+    try:
+        shape = [int(size) for size in text.lower().split("x")]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    except (ValueError, RuntimeError) as error:
+        raise FxpruneError(f"--input {text!r} is no shape; write it as 1x3x224x224") from error
+
+
+def _import(place: str) -> Any:
+    if not place.endswith(".py"):
+        sys.path.insert(0, str(Path.cwd()))
+        return importlib.import_module(place)
+    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    if spec is None or spec.loader is None or not Path(place).is_file():
+        raise FileNotFoundError(f"there is no file {place}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,222 @@
+"""The two verbs, as pipelines, and why their passes run in this order.
+
+Both work on a copy: what the user holds is never modified.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.channels import refusals
+from fxprune.costs import costs
+from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
+from fxprune.example_inputs import infer_example_inputs
+from fxprune.gates import Gates
+from fxprune.passes.batch_norm import fold_batch_norm
+from fxprune.passes.dead_channels import eliminate_dead_channels
+from fxprune.passes.gate_removal import remove_gates
+from fxprune.passes.in_place import make_functional
+from fxprune.passes.instrumentation import insert_gates
+from fxprune.passes.linear_chains import fold_linear_chains
+from fxprune.passes.no_ops import remove_no_ops
+from fxprune.pipeline import Change, Pass, run
+from fxprune.program import (
+    Inputs,
+    Program,
+    capture,
+    check_parameters,
+    copy_model,
+    device_of,
+    evaluating,
+    model_inputs,
+    same,
+    to_device,
+    widened,
+)
+from fxprune.report import Report
+from fxprune.verify import Verification, verify
+
+CUT: tuple[Pass, ...] = (
+    # What the gates decided becomes zeros, which all later passes understand.
+    remove_gates,
+    # Bypassing operators is safe once none of them overwrites its input.
+    make_functional,
+    # Units go before anything is folded: a merged layer no longer has them.
+    eliminate_dead_channels,
+    # Gates that kept all they still have are products with ones by now.
+    remove_no_ops,
+)
+FOLD: tuple[Pass, ...] = (
+    # A batch norm between two layers would keep them apart.
+    fold_batch_norm,
+    fold_linear_chains,
+    # Folding leaves modules behind that nobody calls.
+    remove_no_ops,
+)
+
+
+def instrument(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    width_init: float = 0.75,
+    linear_init: float = 0.25,
+    penalties: nn.ModuleDict | None = None,
+) -> fx.GraphModule:
+    """Return a copy of `model` with tri-state gates at its nonlinearities, computing the same.
+
+    Train it as you would train the model, with `fxprune.penalty(gated)` added to the loss. Its
+    outputs are bit-equal to the model's until an optimizer moves a gate.
+
+    model: any `nn.Module`; it is not modified. example_inputs: a tensor, a tuple of arguments or a
+    dict of keyword arguments the model runs on; guessed from the first layer if not given.
+    width_init, linear_init: where the real gates start, in [½, 1] and [0, ½). penalties: the
+    regularisers, `fxprune.paper_penalties()` if not given.
+
+    Raises `TraceError`, `ExampleInputError`, `ModelError`, and `NothingToDoError` with the reasons
+    if no gate can go anywhere. After Srinivas & Babu, BMVC 2016.
+    """
+    if find_gates(model) is not None:
+        raise GateError(f"{type(model).__name__} is instrumented already; finalize it first")
+    inputs = inputs_for(model, example_inputs)
+    program = capture(model, inputs, make_masks_permanent=False)
+    if program.module.meta["evaluation_only"] and model.training:
+        raise TraceError(
+            f"{type(model).__name__} runs other operators in training than in evaluation "
+            "(auxiliary heads?); switch them off, or call model.eval() first to instrument the "
+            "model as it is in evaluation"
+        )
+    with evaluating(program.module):
+        expected = program.run()
+    report = Report("instrument", type(model).__name__, {})
+
+    def insertion(program: Program) -> list[Change]:
+        return insert_gates(
+            program, width_init=width_init, linear_init=linear_init, penalties=penalties
+        )
+
+    report.passes = run(program, (insertion,))
+    with evaluating(program.module):
+        if not same(expected, program.run()):
+            raise VerificationError(
+                f"the gates changed the outputs of {type(model).__name__}; this is a bug in fxprune"
+            )
+    return _deliver(program, inputs, report)
+
+
+def finalize(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    fold: bool = True,
+    check: bool = True,
+) -> fx.GraphModule:
+    """Return a smaller, plain copy of `model` that computes the same, proved by running both.
+
+    Takes what `instrument` returned, trained, or any model with zeroed channels (masks of
+    `torch.nn.utils.prune` included). The result is an `fx.GraphModule` of ordinary layers in
+    evaluation mode; its `report` says what was done and what was refused.
+
+    model: it is not modified. example_inputs: as in `instrument`, which remembers them for its
+    models. fold: also fold batch norms and chains of linear layers; without it the result can be
+    trained on. check: prove the result, in float64 to 1e-9 and in the model's dtype to 1e-4.
+
+    Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
+    not the same function.
+    """
+    reference = gated_model(model)
+    inputs = inputs_for(reference, example_inputs)
+    source = capture_any(reference, inputs)
+    source.module.eval()
+    name = str(source.module.meta.get("fxprune", {}).get("model", type(model).__name__))
+    passes = (*CUT, *FOLD) if fold else CUT
+    program = source.clone()
+    report = Report("finalize", name, run(program, passes))
+    program.module.delete_all_unused_submodules()
+    report.refused = refusals(program)
+    report.before, report.after = _costs(reference, inputs), _costs(program.module, inputs)
+    if check:
+        report.verification = _prove(reference, source, program, passes)
+    return _deliver(program, inputs, report)
+
+
+def find_gates(model: nn.Module) -> nn.Module | None:
+    """Return the module, the model or one inside it, that holds gates; None if there is none."""
+    for module in model.modules():
+        if isinstance(getattr(module, "gates", None), Gates):
+            return module
+    return None
+
+
+def gated_model(model: nn.Module) -> nn.Module:
+    """Unwrap an instrumented model from DDP or torch.compile; a model without gates is returned."""
+    owner = find_gates(model)
+    if owner is None or owner is model:
+        return model
+    wrapped = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+    if wrapped is not None:
+        return gated_model(wrapped)
+    raise GateError(
+        f"{type(model).__name__} holds an instrumented model inside; finalize that part, "
+        "then put the result in its place"
+    )
+
+
+def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
+    """Return the inputs given, remembered or guessed, in this order."""
+    if example_inputs is not None:
+        return model_inputs(example_inputs)
+    remembered = getattr(model, "meta", {}).get("fxprune")
+    if remembered is not None:
+        return remembered["example_inputs"]
+    if find_gates(model) is not None:
+        raise ExampleInputError("the gated model has lost its example inputs; pass example_inputs=")
+    return infer_example_inputs(model)
+
+
+def capture_any(model: nn.Module, inputs: Inputs) -> Program:
+    """Copy an instrumented model, which is traced already; capture any other, masks and all."""
+    if not isinstance(model, fx.GraphModule) or find_gates(model) is None:
+        return capture(model, inputs, make_masks_permanent=True)
+    check_parameters(model)
+    args, kwargs = to_device(inputs, device_of(model))
+    return Program(copy_model(model), args, kwargs)
+
+
+def _costs(model: nn.Module, inputs: Inputs) -> Any:
+    return costs(model, to_device(inputs, device_of(model)))
+
+
+def _prove(
+    reference: nn.Module, source: Program, program: Program, passes: tuple[Pass, ...]
+) -> Verification:
+    """Compare the result with the model it was made from; raise unless they are equal.
+
+    The rewrite itself is proved in float64, on a model that the same passes made from the same
+    weights in float64: rounding the merged weights to their dtype would hide what it does.
+    """
+    exact = widened(source)
+    if exact is not None:
+        run(exact, passes)
+    found = verify(
+        reference,
+        program.module,
+        (source.args, source.kwargs),
+        exact=None if exact is None else exact.module,
+    )
+    found.require()
+    return found
+
+
+def _deliver(program: Program, inputs: Inputs, report: Report) -> fx.GraphModule:
+    """Give the module what a user asks of it: its report, and inputs for what comes next."""
+    module = program.module
+    module.meta["fxprune"] = {
+        "model": report.model,
+        "example_inputs": pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, inputs),
+    }
+    module.report = report
+    module.meta["_user_preserved_attributes"] = {"report": report}
+    return module

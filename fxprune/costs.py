@@ -1,0 +1,107 @@
+"""What a model costs: parameters, multiply-accumulates, bytes, seconds.
+
+MACs are counted during one run, where operators mix channels (convolutions, matrix products,
+attention), so they hold for any architecture; elementwise work is not counted. Gates are no part of
+the model they stand in.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxprune.errors import ExampleInputError
+from fxprune.gates import Gates
+from fxprune.program import Inputs, describe, device_of, to_device
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """parameters: how many numbers. macs: multiply-accumulates a sample. bytes: of all state."""
+
+    parameters: int
+    macs: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the costs as JSON-able data."""
+        return asdict(self)
+
+
+def costs(module: nn.Module, example_inputs: Inputs) -> Costs:
+    """Count what `module` costs in evaluation mode; shared parameters once, gates not at all.
+
+    example_inputs: (args, kwargs); the MACs of their run are divided by their batch size, dim 0 of
+    the first tensor that has one. Raises `ExampleInputError` if the module does not run on them.
+    """
+    parts = [part for part in module.modules() if not isinstance(part, Gates)]
+    parameters = {p for part in parts for p in part.parameters(recurse=False)}
+    buffers = {b for part in parts for b in part.buffers(recurse=False)}
+    return Costs(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        macs=_macs(module, example_inputs),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in parameters | buffers),
+    )
+
+
+def latency(function: Callable[[], Any], *, seconds: float = 1.0, repeats: int = 10) -> float:
+    """Measure the median seconds of a call, after warming up.
+
+    function: runs torch (waited for on CUDA) or onnxruntime. It is called at least `repeats` times,
+    and for `seconds` in all.
+    """
+    for _ in range(WARM_UP):
+        _timed(function)
+    times: list[float] = []
+    while len(times) < repeats or sum(times) < seconds:
+        times.append(_timed(function))
+    return statistics.median(times)
+
+
+def _macs(module: nn.Module, example_inputs: Inputs) -> int:
+    flags = {part: part.training for part in module.modules()}
+    args, kwargs = pytree.tree_map_only(
+        Tensor, Tensor.clone, to_device(example_inputs, device_of(module))
+    )
+    counter = FlopCounterMode(display=False)
+    try:
+        for part in flags:
+            part.training = False
+        with torch.no_grad(), counter:
+            module(*args, **kwargs)
+    except Exception as error:
+        raise ExampleInputError(
+            f"{type(module).__name__} does not run on {describe(example_inputs)}: "
+            f"{type(error).__name__}: {error}; pass inputs of the shapes it was made for"
+        ) from error
+    finally:
+        for part, flag in flags.items():
+            part.training = flag
+    # A multiply-accumulate is two floating-point operations.
+    return counter.get_total_flops() // (2 * _batch(example_inputs))
+
+
+def _batch(inputs: Inputs) -> int:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return next((len(tensor) for tensor in tensors if tensor.ndim and len(tensor)), 1)
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    _wait()
+    start = time.perf_counter()
+    function()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

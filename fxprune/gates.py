@@ -1,0 +1,163 @@
+"""Tri-state gates: y = w'·(d'·x + (1 − d')·f(x)), Srinivas & Babu 2016, equation 2.
+
+w' = [w ≥ ½] for each unit and d' = [d ≥ ½] for each depth site are what the forward pass uses; the
+real w, d in [0, 1] take their gradient straight through (equation 4) and are clipped in every
+training step. One flat `width` holds the w of all units of a model and one flat `linear` the d of
+all its depth sites, so that a penalty, the clipping and the traffic between machines are a few
+kernels whatever the depth, and sites on one residual stream share their units.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from fxprune.errors import GateError
+
+UNGATED = -1
+HALF = 0.5
+
+
+@dataclass(frozen=True)
+class WidthSite:
+    """Where a width gate stands.
+
+    name: the layer, for people. units: for every channel its index into `width`, or `UNGATED`.
+    shape: what its gate vector is viewed as, to broadcast against the activation.
+    """
+
+    name: str
+    units: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DepthSite:
+    """Where a linearity gate stands: the layer, and its index into `linear`."""
+
+    name: str
+    index: int
+
+
+class Gates(nn.Module):
+    """The gates of a model.
+
+    width: float32 (units,) in [0, 1], or None; 1 keeps a unit. linear: float32 (depth sites,) in
+    [0, 1], or None; 1 makes a nonlinearity the identity. Calling it clips them (in training) and
+    returns one binarised vector a site, width sites first, depth sites after.
+    """
+
+    width: nn.Parameter | None
+    linear: nn.Parameter | None
+    _gather: Tensor
+    _layer: Tensor
+
+    def __init__(
+        self,
+        width_sites: Sequence[WidthSite],
+        depth_sites: Sequence[DepthSite],
+        *,
+        width_init: float,
+        linear_init: float,
+    ) -> None:
+        """Open all width gates and close all linearity gates; raise `GateError` for other inits."""
+        super().__init__()
+        if not HALF <= width_init <= 1 or not 0 <= linear_init < HALF:
+            raise GateError(
+                f"width_init={width_init} and linear_init={linear_init} would change the model; "
+                "take ½ ≤ width_init ≤ 1 and 0 ≤ linear_init < ½"
+            )
+        self.width_sites = tuple(width_sites)
+        self.depth_sites = tuple(depth_sites)
+        units = 1 + max((u for site in width_sites for u in site.units), default=-1)
+        self.width = nn.Parameter(torch.full((units,), width_init)) if units else None
+        depth = len(self.depth_sites)
+        self.linear = nn.Parameter(torch.full((depth,), linear_init)) if depth else None
+        gather = [u if u != UNGATED else units for site in width_sites for u in site.units]
+        self.register_buffer("_gather", torch.tensor(gather, dtype=torch.long), persistent=False)
+        index = {site.name: site.index for site in depth_sites}
+        layer = [index.get(site.name, depth) for site in width_sites for _ in site.units]
+        self.register_buffer("_layer", torch.tensor(layer, dtype=torch.long), persistent=False)
+        self._sizes = [len(site.units) for site in width_sites]
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Return the binarised gates of every site."""
+        if self.training:
+            self.clip_()
+        vectors: list[Tensor] = []
+        if self.width is not None:
+            hard = binarize(self.width)
+            all_sites = torch.cat([hard, hard.new_ones(1)])[self._gather]
+            parts = all_sites.split(self._sizes)
+            vectors += [p.view(s.shape) for p, s in zip(parts, self.width_sites, strict=True)]
+        if self.linear is not None:
+            vectors += binarize(self.linear).unbind()
+        return tuple(vectors)
+
+    def clip_(self) -> None:
+        """Clip the real gates to [0, 1], as the paper does after every update.
+
+        It goes round the version counter: the clipping of a second forward changes no number that
+        the first one, or a penalty, left for its backward.
+        """
+        for gate in (self.width, self.linear):
+            if gate is not None:
+                gate.data.clamp_(0, 1)
+
+    def live(self) -> Tensor:
+        """Return which units are kept, bool (units,)."""
+        return torch.empty(0, dtype=torch.bool) if self.width is None else self.width >= HALF
+
+    def linearised(self) -> Tensor:
+        """Return which depth sites are linear, bool (depth sites,)."""
+        return torch.empty(0, dtype=torch.bool) if self.linear is None else self.linear >= HALF
+
+    def nonlinear(self) -> Tensor:
+        """Return which units stand at a site that is not linear, bool (units,)."""
+        linear = self.linearised().to(self._layer.device)
+        channels = ~torch.cat([linear, linear.new_zeros(1)])[self._layer]
+        units = len(self.live())
+        counts = torch.zeros(units + 1, device=channels.device)
+        return counts.index_add(0, self._gather, channels.to(counts.dtype))[:units] > 0
+
+    def kept(self, site: WidthSite) -> Tensor:
+        """Return which channels of a site are kept, bool (channels,)."""
+        live = torch.cat([self.live().cpu(), torch.ones(1, dtype=torch.bool)])
+        return live[torch.tensor(site.units)]
+
+
+def binarize(gate: Tensor) -> Tensor:
+    """Return [gate ≥ ½] in the gate's dtype; its gradient passes straight through (equation 4)."""
+    return (gate >= HALF).to(gate.dtype) + (gate - gate.detach())
+
+
+def width_gate(value: Tensor, gate: Tensor) -> Tensor:
+    """Return w'·value; ∂/∂w' = value, so that a removed unit can come back."""
+    return value * gate.to(value.dtype)
+
+
+def linear_gate(value: Tensor, activated: Tensor, gate: Tensor) -> Tensor:
+    """Return d'·value + (1 − d')·activated, exactly one of the two; ∂/∂d' = Σ value − activated."""
+    result: Any = _Select.apply(value, activated, gate)
+    return result
+
+
+class _Select(torch.autograd.Function):
+    """Selection instead of arithmetic: infinities and signed zeros of the other branch stay out."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, value: Tensor, activated: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(value, activated, gate)
+        return torch.where(gate >= HALF, value, activated)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, activated, gate = ctx.saved_tensors
+        grad = grads[0]
+        linear = gate >= HALF
+        zero = torch.zeros_like(grad)
+        to_gate = (grad * (value - activated)).sum(dtype=gate.dtype)
+        return torch.where(linear, grad, zero), torch.where(linear, zero, grad), to_gate

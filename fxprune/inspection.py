@@ -1,0 +1,246 @@
+"""What a model consists of, to fxprune's eyes: its layers, how many units live, which have gates.
+
+For a model without gates the table tells what `instrument` would do and which units are dead
+already; for a gated one what the gates hold now.
+"""
+
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from fxprune.channels import Channels, analyse, settle
+from fxprune.compiler import capture_any, find_gates, gated_model, inputs_for
+from fxprune.errors import NothingToDoError, where
+from fxprune.gates import UNGATED, Gates, WidthSite, linear_gate, width_gate
+from fxprune.passes.gate_removal import remove_gates
+from fxprune.passes.instrumentation import insert_gates
+from fxprune.penalties import gates_of
+from fxprune.program import Program
+from fxprune.rules import Cut, Value, rule_for
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer: its module path or node, its kind, live and total output channels, its gates.
+
+    gate: the sites whose units its output channels are. linear: the state of the linearity gate
+    behind it, or nothing. why_not: why it has no gate.
+    """
+
+    layer: str
+    kind: str
+    live: int
+    total: int
+    gate: str
+    linear: str
+    why_not: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The table of a model's layers, and its program as a graph.
+
+    graph: a `networkx.DiGraph` of operators; nodes carry `kind` and `label`, edges `channels`, the
+    number of channels that flow along them.
+    """
+
+    model: str
+    rows: tuple[Row, ...]
+    graph: "nx.DiGraph[str]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as plain data for JSON."""
+        return {"model": self.model, "layers": [asdict(row) for row in self.rows]}
+
+    def table(self) -> Table:
+        """Return the table for a rich console."""
+        table = Table(title=self.model)
+        for name in ("layer", "kind", "width", "gate", "linear", "why not"):
+            table.add_column(name, justify="right" if name == "width" else "left")
+        for row in self.rows:
+            width = f"{row.live}/{row.total}"
+            table.add_row(row.layer, row.kind, width, row.gate, row.linear, row.why_not)
+        return table
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        stream = io.StringIO()
+        Console(file=stream, width=140).print(self.table())
+        return stream.getvalue()
+
+
+def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
+    """Return the layers of a model, how many of their units live, and where its gates are.
+
+    model: gated or not; it is not modified. example_inputs: as in `fxprune.instrument`. Raises what
+    `instrument` raises, except that a model no gate fits is no error here.
+    """
+    model = gated_model(model)
+    program = capture_any(model, inputs_for(model, example_inputs))
+    plain = program.clone()
+    if find_gates(model) is None:
+        why = _try_gates(program)
+    else:
+        why = ""
+        remove_gates(plain)
+    channels = analyse(program, generic=True)
+    plain_channels = analyse(plain)
+    cut = settle(plain_channels)
+    rows = _rows(program, channels, plain_channels, cut, why)
+    name = str(program.module.meta.get("fxprune", {}).get("model", type(model).__name__))
+    return Inspection(name, tuple(rows), as_graph(program, channels))
+
+
+def architecture(gated: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return, for every gated site, `live` and `total` channels and whether it is `linear`.
+
+    Cheap: it reads the gates only, so that it can be called in every training step. Raises
+    `GateError` if the model was not instrumented.
+    """
+    gates = gates_of(gated)
+    found: dict[str, dict[str, Any]] = {}
+    for site in gates.width_sites:
+        kept = gates.kept(site)
+        found[site.name] = {"live": int(kept.sum()), "total": len(kept), "linear": False}
+    linear = gates.linearised().tolist()
+    for site in gates.depth_sites:
+        found.setdefault(site.name, {"live": None, "total": None})["linear"] = linear[site.index]
+    return found
+
+
+def freeze(gated: nn.Module) -> None:
+    """Fix the gates at what they decided, in place: binary, and no longer trained."""
+    gates = gates_of(gated)
+    with torch.no_grad():
+        for gate in (gates.width, gates.linear):
+            if gate is not None:
+                gate.copy_((gate >= 0.5).to(gate.dtype))
+                gate.requires_grad_(False)
+                gate.grad = None
+
+
+def as_graph(program: Program, channels: Channels) -> "nx.DiGraph[str]":
+    """Return the program as a directed graph of operators with channel counts on its edges."""
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for node in program.graph.nodes:
+        graph.add_node(node.name, kind=_kind(program, node), label=str(node.target))
+    for node in program.graph.nodes:
+        for source in node.all_input_nodes:
+            graph.add_edge(source.name, node.name, channels=_count(channels, source))
+    return graph
+
+
+def _count(channels: Channels, node: fx.Node) -> int | None:
+    value = channels.values.get(node)
+    return value.tags.numel() if isinstance(value, Value) else None
+
+
+def _try_gates(program: Program) -> str:
+    try:
+        insert_gates(program)
+    except NothingToDoError as error:
+        return str(error)
+    return ""
+
+
+def _rows(
+    program: Program, channels: Channels, plain: Channels, cut: Cut, why: str
+) -> list[Row]:
+    sites = _sites_by_class(program, channels)
+    linear = _linear_by_source(program)
+    blocked = channels.blocked()
+    widths = {node.name: value for node, value in plain.values.items()}
+    rows: list[Row] = []
+    for node, call in channels.calls.items():
+        if not _is_layer(channels, node, call.module):
+            continue
+        value, outcome = channels.values[node], widths.get(node.name)
+        if not isinstance(value, Value) or not isinstance(outcome, Value):
+            continue
+        labels = channels.classes[value.tags.reshape(-1)].tolist()
+        names = list(dict.fromkeys(name for label in labels for name in sites.get(label, ())))
+        reason = "" if names else why or _reason(channels, node, labels, blocked)
+        keep = cut.keep(outcome.tags)
+        total = _channels_of(value)
+        live = int(keep.sum()) if outcome.tags.numel() == total else total
+        rows.append(
+            Row(
+                str(node.target) if node.op == "call_module" else node.name,
+                _kind(program, node),
+                live,
+                total,
+                ", ".join(names),
+                linear.get(node, ""),
+                reason,
+            )
+        )
+    return rows
+
+
+def _channels_of(value: Value) -> int:
+    """Return the number of channels: tags where they vary, else the axis channels usually have."""
+    if value.tags.numel() > 1 or len(value.shape) < 2:
+        return value.tags.numel()
+    return value.shape[1]
+
+
+def _is_layer(channels: Channels, node: fx.Node, module: nn.Module | None) -> bool:
+    if node in channels.barriers:
+        return True
+    return rule_for(node, module).name == "mixing"
+
+
+def _reason(
+    channels: Channels, node: fx.Node, labels: list[int], blocked: dict[int, str]
+) -> str:
+    if node in channels.barriers:
+        return f"{channels.barriers[node]}: {where(node)}"
+    found = (blocked.get(label) for label in dict.fromkeys(labels))
+    return next((text for text in found if text), "no nonlinearity with f(0) = 0 reads it alone")
+
+
+def _sites_by_class(program: Program, channels: Channels) -> dict[int, list[str]]:
+    """Return, for every class of channels, the names of the width gates it has."""
+    gates = getattr(program.module, "gates", None)
+    if not isinstance(gates, Gates):
+        return {}
+    found: dict[int, list[str]] = {}
+    for node in program.graph.nodes:
+        if node.target is not width_gate:
+            continue
+        site: WidthSite = gates.width_sites[node.args[1].args[1]]
+        labels: Tensor = channels.classes[channels.values[node].tags.reshape(-1)]
+        for label, unit in zip(labels.tolist(), site.units, strict=True):
+            if unit != UNGATED and site.name not in found.setdefault(label, []):
+                found[label].append(site.name)
+    return found
+
+
+def _linear_by_source(program: Program) -> dict[fx.Node, str]:
+    """Return the state of the linearity gate behind each layer that has one."""
+    gates = getattr(program.module, "gates", None)
+    if not isinstance(gates, Gates):
+        return {}
+    states = gates.linearised().tolist()
+    found: dict[fx.Node, str] = {}
+    for node in program.graph.nodes:
+        if node.target is linear_gate:
+            site = gates.depth_sites[node.args[2].args[1] - len(gates.width_sites)]
+            found[node.args[0]] = "linear" if states[site.index] else "gated"
+    return found
+
+
+def _kind(program: Program, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(program.module.get_submodule(str(node.target))).__name__
+    return node.op if node.op in ("placeholder", "output", "get_attr") else _name(node.target)
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

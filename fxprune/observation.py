@@ -1,0 +1,119 @@
+"""What one run of the program shows: shapes, numbers, aliases and mutations of every node.
+
+Whether an operator writes into its arguments, or returns a view of them, is observed (version
+counters, shared storage), not believed from its name.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import ExampleInputError, where
+from fxprune.program import Program, evaluating
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor a node produced."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Observation:
+    """What a run showed, by node.
+
+    values: every tensor replaced by its `TensorSpec`, everything else as it was.
+    mutated: the nodes whose tensor a node wrote into.
+    alias: a representative of the nodes that share memory with a node.
+    """
+
+    values: dict[fx.Node, Any]
+    mutated: dict[fx.Node, list[fx.Node]]
+    alias: dict[fx.Node, fx.Node]
+
+
+def observe(program: Program) -> Observation:
+    """Run the program once in evaluation mode, without gradients, and write down what happened."""
+    with evaluating(program.module):
+        return _Observer(program).observe()
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self.program = program
+        self.seen = Observation({}, {}, {})
+        self.attributes: dict[int, fx.Node] = {}
+
+    def observe(self) -> Observation:
+        args, kwargs = self.program.inputs()
+        with torch.no_grad():
+            self.run(*_positional(self.program.graph, args, kwargs))
+        return self.seen
+
+    def run_node(self, n: fx.Node) -> Any:
+        inputs = {node: self.env[node] for node in n.all_input_nodes}
+        before = {node: [t._version for t in _tensors(value)] for node, value in inputs.items()}
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            raise ExampleInputError(
+                f"{where(n)} fails on the example inputs: {type(error).__name__}: {error}"
+            ) from error
+        written = [
+            node
+            for node, value in inputs.items()
+            if before[node] != [t._version for t in _tensors(value)]
+        ]
+        if written:
+            self.seen.mutated[n] = written
+        self.seen.values[n] = pytree.tree_map_only(
+            Tensor, lambda tensor: TensorSpec(tuple(tensor.shape), tensor.dtype), result
+        )
+        self.seen.alias[n] = self._representative(n, inputs, result)
+        return result
+
+    def _representative(self, n: fx.Node, inputs: dict[fx.Node, Any], result: Any) -> fx.Node:
+        """Return who stands for the memory of a result; groups it joins become one."""
+        if n.op == "output":
+            return n
+        mine = {_storage(tensor) for tensor in _tensors(result)}
+        if n.op == "get_attr":  # every read of a buffer is a node of its own
+            readers = [self.attributes.setdefault(memory, n) for memory in mine]
+            return next((self.seen.alias.get(reader, n) for reader in readers), n)
+        groups = [
+            self.seen.alias[node]
+            for node, value in inputs.items()
+            if any(_storage(tensor) in mine for tensor in _tensors(value))
+        ]
+        if not groups:
+            return n
+        if len(set(groups)) > 1:
+            for node, group in self.seen.alias.items():
+                self.seen.alias[node] = groups[0] if group in groups else group
+        return groups[0]
+
+
+def _positional(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Yield one value per placeholder: positional arguments first, then keywords by name."""
+    for index, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+        if index < len(args):
+            yield args[index]
+        else:
+            yield kwargs[node.target] if node.target in kwargs else node.args[0]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    if tensor.layout is not torch.strided:  # sparse tensors have no storage, nor views
+        return id(tensor)
+    return tensor.untyped_storage()._cdata

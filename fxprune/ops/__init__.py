@@ -1,0 +1,9 @@
+"""The rules, a file per family; importing this package registers them all."""
+
+from fxprune.ops import elementwise as elementwise
+from fxprune.ops import gates as gates
+from fxprune.ops import linear as linear
+from fxprune.ops import movement as movement
+from fxprune.ops import norm as norm
+from fxprune.ops import pool as pool
+from fxprune.ops import sizes as sizes

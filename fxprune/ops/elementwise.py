@@ -1,0 +1,233 @@
+"""Operators that work on each element alone: activations, arithmetic, casts, dropout.
+
+A channel of the output is the same channel of every operand that is not broadcast along a channel
+axis; those operands' tags are tied. An operand broadcast along a channel axis is one channel that
+all of the output's channels read. A result is constant where all operands are; a product also where
+one factor is 0.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.rules import (
+    Barrier,
+    Call,
+    Flow,
+    OpRule,
+    Read,
+    State,
+    Value,
+    as_value,
+    broadcast_to,
+    flatten,
+    register,
+)
+from fxprune.tags import FIXED, align, varying_axes
+
+
+def elementwise_flow(call: Call) -> Flow:
+    """Tie the operands' channels and compute the constants that survive."""
+    return _flow(call, _constants)
+
+
+def product_flow(call: Call) -> Flow:
+    """Do as `elementwise_flow`, but a constant 0 makes the product 0 whatever the other factor is."""
+    return _flow(call, _product_constants)
+
+
+def passing_flow(call: Call) -> Flow:
+    """Pass tags and constants of the one operand on: the operator is the identity on numbers."""
+    value = call.value()
+    return Flow(call.output(value.tags, value.constants))
+
+
+def prelu_flow(call: Call) -> Flow:
+    """Follow max(0, x) + a·min(0, x), where a is one number or one a channel (He et al. 2015)."""
+    value = call.value()
+    weight = call.state("weight") if call.module is not None else call.argument(1, "weight")
+    if not isinstance(weight, State):
+        raise Barrier("its slope is computed")
+    constants, ties = value.constants, []
+    slope = weight.known()
+    if slope.numel() > 1:
+        along = value.along(1)
+        ties += [(weight.axis(0), along.tags), *along.ties]
+        slope = slope.reshape(-1, *(1,) * (len(value.shape) - 2))
+    constants = torch.where(constants >= 0, constants, align(slope * constants, value.tags))
+    return Flow(call.output(value.tags, constants), ties=ties)
+
+
+def resize_prelu(call: Call) -> None:
+    """Tell the module how many slopes it has left."""
+    if isinstance(call.module, nn.PReLU):
+        call.module.num_parameters = call.module.weight.numel()
+
+
+def _flow(call: Call, constants: Callable[[Call, list[Value], Tensor], Tensor]) -> Flow:
+    shape = call.tensor_spec().shape
+    operands = call.values()
+    whole, parts = _split(operands, shape)
+    tags = _broadcast_tags(whole, len(shape))
+    flow = Flow(call.output(tags, constants(call, operands, tags)))
+    for operand in whole:
+        flow.ties.append((broadcast_to([operand.tags], len(shape))[0], tags))
+    for part in parts:
+        flow.reads.append(_broadcast_read(part, tags))
+    return flow
+
+
+def _split(operands: list[Value], shape: tuple[int, ...]) -> tuple[list[Value], list[Value]]:
+    """Part operands into those with all channels of the output, and those broadcast along them."""
+    sizes = broadcast_to([torch.empty(v.shape, device="meta") for v in operands], len(shape))
+    tags = broadcast_to([v.tags for v in operands], len(shape))
+    axes = {axis for t in tags for axis in varying_axes(t)}
+    whole = [
+        v
+        for v, s in zip(operands, sizes, strict=True)
+        if all(s.shape[axis] == shape[axis] for axis in axes)
+    ]
+    if not whole:
+        raise Barrier("its operands have their channels along different axes")
+    chosen = {id(v) for v in whole}
+    return whole, [v for v in operands if id(v) not in chosen]
+
+
+def _broadcast_tags(operands: list[Value], rank: int) -> Tensor:
+    tags = broadcast_to([v.tags for v in operands], rank)
+    shape = torch.broadcast_shapes(*(t.shape for t in tags))
+    full = next((t for t in tags if t.shape == shape), None)
+    if full is None:
+        full = max(tags, key=Tensor.numel)
+    return full.expand(shape)
+
+
+def _broadcast_read(part: Value, tags: Tensor) -> Read:
+    if varying_axes(part.tags):
+        raise Barrier("an operand is broadcast along a channel axis and has channels of its own")
+    inputs = part.tags.reshape(-1)
+    return Read(
+        tags.reshape(-1).unique(), inputs, None, inputs == FIXED, "it is broadcast over channels"
+    )
+
+
+def _constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
+    """Run the operator on the constants; a result is known where every operand is."""
+    ignorance = [torch.isnan(v.constants) for v in operands]
+    if any(bool(mask.all()) for mask in ignorance) or _has_dynamic_numbers(call):
+        return torch.full(tags.shape, torch.nan, dtype=torch.float64)
+    result = call.execute(_as_operand)
+    missing = torch.zeros((), dtype=torch.bool)
+    for mask in ignorance:
+        missing = missing | mask
+    known = torch.where(missing, torch.nan, result.double())
+    return _fit(known, tags)
+
+
+def _as_operand(argument: Any) -> Tensor:
+    """Return an operand's constants, with some number where none is known, as the operator wants it."""
+    value: Value = as_value(argument)
+    numbers = torch.nan_to_num(value.constants, nan=1.0)
+    return numbers.bool() if value.dtype == torch.bool else numbers
+
+
+def _product_constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
+    constants = _constants(call, operands, tags)
+    for operand in operands:
+        zero = _fit(torch.where(operand.constants == 0, 0.0, torch.nan), tags)
+        constants = torch.where(zero == 0, 0.0, constants)
+    return constants
+
+
+def _fit(constants: Tensor, tags: Tensor) -> Tensor:
+    constants = broadcast_to([constants], tags.dim())[0]
+    return align(constants, tags).expand(tags.shape)
+
+
+def _has_dynamic_numbers(call: Call) -> bool:
+    """Tell whether a number among the arguments was computed in the graph, from sizes say."""
+    numbers = [a for a in flatten((call.args, call.kwargs)) if isinstance(a, (int, float))]
+    literal = [a for a in flatten((call.node.args, call.node.kwargs)) if isinstance(a, (int, float))]
+    return len(numbers) != len(literal)
+
+
+def _functions(module: Any, *names: str) -> list[Any]:
+    """Return the functions of a namespace among `names`, with their in-place twins."""
+    twins = [name + "_" for name in names]
+    return [getattr(module, name) for name in (*names, *twins) if hasattr(module, name)]
+
+
+UNARY = (
+    *("abs", "exp", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "square", "reciprocal"),
+    *("neg", "sign", "sin", "cos", "tanh", "sigmoid", "erf", "floor", "ceil", "round", "trunc"),
+    *("relu", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "logit", "atan", "sinh"),
+)
+ACTIVATIONS = (
+    *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
+    *("hardtanh", "hardsigmoid", "softplus", "softsign", "tanhshrink", "logsigmoid", "softshrink"),
+    *("hardshrink", "threshold", "sigmoid", "tanh"),
+)
+ACTIVATION_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink),
+    *(nn.LogSigmoid, nn.Softshrink, nn.Hardshrink, nn.Threshold, nn.Sigmoid, nn.Tanh),
+)
+BINARY = ("add", "sub", "subtract", "rsub", "div", "divide", "true_divide", "pow", "maximum")
+COMPARISONS = ("minimum", "where", "eq", "ne", "lt", "le", "gt", "ge", "addcmul", "lerp")
+PRODUCTS = ("mul", "multiply")
+
+NONLINEARITIES = frozenset(
+    {
+        *(nn.PReLU, F.prelu, torch.prelu, "prelu", *ACTIVATION_MODULES),
+        *(f for space in (torch, F) for f in _functions(space, *ACTIVATIONS)),
+        *(n for name in ACTIVATIONS for n in (name, name + "_") if hasattr(Tensor, n)),
+    }
+)
+"""What a gate may stand at, where f(0) = 0."""
+
+
+def preserves_zero(call: Call) -> bool:
+    """Tell whether the operator maps 0 to 0, by running it."""
+    if any(isinstance(leaf, State) for leaf in flatten((call.args, call.kwargs))):
+        return True  # a PReLU whose slopes are an argument
+    result = call.execute(lambda _: torch.zeros(1, 1, dtype=call.tensor_spec().dtype))
+    return bool((result == 0).all())
+
+
+_tensor_names = {name for name in (*UNARY, *ACTIVATIONS, *BINARY, *COMPARISONS)}
+register(
+    OpRule("elementwise", elementwise_flow),
+    *ACTIVATION_MODULES,
+    *dict.fromkeys(
+        [
+            *_functions(torch, *_tensor_names),
+            *_functions(F, *ACTIVATIONS),
+            *(operator.add, operator.sub, operator.truediv, operator.pow, operator.neg),
+            *(operator.iadd, operator.isub, operator.itruediv, operator.abs),
+            *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+            *(n for name in _tensor_names for n in (name, name + "_") if hasattr(Tensor, n)),
+        ]
+    ),
+)
+register(
+    OpRule("product", product_flow),
+    *(operator.mul, operator.imul),
+    *_functions(torch, *PRODUCTS),
+    *(n for name in PRODUCTS for n in (name, name + "_")),
+)
+register(
+    OpRule("identity", passing_flow),
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+    nn.FeatureAlphaDropout,
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *("contiguous", "clone", "detach", "float", "double", "half", "bfloat16"),
+    *(torch.clone, torch.detach),
+)
+register(
+    OpRule("prelu", prelu_flow, resize=resize_prelu),
+    *dict.fromkeys((nn.PReLU, F.prelu, torch.prelu, "prelu")),
+)

@@ -1,0 +1,21 @@
+"""Gates, as inspection meets them in a model that is still being trained: they pass channels on."""
+
+from fxprune.gates import linear_gate, width_gate
+from fxprune.rules import Barrier, Call, Cut, Flow, OpRule, Value, register, unknown
+
+
+def gate_flow(call: Call) -> Flow:
+    """Pass the gated activation's channels on; what a gate holds now is no lasting constant."""
+    value = call.value(0, "value")
+    others = [arg for arg in call.args[1:-1] if isinstance(arg, Value)]
+    ties = [(other.tags, value.tags) for other in others]
+    return Flow(call.output(value.tags, unknown(value.tags)), ties=ties)
+
+
+def refuse_to_shrink(call: Call, cut: Cut) -> None:
+    """Refuse: how many gates there are is the gates' to say; `remove_gates` comes before any cut."""
+    if cut.indices(call.value(0, "value")) is not None:
+        raise Barrier("it is a gate, which still counts these channels")
+
+
+register(OpRule("gate", gate_flow, rewrite=refuse_to_shrink), width_gate, linear_gate)

@@ -1,0 +1,284 @@
+"""Operators that mix channels through weights: linear layers and convolutions.
+
+Their outputs are new channels: the tags of the weight's first axis. Output o reads input i where the
+weights between them are not all zero. A constant input c_i adds W_oi·c_i (summed over the kernel) to
+the bias, exactly, unless zero padding makes the channel something else at the border. A depthwise
+convolution does not mix: its outputs are tied to its inputs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.rules import Along, Arguments, Barrier, Call, Cut, Flow, OpRule, Read, State, Value, register
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """One reading of all forms of linear layer: weight (O, I, kernel…), or (I, O, kernel…)."""
+
+    value: Value
+    axis: int
+    weight: State
+    bias: State | None
+    groups: int
+    border: bool
+    out_axis: int
+
+    @property
+    def in_axis(self) -> int:
+        """The axis of the weight along which its input channels lie."""
+        return 1 - self.out_axis
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every group has one input channel."""
+        return self.groups > 1 and self.groups == self.value.shape[self.axis]
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """Return weights as (groups, O / groups, I / groups, kernel size)."""
+        flat = tensor.reshape(*tensor.shape[:2], -1)
+        grouped = flat.unflatten(0, (self.groups, -1))
+        return grouped if self.out_axis == 0 else grouped.transpose(1, 2)
+
+
+def mixing_flow(call: Call) -> Flow:
+    """Say which input each output reads and which outputs are constant."""
+    mixing = read_call(call)
+    along = mixing.value.along(mixing.axis)
+    inputs, constants = along.tags, along.constants
+    if mixing.depthwise:
+        return _depthwise_flow(call, mixing, along)
+    outputs, ties = _weight_tags(mixing, inputs)
+    unknown = torch.isnan(constants) | (constants != 0 if mixing.border else False)
+    result = torch.full((len(outputs),), torch.nan, dtype=torch.float64)
+    pattern = None
+    if not call.generic:
+        pattern = _pattern(mixing)
+        if pattern is not None or not bool(unknown.all()):
+            result = _constant_outputs(mixing, constants, unknown, pattern)
+    flow = Flow(_output(call, mixing, outputs, result), ties=[*ties, *along.ties])
+    if mixing.bias is not None:
+        flow.ties.append((mixing.bias.axis(0), outputs))
+    can_absorb = call.module is not None and call.sole_use
+    foldable = ~unknown & ((constants == 0) | can_absorb)
+    flow.reads.extend(_reads(mixing, outputs, inputs, pattern, foldable))
+    return flow
+
+
+def absorb_constants(call: Call, cut: Cut) -> None:
+    """Add what dying constant channels contribute to the bias, and stop reading them."""
+    mixing = read_call(call)
+    if mixing.depthwise:
+        return
+    along = mixing.value.along(mixing.axis)
+    dying = ~cut.alive(along.tags) & ~torch.isnan(along.constants)
+    if not bool(dying.any()):
+        return
+    with torch.no_grad():
+        amount = torch.where(dying, along.constants, 0.0).to(mixing.weight.tensor.device)
+        if bool((amount != 0).any()):
+            _shift_bias(call, mixing, amount, cut)
+        if bool((dying & cut.keep(along.tags)).any()):
+            _stop_reading(mixing, dying)
+
+
+def rewrite_groups(call: Call, cut: Cut) -> Arguments | None:
+    """Give a functional depthwise convolution the number of groups that remain."""
+    if call.module is not None or call.node.target in _LINEAR_FUNCTIONS:
+        return None
+    mixing = read_call(call)
+    if not mixing.depthwise:
+        return None
+    groups = int(cut.keep(mixing.value.along(mixing.axis).tags).sum())
+    args = list(call.node.args)
+    if len(args) > _GROUPS:
+        args[_GROUPS] = groups
+        return Arguments(tuple(args), dict(call.node.kwargs))
+    return Arguments(tuple(args), {**call.node.kwargs, "groups": groups})
+
+
+def resize_module(call: Call) -> None:
+    """Update the module's channel counts from the weight it is left with."""
+    module: Any = call.module
+    if module is None:
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+        return
+    first, second = module.weight.shape[:2]
+    depthwise = module.groups > 1 and module.groups == module.in_channels
+    if module.transposed:
+        module.groups = first if depthwise else module.groups
+        module.in_channels, module.out_channels = first, second * module.groups
+        return
+    module.groups = first // (module.out_channels // module.groups) if depthwise else module.groups
+    module.out_channels, module.in_channels = first, second * module.groups
+
+
+def read_call(call: Call) -> Mixing:
+    """Read a module or function call as `Mixing`; `Barrier` where its weight is computed."""
+    value = call.value()
+    if call.module is not None:
+        weight, bias = call.state("weight"), call.state("bias")
+    else:
+        weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
+    if not isinstance(weight, State) or not (bias is None or isinstance(bias, State)):
+        raise Barrier("its weight or bias is computed")
+    if isinstance(call.module, nn.Linear) or call.node.target in _LINEAR_FUNCTIONS:
+        return Mixing(value, len(value.shape) - 1, weight, bias, 1, False, 0)
+    if call.module is not None:
+        return _read_conv_module(call.module, value, weight, bias)
+    return _read_conv_function(call, value, weight, bias)
+
+
+def _read_conv_module(module: Any, value: Value, weight: State, bias: State | None) -> Mixing:
+    axis = len(value.shape) - weight.tensor.dim() + 1
+    border = bool(module.transposed) or (
+        module.padding_mode == "zeros" and _pads(module.padding, weight.tensor.shape[2:])
+    )
+    return Mixing(value, axis, weight, bias, module.groups, border, int(module.transposed))
+
+
+def _read_conv_function(call: Call, value: Value, weight: State, bias: State | None) -> Mixing:
+    axis = len(value.shape) - weight.tensor.dim() + 1
+    groups = call.argument(_GROUPS, "groups", 1)
+    if call.node.target in _TRANSPOSED_FUNCTIONS:
+        return Mixing(value, axis, weight, bias, groups, True, 1)
+    padding = call.argument(4, "padding", 0)
+    border = _pads(padding, weight.tensor.shape[2:])
+    return Mixing(value, axis, weight, bias, groups, border, 0)
+
+
+def _pads(padding: Any, kernel: tuple[int, ...]) -> bool:
+    if padding == "valid":
+        return False
+    if padding == "same":
+        return any(size > 1 for size in kernel)
+    sizes = padding if isinstance(padding, (tuple, list)) else (padding,)
+    return any(size != 0 for size in sizes)
+
+
+def _weight_tags(mixing: Mixing, inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return output tags and the ties of a weight to its inputs; groups keep equal sizes by ties."""
+    groups = mixing.groups
+    if mixing.out_axis == 0:
+        outputs = mixing.weight.axis(0)
+        grouped = inputs.reshape(groups, -1)
+        ties = [(mixing.weight.axis(1), grouped[0])]
+    else:
+        outputs = mixing.weight.axis(1).repeat(groups)
+        grouped = inputs.reshape(groups, -1)
+        ties = [(mixing.weight.axis(0), inputs)]
+    if groups > 1:
+        ties.append((grouped[:1], grouped[1:]))
+        per_group = outputs.reshape(groups, -1)
+        ties.append((per_group[:1], per_group[1:]))
+    return outputs, ties
+
+
+def _pattern(mixing: Mixing) -> Tensor | None:
+    """Return which weights are nonzero, (groups, O / groups, I / groups), or None if all are."""
+    weight = mixing.weight.tensor
+    if int(torch.count_nonzero(weight)) == weight.numel():
+        return None
+    pattern = (mixing.matrix(weight.detach()) != 0).any(-1).cpu()
+    return None if bool(pattern.all()) else pattern
+
+
+def _constant_outputs(
+    mixing: Mixing, constants: Tensor, unknown: Tensor, pattern: Tensor | None
+) -> Tensor:
+    weights = mixing.matrix(mixing.weight.tensor.detach().cpu().double()).sum(-1)
+    known = torch.where(unknown, 0.0, constants).reshape(mixing.groups, -1)
+    result = torch.einsum("goi,gi->go", weights, known).reshape(-1)
+    if mixing.bias is not None:
+        result = result + mixing.bias.known()
+    missing = unknown.reshape(mixing.groups, 1, -1)
+    read = missing if pattern is None else pattern & missing
+    varies = read.any(-1).expand(mixing.groups, weights.shape[1]).reshape(-1)
+    return torch.where(varies, torch.nan, result)
+
+
+def _reads(
+    mixing: Mixing, outputs: Tensor, inputs: Tensor, pattern: Tensor | None, foldable: Tensor
+) -> list[Read]:
+    reason = "a layer reads it where it is not a constant that can be folded"
+    if pattern is None:
+        return [Read(outputs, inputs, None, foldable, reason)]
+    parts = zip(
+        outputs.reshape(mixing.groups, -1),
+        inputs.reshape(mixing.groups, -1),
+        pattern,
+        foldable.reshape(mixing.groups, -1),
+        strict=True,
+    )
+    return [Read(o, i, p, f, reason) for o, i, p, f in parts]
+
+
+def _shift_bias(call: Call, mixing: Mixing, amount: Tensor, cut: Cut) -> None:
+    """Add W·amount to the bias; a bias made for it is cut here, as the analysis never saw it."""
+    matrix = mixing.matrix(mixing.weight.tensor.double()).sum(-1)
+    shift = torch.einsum("goi,gi->go", matrix, amount.reshape(mixing.groups, -1)).reshape(-1)
+    if mixing.bias is not None:
+        mixing.bias.tensor.copy_(mixing.bias.tensor.double() + shift)
+        return
+    module: Any = call.module
+    keep = cut.keep(_weight_tags(mixing, mixing.value.along(mixing.axis).tags)[0])
+    module.bias = nn.Parameter(shift[keep.to(shift.device)].to(mixing.weight.tensor.dtype))
+
+
+def _stop_reading(mixing: Mixing, dying: Tensor) -> None:
+    """Zero the weights of absorbed inputs that stay for want of any other channel."""
+    weight = mixing.weight.tensor
+    stay = (~dying).to(weight.device).reshape(mixing.groups, 1, -1, 1)
+    masked = mixing.matrix(weight) * stay
+    masked = masked if mixing.out_axis == 0 else masked.transpose(1, 2)
+    weight.copy_(masked.reshape(weight.shape))
+
+
+def _depthwise_flow(call: Call, mixing: Mixing, along: Along) -> Flow:
+    """Follow a convolution that keeps channels apart: m outputs an input, tied to it."""
+    weight, channels = mixing.weight, mixing.value.shape[mixing.axis]
+    outs = call.tensor_spec().shape[mixing.axis]
+    tags = along.tags.repeat_interleave(outs // channels)
+    constants = along.constants.repeat_interleave(outs // channels)
+    unknown = torch.isnan(constants) | (constants != 0 if mixing.border else False)
+    if call.generic:
+        scale = torch.ones(outs, dtype=torch.float64)
+    else:
+        scale = mixing.matrix(weight.tensor.detach().cpu().double()).sum(-1).reshape(-1)
+        nonzero = (mixing.matrix(weight.tensor.detach()) != 0).any(-1).reshape(-1).cpu()
+        unknown = unknown & nonzero
+    result = torch.where(unknown, 0.0, torch.nan_to_num(constants)) * scale
+    if mixing.bias is not None:
+        result = result + mixing.bias.known()
+    result = torch.where(unknown, torch.nan, result)
+    ties = [(weight.axis(0), along.tags if mixing.out_axis else tags), *along.ties]
+    if mixing.bias is not None:
+        ties.append((mixing.bias.axis(0), tags))
+    return Flow(_output(call, mixing, tags, result), ties=ties)
+
+
+def _output(call: Call, mixing: Mixing, tags: Tensor, constants: Tensor) -> Value:
+    shape = [1] * len(call.tensor_spec().shape)
+    shape[mixing.axis] = len(tags)
+    return call.output(tags.reshape(shape), constants.reshape(shape))
+
+
+_GROUPS = 6  # the position of `groups` in torch's functional convolutions, transposed or not
+_CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_LINEAR_FUNCTIONS = (F.linear,)
+
+register(
+    OpRule("mixing", mixing_flow, absorb_constants, rewrite_groups, resize_module),
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *_LINEAR_FUNCTIONS,
+    *_CONV_FUNCTIONS,
+    *_TRANSPOSED_FUNCTIONS,
+)

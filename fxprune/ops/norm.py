@@ -1,0 +1,72 @@
+"""Normalisation with stored statistics: an affine map of each channel, a·x + t with
+a = γ/√(σ² + ε) and t = β − a·μ (Ioffe & Szegedy 2015).
+
+A constant channel c becomes the constant a·c + t; with γ = 0 any channel becomes the constant β.
+Normalisation over statistics of the input itself reads its channels together and has no rule yet.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.rules import Barrier, Call, Flow, OpRule, State, register
+
+_NAMES = ("running_mean", "running_var", "weight", "bias")
+
+
+def batch_norm_flow(call: Call) -> Flow:
+    """Tie the statistics and affine parameters to the channels; map the constants."""
+    value = call.value()
+    along = value.along(1)
+    states = _states(call)
+    if states["running_mean"] is None or states["running_var"] is None:
+        raise Barrier("it normalises with the statistics of the batch")
+    ties = [(state.axis(0), along.tags) for state in states.values() if state is not None]
+    constants = _constants(call, states, along.constants)
+    shape = [1, -1, *(1,) * (len(value.shape) - 2)]
+    ties += along.ties
+    return Flow(call.output(along.tags.reshape(shape), constants.reshape(shape)), ties=ties)
+
+
+def resize_batch_norm(call: Call) -> None:
+    """Tell the module how many channels it has left."""
+    if isinstance(call.module, nn.modules.batchnorm._BatchNorm):
+        assert call.module.running_mean is not None
+        call.module.num_features = call.module.running_mean.numel()
+
+
+def _states(call: Call) -> dict[str, State | None]:
+    if call.module is not None:
+        return {name: call.state(name) for name in _NAMES}
+    found = {name: call.argument(place + 1, name) for place, name in enumerate(_NAMES)}
+    if any(not (state is None or isinstance(state, State)) for state in found.values()):
+        raise Barrier("its statistics or parameters are computed")
+    return found
+
+
+def _constants(call: Call, states: dict[str, State | None], inputs: Tensor) -> Tensor:
+    if bool(torch.isnan(inputs).all()) and call.generic:
+        return inputs
+    mean, variance = states["running_mean"], states["running_var"]
+    assert mean is not None and variance is not None
+    scale = torch.rsqrt(variance.known() + _epsilon(call))
+    if states["weight"] is not None:
+        scale = scale * states["weight"].known()
+    shift = -mean.known() * scale
+    if states["bias"] is not None:
+        shift = shift + states["bias"].known()
+    inputs = torch.where((scale == 0) & torch.isnan(inputs), 0.0, inputs)
+    return inputs * scale + shift
+
+
+def _epsilon(call: Call) -> float:
+    if isinstance(call.module, nn.modules.batchnorm._BatchNorm):
+        return call.module.eps
+    return float(call.argument(7, "eps", 1e-5))
+
+
+register(
+    OpRule("batch_norm", batch_norm_flow, resize=resize_batch_norm),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    F.batch_norm,
+)

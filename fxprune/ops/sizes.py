@@ -1,0 +1,64 @@
+"""Questions about a tensor's size, rank, type and place.
+
+A size asked of an axis that shrinks stays the number it was (it may scale an attention, or build a
+constant); where it named the size of a view, `movement` has already put the new size there.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxprune.rules import Barrier, Call, Cut, Flow, Literal, OpRule, ShapeOf, register
+
+_HARMLESS = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}
+
+
+def getattr_flow(call: Call) -> Flow:
+    """Answer an attribute of a tensor."""
+    name = call.args[1]
+    if name == "shape":
+        return size_flow(call)
+    if name in _HARMLESS:
+        return Flow(call.spec)
+    raise Barrier(f"the attribute {name!r} is read")
+
+
+def size_flow(call: Call) -> Flow:
+    """Answer the size of an axis, or of all: then only picking from it is understood."""
+    value = call.value()
+    if isinstance(call.spec, int):
+        return Flow(call.spec)
+    if all(_picks_one(user) for user in call.node.users):
+        return Flow(ShapeOf(value))
+    return Flow(call.spec, keeps=[(value.tags, "its whole shape is used")])
+
+
+def count_flow(call: Call) -> Flow:
+    """Answer the number of elements: nothing it is computed from may shrink."""
+    return Flow(call.spec, keeps=[(call.value().tags, "its number of elements is used")])
+
+
+def rank_flow(call: Call) -> Flow:
+    """Answer what no removal changes."""
+    return Flow(call.spec)
+
+
+def rewrite_size(call: Call, cut: Cut) -> Literal | None:
+    """Freeze the size of an axis that shrinks at what it was."""
+    if not isinstance(call.spec, int):
+        return None
+    shrinks = ShapeOf(call.value()).shrinks(call.argument(1, "dim"), cut)
+    return Literal(call.spec) if shrinks else None
+
+
+def _picks_one(user: fx.Node) -> bool:
+    index: Any = user.args[1] if len(user.args) > 1 else None
+    return user.target is operator.getitem and isinstance(index, int)
+
+
+register(OpRule("attribute", getattr_flow), getattr)
+register(OpRule("size", size_flow, rewrite=rewrite_size), "size")
+register(OpRule("count", count_flow), "numel", "nelement", torch.numel)
+register(OpRule("rank", rank_flow), "dim", "ndimension", "is_floating_point")

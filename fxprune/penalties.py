@@ -1,0 +1,164 @@
+"""The regularisers that drive gates to 0 or 1 and the model to be small.
+
+    λ1·Σ w(1 − w) + λ2·Σ d(1 − d) + λ3·Σ_i h_i·[layer i nonlinear] + λ4·Σ_i (1 − d_i)
+
+with h_i = Σ_j w_ij (Srinivas & Babu 2016, equations 3 and 5; [·] counts as a constant for the
+gradient of d). The first two make gates binary, the last two make them few: λ1·w(1 − w) + λ3·w
+peaks at w* = ½ + λ3/(2λ1), so a gate below w* drifts to 0 and one above it to 1, unless the loss
+holds it; λ3 ≥ λ1 sends every gate to 0 that the loss does not hold. The terms stand by name in
+`gated.penalties`, an `nn.ModuleDict`: read, weigh, replace or add one.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxprune.errors import GateError
+from fxprune.gates import Gates
+
+
+class Penalty(nn.Module):
+    """A term λ·g(gates); `weight` is λ, a float that may be changed at any time."""
+
+    def __init__(self, weight: float) -> None:
+        """Take λ."""
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, gates: Gates) -> Tensor:
+        """Return the weighted term, a scalar on the gates' device."""
+        return self.weight * self.term(gates)
+
+    def term(self, gates: Gates) -> Tensor:
+        """Return the term without its weight."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Show λ."""
+        return f"weight={self.weight:g}"
+
+
+class WidthBinary(Penalty):
+    """λ1·Σ w(1 − w)."""
+
+    def term(self, gates: Gates) -> Tensor:
+        """Return Σ w(1 − w)."""
+        return _parabola(gates.width, gates)
+
+
+class DepthBinary(Penalty):
+    """λ2·Σ d(1 − d)."""
+
+    def term(self, gates: Gates) -> Tensor:
+        """Return Σ d(1 − d)."""
+        return _parabola(gates.linear, gates)
+
+
+class Width(Penalty):
+    """λ3·Σ w over the units of layers that are still nonlinear; a shared unit counts once."""
+
+    def term(self, gates: Gates) -> Tensor:
+        """Return Σ_i h_i·[d_i < ½]."""
+        if gates.width is None:
+            return _zero(gates)
+        return (gates.width.clamp(0, 1) * self.nonlinear(gates)).sum()
+
+    def nonlinear(self, gates: Gates) -> Tensor:
+        """Return, for every unit, 1 if a site it stands at is nonlinear, else 0; no gradient."""
+        return gates.nonlinear().to(next(gates.parameters()).dtype)
+
+
+class Depth(Penalty):
+    """λ4·Σ (1 − d)."""
+
+    def term(self, gates: Gates) -> Tensor:
+        """Return Σ (1 − d)."""
+        if gates.linear is None:
+            return _zero(gates)
+        return (1 - gates.linear.clamp(0, 1)).sum()
+
+
+def paper_penalties(
+    width_binary: float = 1e-3,
+    depth_binary: float = 1e-3,
+    width: float = 1e-3,
+    depth: float = 0.0,
+) -> nn.ModuleDict:
+    """Return the paper's four terms; the arguments are its λ1, λ2, λ3 and λ4.
+
+    The paper sets λ3 first, from the number of units and the size of the loss (k times more units:
+    λ3/k), then λ1 relative to λ3. The defaults suit a few hundred to a few thousand units and a
+    cross-entropy loss; λ4 = 0 leaves depth to the loss.
+    """
+    return nn.ModuleDict(
+        {
+            "width_binary": WidthBinary(width_binary),
+            "depth_binary": DepthBinary(depth_binary),
+            "width": Width(width),
+            "depth": Depth(depth),
+        }
+    )
+
+
+def penalty(gated: nn.Module) -> Tensor:
+    """Return the sum of the model's penalties: a scalar, differentiable, on the gates' device.
+
+    Of several instrumented models in one, all count. Raises `GateError` if there is none.
+    """
+    total = _zero(gates_of(gated))
+    for gates, owner in _owners(gated).items():
+        terms: Any = owner.penalties
+        for term in terms.values():
+            total = total + term(gates).to(total.device)
+    return total
+
+
+def parameter_groups(
+    gated: nn.Module, *, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return optimizer parameter groups: the weights, and the gates without weight decay.
+
+    lr, weight_decay: for the weights. gate_lr: for the gates, 0.1 if not given. Decay would pull
+    gates to 0 whatever the loss says. Raises `GateError` if the model was not instrumented.
+    """
+    mine = {id(p) for gates in _owners(gated) for p in gates.parameters()}
+    trained = [p for p in gated.parameters() if p.requires_grad]
+    weights = [p for p in trained if id(p) not in mine]
+    gates = [p for p in trained if id(p) in mine]
+    return [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": gates, "lr": 0.1 if gate_lr is None else gate_lr, "weight_decay": 0.0},
+    ]
+
+
+def gates_of(model: nn.Module) -> Gates:
+    """Return the gates of an instrumented model, also inside a wrapper such as DDP.
+
+    Raises `GateError` if there are none.
+    """
+    return next(iter(_owners(model)))
+
+
+def _owners(model: nn.Module) -> dict[Gates, nn.Module]:
+    """Return the gates in a model with the module that holds them; a wrapper may pretend to."""
+    found: dict[Gates, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(gates := getattr(module, "gates", None), Gates):
+            found.setdefault(gates, module)
+    if not found:
+        raise GateError(
+            f"{type(model).__name__} has no gates; call fxprune.instrument(model) first and train "
+            "what it returns"
+        )
+    return found
+
+
+def _parabola(gate: Tensor | None, gates: Gates) -> Tensor:
+    if gate is None:
+        return _zero(gates)
+    clipped = gate.clamp(0, 1)
+    return (clipped * (1 - clipped)).sum()
+
+
+def _zero(gates: Gates) -> Tensor:
+    return next(gates.parameters()).new_zeros(())

@@ -1,0 +1,56 @@
+"""Passes and how they are run: in the order given, each leaving a checked program behind."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fxprune.program import Program
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing a pass did: where (node or module path), what, and the numbers that go with it."""
+
+    where: str
+    what: str
+    detail: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        """Return the change as one line."""
+        return f"{self.where}: {self.what}"
+
+
+Pass = Callable[[Program], list[Change]]
+"""Edits the program in place; what it returns is the log, and empty means it did nothing."""
+
+
+def run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
+    """Run passes in order and return their changes, by the name of the pass."""
+    done: dict[str, list[Change]] = {}
+    for one in passes:
+        name = getattr(one, "__name__", repr(one))
+        try:
+            changes = one(program)
+            program.check()
+        except Exception as error:
+            error.add_note(f"while running the pass {name}, after {', '.join(done) or 'none'}")
+            raise
+        done[name] = [*done.get(name, []), *changes]
+    return done
+
+
+def until_stable(passes: Sequence[Pass], limit: int = 20) -> Pass:
+    """Return a pass that runs `passes` until none of them does anything."""
+
+    def repeat(program: Program) -> list[Change]:
+        changes: list[Change] = []
+        for _ in range(limit):
+            new = [change for log in run(program, passes).values() for change in log]
+            if not new:
+                return changes
+            changes += new
+        last = "; ".join(map(str, changes[-3:]))
+        raise RuntimeError(f"the passes do not settle after {limit} rounds; last: {last}")
+
+    repeat.__name__ = "until_stable_" + "_".join(p.__name__ for p in passes)
+    return repeat

@@ -1,0 +1,296 @@
+"""A program: a traced module with the inputs it is known to run on.
+
+Passes take and edit a `Program`; the public verbs clone the user's model into one first, so that
+nothing the user holds is ever modified.
+"""
+
+import copy
+import operator
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import ExampleInputError, ModelError, TraceError
+from fxprune.tracing import bound_arguments, trace
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Program:
+    """A graph module and example inputs, positional and by keyword, on the module's device."""
+
+    module: fx.GraphModule
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph passes edit; `check` regenerates the module's code from it."""
+        return self.module.graph
+
+    def clone(self) -> "Program":
+        """Return an independent copy; the example inputs are shared, nothing writes to them."""
+        return Program(copy_model(self.module), self.args, self.kwargs)
+
+    def inputs(self) -> Inputs:
+        """Return fresh copies of the example inputs: a model may overwrite what it is given."""
+        return pytree.tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
+
+    def run(self) -> Any:
+        """Return the module's outputs for the example inputs, without gradients."""
+        args, kwargs = self.inputs()
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+    def check(self) -> None:
+        """Raise unless the graph is well formed; regenerate the module's code."""
+        self.graph.lint()
+        self.module.recompile()
+
+    def text(self) -> str:
+        """Return the program as Python source, as golden tests compare it."""
+        return self.graph.python_code("self").src.strip()
+
+
+def capture(model: nn.Module, inputs: Inputs, *, make_masks_permanent: bool) -> Program:
+    """Copy and trace `model`, and check that the trace computes what the model computes.
+
+    `make_masks_permanent` writes the masks of `torch.nn.utils.prune` into the weights of the copy.
+    Raises `ModelError`, `ExampleInputError` or `TraceError`.
+    """
+    check_parameters(model)
+    root = copy_model(model)
+    if make_masks_permanent:
+        _bake_masks(root)
+    args, kwargs = to_device(inputs, device_of(model))
+    given = bound_arguments(root, args, kwargs)
+    program = Program(trace(root, given), args, kwargs)
+    _check_faithful(root, program)
+    return program
+
+
+def copy_model(model: nn.Module) -> Any:
+    """Deep-copy a module, also one that holds tensors computed from its parameters (masks)."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}; "
+            "detach or drop what it holds besides parameters and buffers"
+        ) from error
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer, the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Return the inputs, detached, on `device`."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), inputs)
+
+
+def widened(program: Program) -> Program | None:
+    """Return a float64 copy of a program, or None if it insists on a shorter dtype."""
+    if device_of(program.module).type == "mps":
+        return None  # has no float64
+    wide = program.clone()
+    wide.module.double()
+    wide.args, wide.kwargs = pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, (wide.args, wide.kwargs)
+    )
+    try:
+        with evaluating(wide.module):
+            wide.run()
+    except Exception:  # whatever the reason, its forward does not take float64
+        return None
+    return wide
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise `ModelError` for weights no equality can be proved on."""
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(parameter):
+            raise ModelError(f"{name} is not initialised yet; run the model once on real inputs")
+        if parameter.is_meta:
+            raise ModelError(f"{name} holds no numbers (meta device); load the weights first")
+        if parameter.is_complex():
+            raise ModelError(f"{name} is complex; fxprune works on real-valued models")
+        if isinstance(parameter, nn.Parameter) and not parameter.is_floating_point():
+            raise ModelError(
+                f"{name} is {parameter.dtype}; work on the floating-point model and quantise after"
+            )
+        if isinstance(parameter, nn.Parameter) and not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"{name} holds NaN or infinity; restore a sound checkpoint first")
+
+
+def model_inputs(example_inputs: Any) -> Inputs:
+    """Normalise what users pass as example inputs: a tensor, a tuple, or a mapping of keywords."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        mapping: Mapping[Any, Any] = example_inputs
+        return (), {str(key): value for key, value in mapping.items()}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise ExampleInputError(
+        f"example_inputs is {type(example_inputs).__name__}; pass a tensor, a tuple of arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def _bake_masks(root: nn.Module) -> None:
+    for module in root.modules():
+        hooks = list(module._forward_pre_hooks.values())
+        for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:
+            prune.remove(module, name)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Generator[None]:
+    """Put modules, and all in them, into evaluation mode for a while."""
+    flags = {part: part.training for module in modules for part in module.modules()}
+    for part in flags:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, flag in flags.items():
+            part.training = flag
+
+
+def _check_faithful(root: nn.Module, program: Program) -> None:
+    """Run model and trace on the example inputs in evaluation mode: they must agree to the bit."""
+    with evaluating(root, program.module), torch.no_grad():
+        args, kwargs = program.inputs()
+        try:
+            expected = root(*args, **kwargs)
+        except Exception as error:
+            raise ExampleInputError(
+                f"{type(root).__name__} does not run on the example inputs "
+                f"{describe((program.args, program.kwargs))}: {type(error).__name__}: "
+                f"{str(error).strip()}"
+            ) from error
+        try:
+            actual = program.run()
+        except Exception as error:
+            raise TraceError(
+                f"{type(root).__name__} does not run when traced: {type(error).__name__}: "
+                f"{str(error).strip()}; leave arguments out of example_inputs that are not tensors"
+            ) from error
+    if not same(expected, actual):
+        raise TraceError(
+            f"{type(root).__name__} computes something else when traced (random numbers, global "
+            "state or NaN in its forward?); its outputs on the same inputs differ"
+        )
+
+
+def same(left: Any, right: Any) -> bool:
+    """Tell whether two output structures hold bit-equal tensors in the same places.
+
+    Structures are compared by keys and positions: a dict may stand for an OrderedDict.
+    """
+    flat_left, flat_right = _leaves(left), _leaves(right)
+    return flat_left.keys() == flat_right.keys() and all(
+        _same_leaf(leaf, flat_right[path]) for path, leaf in flat_left.items()
+    )
+
+
+def _leaves(structure: Any) -> dict[str, Any]:
+    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(structure)[0]}
+
+
+def _same_leaf(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return False
+    if is_dataclass(left) and type(left) is type(right):
+        return same(vars(left), vars(right))
+    return bool(left == right)
+
+
+def describe(inputs: Any) -> str:
+    """Return shapes and dtypes of the tensors of an input structure, for messages."""
+    leaves = pytree.tree_leaves(inputs)
+    parts = [
+        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+        if isinstance(leaf, Tensor)
+        else repr(leaf)
+        for leaf in leaves
+    ]
+    return "(" + ", ".join(parts) + ")"
+
+
+def sole_modules(program: Program) -> dict[fx.Node, nn.Module]:
+    """Return the modules that may be edited, by calling node: no one else uses their tensors."""
+    held: dict[fx.Node, set[int]] = {}
+    users: dict[int, int] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_module":
+            module = program.module.get_submodule(str(node.target))
+            held[node] = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        elif node.op == "get_attr":
+            held[node] = {id(_attribute(program.module, str(node.target)))}
+        for key in held.get(node, ()):
+            users[key] = users.get(key, 0) + 1
+    return {
+        node: module
+        for node, keys in held.items()
+        if node.op == "call_module"
+        and all(users[key] == 1 for key in keys)
+        and not (module := program.module.get_submodule(str(node.target)))._forward_hooks
+        and not module._forward_pre_hooks
+    }
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name, None)
+
+
+def make_out_of_place(node: fx.Node, module: fx.GraphModule) -> None:
+    """Let an activation leave its input alone, as something else is going to read it."""
+    owner: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if hasattr(owner, "inplace"):
+        owner.inplace = False
+    if node.op == "call_method" and (twin := _method_out_of_place(str(node.target))):
+        node.target = twin
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+    if node.op == "call_function" and (twin := _out_of_place(node.target)):
+        node.target = twin
+
+
+def _method_out_of_place(name: str) -> str | None:
+    """Return the method that does the same without overwriting; `copy_` and `zero_` have none."""
+    twin = name.removesuffix("_")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return twin if in_place and callable(getattr(Tensor, twin, None)) else None
+
+
+def _out_of_place(function: Any) -> Any:
+    """Return the function that does the same as an in-place one without overwriting."""
+    name = getattr(function, "__name__", "")
+    if getattr(function, "__module__", "") == "_operator" and name.startswith("i"):
+        twins = (getattr(operator, name[1:] + end, None) for end in ("", "_"))  # and is a keyword
+        return next((twin for twin in twins if twin is not None), None)
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    spaces = (torch, torch.nn.functional)
+    return next((f for s in spaces if (f := getattr(s, name[:-1], None)) is not None), None)

@@ -1,0 +1,124 @@
+"""Remove channels that nothing live reads.
+
+What a dying channel contributes as a constant goes into the biases of its readers (`absorb`); then
+every parameter is cut along the axes whose tags die, once, whoever shares it; then the operators'
+attributes and literal arguments follow (`resize`, `rewrite`). All rewrites are planned before the
+first edit; an operator that cannot follow becomes a barrier and the plan is made anew.
+"""
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxprune.channels import Channels, analyse, settle
+from fxprune.errors import where
+from fxprune.observation import observe
+from fxprune.pipeline import Change
+from fxprune.program import Program
+from fxprune.rules import Arguments, Barrier, Cut, Literal, State, rule_for
+
+_Plan = dict[fx.Node, Arguments | Literal]
+
+
+def eliminate_dead_channels(program: Program) -> list[Change]:
+    """Cut every unit that is dead: unread, or a constant its readers can absorb."""
+    channels, cut, plan = _plan(program)
+    for node, call in channels.calls.items():
+        if node not in channels.barriers and call.module is not None:
+            rule_for(node, call.module).absorb(call, cut)
+    changes = [
+        change
+        for state in channels.states.values()
+        if (change := _cut_state(program.module, channels, state, cut)) is not None
+    ]
+    for node, call in channels.calls.items():
+        if node not in channels.barriers and call.module is not None:
+            rule_for(node, call.module).resize(call)
+    for node, answer in plan.items():
+        _apply(node, answer)
+    return changes
+
+
+def _plan(program: Program) -> tuple[Channels, Cut, _Plan]:
+    """Decide what goes, adding barriers until every operator can follow."""
+    seen = observe(program)
+    barriers: dict[fx.Node, str] = {}
+    while True:
+        channels = analyse(program, barriers=barriers, observation=seen)
+        cut = settle(channels)
+        plan: _Plan = {}
+        refused = False
+        for node, call in channels.calls.items():
+            if node in channels.barriers:
+                continue
+            try:
+                answer = rule_for(node, call.module).rewrite(call, cut)
+            except Barrier as barrier:
+                if node in barriers:
+                    raise RuntimeError(f"{where(node)} refuses as a barrier: {barrier}") from barrier
+                barriers[node] = str(barrier)
+                refused = True
+                continue
+            if answer is not None:
+                plan[node] = answer
+        if not refused:
+            return channels, cut, plan
+
+
+def _cut_state(
+    module: fx.GraphModule, channels: Channels, state: State, cut: Cut
+) -> Change | None:
+    tensor, before = state.tensor.detach(), tuple(state.tensor.shape)
+    for axis, keep in _keeps(state, cut):
+        if not bool(keep.all()):
+            tensor = tensor.index_select(axis, keep.nonzero().reshape(-1).to(tensor.device))
+    if tuple(tensor.shape) == before:
+        return None
+    _replace(module, channels.names.get(state.name, [state.name]), state.tensor, tensor)
+    after = tuple(tensor.shape)
+    what = f"{'×'.join(map(str, before))} → {'×'.join(map(str, after))}"
+    return Change(state.name, what, (("before", before), ("after", after)))
+
+
+def _keeps(state: State, cut: Cut) -> list[tuple[int, Tensor]]:
+    """Return the mask of each axis of a parameter that its users know of."""
+    if state.whole is not None:
+        keep = cut.keep(state.whole)
+        return [(a, _over_the_rest(keep, a)) for a in range(keep.dim())]
+    return [(axis, cut.keep(tags)) for axis, tags in state.axes.items()]
+
+
+def _over_the_rest(keep: Tensor, axis: int) -> Tensor:
+    return keep.movedim(axis, 0).reshape(keep.shape[axis], -1).any(1)
+
+
+def _replace(module: nn.Module, names: list[str], old: Tensor, new: Tensor) -> None:
+    """Put `new` in the place of `old` under all its names, so that what was tied stays tied."""
+    value: Tensor = new.clone()
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, value)
+
+
+def _apply(node: fx.Node, answer: Arguments | Literal) -> None:
+    if isinstance(answer, Literal):
+        _freeze(node, answer.value)
+        return
+    if answer.function is not None:
+        node.op, node.target = "call_function", answer.function
+    node.args, node.kwargs = answer.args, answer.kwargs
+
+
+def _freeze(node: fx.Node, value: Any) -> None:
+    """Replace a number computed in the graph by a literal."""
+    for user in list(node.users):
+
+        def literal(arg: fx.Node) -> Any:
+            return value if arg is node else arg
+
+        user.args = fx.node.map_arg(user.args, literal)
+        user.kwargs = fx.node.map_arg(user.kwargs, literal)
+    node.graph.erase_node(node)
+

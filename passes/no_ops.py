@@ -1,0 +1,79 @@
+"""Remove what does nothing in evaluation: dropout, identities, products with ones, unused modules.
+
+Neutral also means safe to forward: where something writes into the result in place, the operator
+stays, as its input would be overwritten instead.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxprune.observation import observe
+from fxprune.pipeline import Change
+from fxprune.program import Program
+
+_IDENTITIES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
+_FUNCTIONS |= {F.feature_alpha_dropout}
+
+
+def remove_no_ops(program: Program) -> list[Change]:
+    """Bypass operators that are the identity in evaluation; drop dead code and unused modules."""
+    modules = dict(program.module.named_modules())
+    seen = observe(program)
+    written = {node for nodes in seen.mutated.values() for node in nodes}
+    changes: list[Change] = []
+    for node in list(program.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node in written or not isinstance(source, fx.Node):
+            continue
+        if seen.values[node] != seen.values[source] or not _is_neutral(node, modules, program):
+            continue
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
+        name = str(node.target) if node.op == "call_module" else node.name
+        changes.append(Change(name, "removed: it does nothing in evaluation"))
+    program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+    program.module.delete_all_unused_submodules()
+    _drop_unused_tensors(program)
+    return changes
+
+
+def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) in _IDENTITIES and not module._forward_hooks
+    if node.op != "call_function":
+        return False
+    if node.target in _FUNCTIONS:
+        return _follows_training_flag(node)
+    return node.target is torch.mul and _multiplies_ones(node, program)
+
+
+def _follows_training_flag(node: fx.Node) -> bool:
+    """Tell whether a functional dropout is off in evaluation: its flag is the module's, or False."""
+    flag: Any = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+    if isinstance(flag, fx.Node):
+        return flag.op == "get_attr" and str(flag.target).split(".")[-1] == "training"
+    return flag is False
+
+
+def _multiplies_ones(node: fx.Node, program: Program) -> bool:
+    """Tell whether a product is with a buffer of ones: a gate whose units all stayed."""
+    mask = node.args[1] if len(node.args) > 1 else None
+    if not isinstance(mask, fx.Node) or mask.op != "get_attr":
+        return False
+    buffer = program.module._buffers.get(str(mask.target))
+    return isinstance(buffer, Tensor) and bool((buffer == 1).all())
+
+
+def _drop_unused_tensors(program: Program) -> None:
+    used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    for name in list(program.module._buffers):
+        if name not in used:
+            delattr(program.module, name)

@@ -1,0 +1,55 @@
+"""Fixtures for all tests: golden texts, and models whose every number is its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden texts")
+
+
+class Golden:
+    """The text a test expects, in a file named after the test."""
+
+    def __init__(self, path: Path, update: bool) -> None:
+        self.path, self.update = path, update
+
+    def check(self, text: str) -> None:
+        if self.update:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(text + "\n", encoding="utf-8")
+        assert self.path.exists(), f"no {self.path.name}: run pytest --update-golden and read it"
+        assert text + "\n" == self.path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    module = Path(str(request.path)).stem
+    path = GOLDEN / f"{module}-{request.node.name}.txt"
+    return Golden(path, bool(request.config.getoption("--update-golden")))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give every batch norm statistics and every bias a value that hides nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias" or isinstance(module, nn.PReLU):
+                parameter.data.normal_(0, 0.3)
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                parameter.data.uniform_(0.5, 1.5)
+    return model

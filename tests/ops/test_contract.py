@@ -1,0 +1,264 @@
+"""Every operator with a rule, held to it by execution.
+
+`SAMPLES` builds an operator for every key of the registry; a key without a sample fails here.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxprune.ops  # noqa: F401  (registers the rules)
+from fxprune.gates import linear_gate, width_gate
+from fxprune.rules import RULES
+from fxprune.testing import check_rule
+
+IMAGE = (3, 8, 6, 6)
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+def positive(x: Tensor) -> Tensor:
+    return x.abs() + 0.5
+
+
+def double(x: Tensor) -> Tensor:
+    return x.double()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How to call an operator: what follows its tensors, how many these are, their shape.
+
+    prepare, finish: what is done to the operands before and to the output after.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+    shape: tuple[int, ...] = IMAGE
+    operands: int = 1
+    axis: int = 1
+    out_axis: int = 1
+    shrinks: bool = True
+    prepare: Callable[[Any], Any] = same
+    finish: Callable[[Any], Any] = same
+
+
+class Function(nn.Module):
+    """Call a function or method with further arguments."""
+
+    def __init__(self, target: Any, sample: Sample) -> None:
+        super().__init__()
+        self.target, self.sample = target, sample
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        rest = self.sample.args
+        if self.sample.operands == 2:
+            rest = (self.sample.prepare(y), *rest)
+        x = self.sample.prepare(x)
+        if isinstance(self.target, str):
+            return self.sample.finish(getattr(x, self.target)(*rest, **self.sample.kwargs))
+        return self.sample.finish(self.target(x, *rest, **self.sample.kwargs))
+
+
+class Expression(nn.Module):
+    """Compute any expression of the operands."""
+
+    def __init__(self, expression: Callable[..., Any]) -> None:
+        super().__init__()
+        self.expression = expression
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        return self.expression(x) if y is None else self.expression(x, y)
+
+
+class WithParameters(nn.Module):
+    """Call a functional layer with a weight and perhaps a bias of its own."""
+
+    def __init__(self, function: Any, weight: tuple[int, ...], bias: int | None = None) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.ones(weight))
+        self.bias = None if bias is None else nn.Parameter(torch.ones(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return self.function(x, self.weight)
+        return self.function(x, self.weight, self.bias)
+
+
+class BatchNormFunction(nn.Module):
+    """Call F.batch_norm with stored statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+
+
+LINE, VOLUME = (3, 8, 9), (3, 8, 4, 4, 4)
+MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
+    nn.PReLU: (lambda: nn.PReLU(8), Sample()),
+    nn.Threshold: (lambda: nn.Threshold(0.1, 0.5), Sample()),
+    nn.Linear: (lambda: nn.Linear(6, 5), Sample(shape=(3, 4, 6), axis=2, out_axis=2)),
+    nn.Conv1d: (lambda: nn.Conv1d(8, 6, 3), Sample(shape=(3, 8, 9))),
+    nn.Conv2d: (lambda: nn.Conv2d(8, 6, 3, padding=1), Sample()),
+    nn.Conv3d: (lambda: nn.Conv3d(8, 6, 2), Sample(shape=(3, 8, 4, 4, 4))),
+    nn.ConvTranspose1d: (lambda: nn.ConvTranspose1d(8, 6, 3), Sample(shape=(3, 8, 9))),
+    nn.ConvTranspose2d: (lambda: nn.ConvTranspose2d(8, 6, 3, stride=2), Sample()),
+    nn.ConvTranspose3d: (lambda: nn.ConvTranspose3d(8, 6, 2), Sample(shape=(3, 8, 4, 4, 4))),
+    nn.BatchNorm1d: (lambda: nn.BatchNorm1d(8), Sample(shape=(3, 8, 9))),
+    nn.BatchNorm2d: (lambda: nn.BatchNorm2d(8), Sample()),
+    nn.BatchNorm3d: (lambda: nn.BatchNorm3d(8), Sample(shape=(3, 8, 4, 4, 4))),
+    nn.PixelShuffle: (lambda: nn.PixelShuffle(2), Sample()),
+    nn.PixelUnshuffle: (lambda: nn.PixelUnshuffle(2), Sample()),
+    nn.ChannelShuffle: (lambda: nn.ChannelShuffle(2), Sample()),
+}
+POOLS: dict[str, tuple[Any, ...]] = {
+    "MaxPool": (2,),
+    "AvgPool": (2,),
+    "AdaptiveAvgPool": (2,),
+    "AdaptiveMaxPool": (2,),
+}
+BY_RANK = {1: LINE, 2: IMAGE, 3: VOLUME}
+
+# Operators named in words, whichever of their forms is registered.
+NAMED: dict[str, Sample] = {
+    **dict.fromkeys(("add", "sub", "subtract", "rsub", "iadd", "isub"), Sample(operands=2)),
+    **dict.fromkeys(("mul", "multiply", "imul", "maximum", "minimum"), Sample(operands=2)),
+    **dict.fromkeys(
+        ("div", "divide", "true_divide", "truediv", "itruediv"),
+        Sample(operands=2, prepare=positive),
+    ),
+    **dict.fromkeys(("eq", "ne"), Sample((1,), prepare=torch.round, finish=double)),
+    **dict.fromkeys(("lt", "le", "gt", "ge"), Sample((0.1,), finish=double)),
+    **dict.fromkeys(("log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal"), Sample(prepare=positive)),
+    **dict.fromkeys(("clamp_min", "clamp_max"), Sample((0.1,))),
+    **dict.fromkeys(("clamp", "clip"), Sample((-0.5, 0.5))),
+    "logit": Sample((0.01,), prepare=torch.sigmoid),
+    "pow": Sample((2,)),
+    "threshold": Sample((0.1, 0.5)),
+    "lerp": Sample((0.3,), operands=2),
+    "flatten": Sample((1,)),
+    "permute": Sample(((0, 2, 3, 1),), out_axis=3),
+    **dict.fromkeys(("transpose", "swapaxes"), Sample((1, 2), out_axis=2)),
+    "movedim": Sample((1, -1), out_axis=3),
+    "t": Sample(shape=(3, 8), out_axis=0),
+    "unsqueeze": Sample((2,)),
+    "squeeze": Sample((2,), shape=(3, 8, 1, 6)),
+    "flip": Sample(((2,),)),
+    "roll": Sample((1, 2)),
+    "unbind": Sample((2,)),
+    **dict.fromkeys(("expand_as", "view_as", "reshape_as"), Sample(operands=2)),
+    **dict.fromkeys(("view",), Sample((3, 8, -1))),
+    "reshape": Sample(((3, 8, -1),)),
+    "expand": Sample((3, 8, 6, 6)),
+    "chunk": Sample((2, 1)),
+    "split": Sample((4, 1)),
+    "getitem": Sample(((slice(None), slice(2, 7)),)),
+    **dict.fromkeys(("mean", "amax", "amin", "sum"), Sample(((2, 3),))),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), Sample((2,))),
+    **dict.fromkeys(("half", "bfloat16", "float"), Sample(finish=double)),
+    **dict.fromkeys(("dropout1d", "Dropout1d"), Sample(kwargs={"training": False}, shape=LINE)),
+    **dict.fromkeys(("dropout3d", "Dropout3d"), Sample(kwargs={"training": False}, shape=VOLUME)),
+    **dict.fromkeys(("dropout", "dropout2d", "alpha_dropout"), Sample(kwargs={"training": False})),
+    "feature_alpha_dropout": Sample(kwargs={"training": False}),
+}
+EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
+    "where": (Expression(lambda x, y: torch.where(x > 0, x, y)), Sample(operands=2)),
+    "addcmul": (Expression(lambda x, y: torch.addcmul(x, y, y)), Sample(operands=2)),
+    "cat": (Expression(lambda x, y: torch.cat([x, y], 1)), Sample(operands=2)),
+    "concat": (Expression(lambda x, y: torch.concat([x, y], 1)), Sample(operands=2)),
+    "stack": (Expression(lambda x, y: torch.stack([x, y], 1)), Sample(operands=2, out_axis=2)),
+    "prelu": (WithParameters(F.prelu, (8,)), Sample()),
+    "linear": (WithParameters(F.linear, (5, 6), 5), Sample(shape=(3, 4, 6), axis=2, out_axis=2)),
+    "conv1d": (WithParameters(F.conv1d, (6, 8, 3), 6), Sample(shape=LINE)),
+    "conv2d": (WithParameters(F.conv2d, (6, 8, 3, 3), 6), Sample()),
+    "conv3d": (WithParameters(F.conv3d, (6, 8, 2, 2, 2), 6), Sample(shape=VOLUME)),
+    "conv_transpose1d": (WithParameters(F.conv_transpose1d, (8, 6, 3), 6), Sample(shape=LINE)),
+    "conv_transpose2d": (WithParameters(F.conv_transpose2d, (8, 6, 3, 3)), Sample()),
+    "conv_transpose3d": (
+        WithParameters(F.conv_transpose3d, (8, 6, 2, 2, 2), 6),
+        Sample(shape=VOLUME),
+    ),
+    "batch_norm": (BatchNormFunction(), Sample()),
+    "width_gate": (WithParameters(width_gate, (1, 8, 1, 1)), Sample(shrinks=False)),
+    "linear_gate": (
+        Expression(lambda x: linear_gate(x, x.relu(), torch.zeros(()))),
+        Sample(shrinks=False),
+    ),
+    "getattr": (Expression(lambda x: x * x.shape[1]), Sample()),
+    "size": (Expression(lambda x: x * x.size(1)), Sample()),
+    **dict.fromkeys(
+        ("numel", "nelement"), (Expression(lambda x: x * x.numel()), Sample(shrinks=False))
+    ),
+    **dict.fromkeys(
+        ("dim", "ndimension"), (Expression(lambda x: x * x.dim()), Sample())
+    ),
+    "is_floating_point": (Expression(lambda x: x * x.is_floating_point()), Sample()),
+}
+
+
+def name_of(key: Hashable) -> str:
+    return key if isinstance(key, str) else str(getattr(key, "__name__", key))
+
+
+def sample_for(key: Hashable) -> tuple[nn.Module, Sample]:
+    """Return an operator that calls what a key of the registry stands for."""
+    if isinstance(key, type):
+        return module_sample(key)
+    name = name_of(key).strip("_")
+    if name in EXPRESSIONS:
+        return EXPRESSIONS[name]
+    for rank in (1, 2, 3):
+        if "pool" in name and name.endswith(f"{rank}d"):
+            first = key is torch.adaptive_max_pool1d
+            finish = operator.itemgetter(0) if first else same
+            sample = Sample((2,), shape=BY_RANK[rank], finish=finish)
+            return Function(key, sample), sample
+    sample = NAMED.get(name, Sample())
+    return Function(key, sample), sample
+
+
+def module_sample(key: type[nn.Module]) -> tuple[nn.Module, Sample]:
+    if key in MODULES:
+        build, sample = MODULES[key]
+        return build(), sample
+    for rank in (1, 2, 3):
+        for name, args in POOLS.items():
+            if key.__name__ == f"{name}{rank}d":
+                return key(*args), Sample(shape=BY_RANK[rank])
+    named = NAMED.get(key.__name__, Sample())
+    return key(), Sample(shape=named.shape)
+
+
+def label(key: Hashable) -> str:
+    kind = "method" if isinstance(key, str) else getattr(key, "__module__", "") or "torch"
+    return f"{kind.split('.')[-1]}.{name_of(key)}"
+
+
+@pytest.mark.parametrize("zero_inputs", [False, True], ids=["unread", "silent"])
+@pytest.mark.parametrize("key", RULES, ids=label)
+def test_rule(key: Hashable, zero_inputs: bool) -> None:
+    module, sample = sample_for(key)
+    shrunk = check_rule(
+        copy.deepcopy(module),
+        sample.shape,
+        operands=sample.operands,
+        axis=sample.axis,
+        out_axis=sample.out_axis,
+        zero_inputs=zero_inputs,
+    )
+    if not zero_inputs and sample.shrinks:
+        assert shrunk.after < shrunk.before

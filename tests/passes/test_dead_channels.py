@@ -1,0 +1,281 @@
+"""Cutting dead channels: smaller, and the same numbers."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.channels import refusals
+from fxprune.passes.dead_channels import eliminate_dead_channels
+from fxprune.program import Program, capture
+from fxprune.testing import check_rewrite
+from tests.conftest import Golden, randomise
+
+
+@torch.fx.wrap
+def _reverse(x: Tensor) -> Tensor:
+    return x.index_select(1, torch.arange(x.shape[1] - 1, -1, -1))
+
+
+def program(model: nn.Module, *shape: int) -> Program:
+    model = randomise(model).double().eval()
+    inputs = ((torch.randn(*shape, dtype=torch.float64),), {})
+    return capture(model, inputs, make_masks_permanent=False)
+
+
+def parameters(one: Program) -> int:
+    return sum(p.numel() for p in one.module.parameters())
+
+
+def unread(layer: nn.Linear | nn.Conv2d, *channels: int) -> None:
+    layer.weight.data[:, list(channels)] = 0
+
+
+def silent(layer: nn.Linear | nn.Conv2d, *channels: int, bias: float = 0) -> None:
+    layer.weight.data[list(channels)] = 0
+    assert layer.bias is not None
+    layer.bias.data[list(channels)] = bias
+
+
+def test_unread_channels_of_a_sequence_go(golden: Golden) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    before = program(model, 2, 3, 9, 9)
+    unread(before.module.get_submodule("3"), 1, 4)  # type: ignore[arg-type]
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert after.module.get_submodule("0").weight.shape == (6, 3, 3, 3)
+    assert after.module.get_submodule("1").num_features == 6
+    assert after.module.get_submodule("3").in_channels == 6
+    golden.check(after.text())
+
+
+def test_a_constant_channel_goes_into_the_next_bias() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 3, bias=False))
+    before = program(model, 4, 5)
+    silent(before.module.get_submodule("0"), 2, 3, bias=0.7)  # type: ignore[arg-type]
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert after.module.get_submodule("2").weight.shape == (3, 4)
+    assert after.module.get_submodule("2").bias is not None
+
+
+def test_a_constant_before_a_padded_border_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3, padding=1))
+    before = program(model, 2, 3, 7, 7)
+    silent(before.module.get_submodule("0"), 2, bias=0.7)  # type: ignore[arg-type]
+    after = before.clone()
+    assert eliminate_dead_channels(after) == []
+    assert parameters(after) == parameters(before)
+
+
+@pytest.mark.parametrize("mode", ["circular", "replicate", "reflect"])
+def test_a_constant_before_a_border_that_repeats_it_goes(mode: str) -> None:
+    padded = nn.Conv2d(6, 4, 3, padding=1, padding_mode=mode)
+    before = program(nn.Sequential(nn.Conv2d(3, 6, 1), padded), 2, 3, 7, 7)
+    silent(before.module.get_submodule("0"), 2, bias=0.7)  # type: ignore[arg-type]
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert after.module.get_submodule("1").in_channels == 5
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.branch = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(F.relu(self.branch(x) + x))
+
+
+def test_a_residual_stream_shrinks_as_one() -> None:
+    before = program(Residual(), 2, 3, 6, 6)
+    module = before.module
+    unread(module.head, 0, 5)  # type: ignore[arg-type]
+    unread(module.branch, 0, 5)  # type: ignore[arg-type]
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert after.module.get_submodule("stem").weight.shape == (4, 3, 3, 3)
+    assert after.module.get_submodule("branch").weight.shape == (4, 4, 3, 3)
+
+
+def test_a_residual_stream_one_member_reads_stays() -> None:
+    before = program(Residual(), 2, 3, 6, 6)
+    unread(before.module.head, 0, 5)  # type: ignore[arg-type]
+    assert eliminate_dead_channels(before) == []
+
+
+class Flattened(nn.Module):
+    """NHWC or NCHW flatten before a linear layer."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.conv, self.head, self.last = nn.Conv2d(3, 5, 3), nn.Linear(5 * 16, 4), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.last:
+            x = x.permute(0, 2, 3, 1)
+        return self.head(x.reshape(x.size(0), -1))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_flattened_map_loses_all_columns_of_a_channel(last: bool) -> None:
+    before = program(Flattened(last), 2, 3, 6, 6)
+    head = before.module.head
+    columns = torch.arange(80) % 5 if last else torch.arange(80) // 16
+    head.weight.data[:, (columns == 1) | (columns == 3)] = 0  # type: ignore[union-attr]
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert after.module.get_submodule("head").in_features == 3 * 16
+
+
+class Grouped(nn.Module):
+    def __init__(self, groups: int, multiplier: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.grouped = nn.Conv2d(8, 8 * multiplier, 3, padding=1, groups=groups)
+        self.last = nn.Conv2d(8 * multiplier, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.grouped(F.relu(self.first(x)))))
+
+
+def test_a_depthwise_pair_goes_together() -> None:
+    before = program(Grouped(8, 2), 2, 3, 6, 6)
+    unread(before.module.last, 2, 3, 8, 9)  # type: ignore[arg-type]
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert after.module.get_submodule("grouped").groups == 6
+    assert after.module.get_submodule("first").out_channels == 6
+
+
+def test_groups_keep_equal_sizes() -> None:
+    before = program(Grouped(2), 2, 3, 6, 6)
+    unread(before.module.last, 1, 5, 6)  # type: ignore[arg-type]
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert after.module.get_submodule("grouped").weight.shape == (6, 4, 3, 3)
+
+
+class Twice(nn.Module):
+    """One layer called twice, and a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.last.weight = self.shared.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.shared(F.relu(self.shared(x)))).sum(-1, keepdim=True)
+
+
+def test_shared_and_tied_layers_are_cut_once_and_stay_tied() -> None:
+    before = program(Twice(), 3, 4)
+    shared = before.module.shared
+    shared.weight.data[:, 2] = 0  # type: ignore[union-attr]
+    shared.weight.data[2] = 0  # type: ignore[union-attr]
+    after = check_rewrite(eliminate_dead_channels, before)
+    weights = [after.module.get_submodule(n).weight for n in ("shared", "last")]
+    assert weights[0] is weights[1]
+
+
+def test_concatenated_channels_go_from_the_right_place() -> None:
+    class Concatenated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(10, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.a(x), self.b(x).relu()], 1))
+
+    before = program(Concatenated(), 2, 3, 5, 5)
+    unread(before.module.head, 1, 4, 9)  # type: ignore[arg-type]
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert after.module.get_submodule("a").out_channels == 3
+    assert after.module.get_submodule("b").out_channels == 4
+
+
+def test_a_layer_dead_as_a_whole_keeps_one_channel_and_its_meaning() -> None:
+    before = program(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3)), 5, 4)
+    silent(before.module.get_submodule("0"), *range(6), bias=0.3)  # type: ignore[arg-type]
+    before.module.get_submodule("2").weight.data.normal_()
+    expected = before.run()
+    eliminate_dead_channels(before)
+    before.check()
+    assert torch.allclose(before.run(), expected, rtol=1e-12)
+    assert before.module.get_submodule("0").out_features == 1
+
+
+SHAPE_READERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scale by a size": lambda x: x * x.size(1) ** -0.5,
+    "scale by a shape": lambda x: x / x.shape[1],
+    "view with sizes": lambda x: x.view(x.size(0), x.size(1), -1).mean(2),
+    "view in two groups": lambda x: x.view(x.size(0), 2, x.size(1) // 2, 16).sum(-1).flatten(1),
+    "two halves": lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1].sigmoid(),
+    "a slice": lambda x: x[:, 2:7],
+    "a slice from the end": lambda x: x[:, -5:],
+    "every other": lambda x: x[:, ::2],
+    "reversed": lambda x: x.flip(1),
+    "rolled": lambda x: x.roll(3, 1),
+    "mean over channels subtracted": lambda x: x - x.mean(1, keepdim=True),
+    "softmax over channels": lambda x: x.softmax(1),
+    "a shuffle": lambda x: x.view(-1, 2, 4, 16).transpose(1, 2).reshape(-1, 8, 16),
+    "its shape for another": lambda x: torch.ones_like(x).view(x.shape) * x,
+    "broadcast over channels": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
+}
+
+
+class Read(nn.Module):
+    """Something between a convolution and a linear layer."""
+
+    def __init__(self, reader: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.reader = nn.Conv2d(3, 8, 3), reader
+        with torch.no_grad():
+            size = reader(self.conv(torch.randn(2, 3, 6, 6))).flatten(1).shape[1]
+        self.head = nn.Linear(size, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.reader(self.conv(x)).flatten(1))
+
+
+@pytest.mark.parametrize("silence", [False, True], ids=["unread", "silent"])
+@pytest.mark.parametrize("name", SHAPE_READERS)
+def test_whatever_reads_the_channels_the_numbers_stay(name: str, silence: bool) -> None:
+    before = program(Read(SHAPE_READERS[name]), 3, 3, 6, 6)
+    if silence:
+        silent(before.module.conv, 0, 1, 3, 4, 5)  # type: ignore[arg-type]
+    else:
+        size = before.module.head.in_features // 8 or 1  # type: ignore[operator]
+        before.module.head.weight.data[:, : 4 * size] = 0  # type: ignore[union-attr]
+    expected = before.run()
+    eliminate_dead_channels(before)
+    before.check()
+    assert torch.allclose(before.run(), expected, rtol=1e-10, atol=1e-12)
+    assert expected.std(0).min() > 1e-6
+
+
+def test_an_unknown_operator_keeps_all_channels_around_it() -> None:
+    before = program(Read(lambda x: _reverse(x)), 2, 3, 6, 6)
+    silent(before.module.conv, 1, 2)  # type: ignore[arg-type]
+    assert eliminate_dead_channels(before) == []
+    (barrier,) = refusals(before)
+    assert "_reverse" in barrier.where and "unknown operator" in barrier.what
+
+
+def test_memory_written_to_behind_a_view_is_left_alone() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            h[:, 2:4].add_(1)
+            return self.b(h)
+
+    before = program(Overwrites(), 5, 4)
+    silent(before.module.a, 2, 3)  # type: ignore[arg-type]
+    expected = before.run()
+    eliminate_dead_channels(before)
+    before.check()
+    assert torch.allclose(before.run(), expected, rtol=1e-12)
