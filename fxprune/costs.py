@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fxprune.errors import ExampleInputError
 from fxprune.gates import Gates
@@ -71,7 +72,7 @@ def _macs(module: nn.Module, example_inputs: Inputs) -> int:
     args, kwargs = pytree.tree_map_only(
         Tensor, Tensor.clone, to_device(example_inputs, device_of(module))
     )
-    counter = FlopCounterMode(display=False)
+    counter = _FlopCounter()
     try:
         for part in flags:
             part.training = False
@@ -86,7 +87,30 @@ def _macs(module: nn.Module, example_inputs: Inputs) -> int:
         for part, flag in flags.items():
             part.training = flag
     # A multiply-accumulate is two floating-point operations.
-    return counter.get_total_flops() // (2 * _batch(example_inputs))
+    return counter.flops // (2 * _batch(example_inputs))
+
+
+class _FlopCounter(TorchDispatchMode):
+    """What torch's FlopCounterMode counts, without its bookkeeping by module: twice as fast."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import it, which takes seconds
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        formula = flop_registry.get(getattr(func, "_overloadpacket", func))
+        if formula is not None:
+            self.flops += formula(*args, **kwargs or {}, out_val=result)
+        return result
 
 
 def _batch(inputs: Inputs) -> int:

@@ -47,6 +47,7 @@ def observe(program: Program) -> Observation:
 class _Observer(fx.Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(program.module)
+        self.extra_traceback = False  # the error raised here says where
         self.program = program
         self.seen = Observation({}, {}, {})
         self.attributes: dict[int, fx.Node] = {}

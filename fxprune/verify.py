@@ -118,7 +118,11 @@ class Verification:
         }
 
     def __str__(self) -> str:
-        errors = ", ".join(f"{error:.1e} in {dtype}" for dtype, error in self.error.items())
+        allowed = {check.dtype: check.tolerance for check in self.checks}
+        errors = ", ".join(
+            f"{error:.1e} of {allowed.get(dtype, math.nan):.0e} in {dtype}"
+            for dtype, error in self.error.items()
+        )
         width = max((len(check.name) for check in self.checks), default=0)
         rows = [
             f"  {check.name:<{width}}  {check.dtype}  {check.verdict:<12}  "
@@ -169,8 +173,8 @@ def verify(
                 f"{type(reference).__name__} does not run on the {name} input "
                 f"{describe(given[name])}: {failure}"
             )
-    if exact is not None:
-        models[1] = copy_model(exact).eval()
+    # Other copies: the weights of a float64 model did not survive the float32 run.
+    models = [copy_model(model).eval() for model in (reference, exact or candidate)]
     for model in models:
         _cast_(model, torch.float64)
     double = _run_all(models, cases, [torch.float64, torch.float64])
@@ -268,7 +272,12 @@ class _Run:
 class _Float64(TorchDispatchMode):
     """Reads a float32 model as one of float64, also where its forward casts to float32."""
 
+    supports_higher_order_operators = True
     rounding = 0.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import it, which takes seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -395,7 +404,7 @@ def differences(
     Containers are compared by keys and positions: a dict may stand for an OrderedDict.
     """
     if list(reference) != list(candidate):
-        message = f"is made of {list(candidate)} instead of {list(reference)}"
+        message = f"is made of {', '.join(candidate)} instead of {', '.join(reference)}"
         return [Difference("output", math.inf, message=message)]
     return [_difference(path, reference[path], candidate[path], same_dtype) for path in reference]
 
@@ -576,10 +585,10 @@ def _varying(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _spread(samples: Tensor) -> float:
     """Return the standard deviation over (samples, entries), relative to the largest magnitude."""
-    samples = samples[samples.isfinite().any(1)]
-    finite = samples[:, samples.isfinite().all(0)]
-    size = finite.abs().max().item() if finite.numel() else 0.0
-    return finite.var(0, correction=0).mean().sqrt().item() / size if size else 0.0
+    finite = samples.where(samples.isfinite(), math.nan)
+    size = finite.abs().nan_to_num().max().item()
+    deviation = (finite - finite.nanmean(0)).square().nanmean().sqrt().item()
+    return deviation / size if size else 0.0
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

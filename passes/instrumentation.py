@@ -123,7 +123,7 @@ def _plan(program: Program, candidates: Sequence[_Candidate], seen: Observation)
         needed = [site for site in plan.sites if _reaches_reader(site, plan)]
         fewer = _try(program, needed, barriers, seen)
         if torch.equal(fewer.freed, plan.freed):
-            plan = fewer
+            plan = _Plan(plan.channels, plan.freed, fewer.sites)
         refusals = _rehearse(plan)
         if not refusals:
             return plan

@@ -44,9 +44,9 @@ def randomise(model: nn.Module) -> nn.Module:
     """Give every batch norm statistics and every bias a value that hides nothing."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 1.5)
+            if module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 1.5)
         for name, parameter in module.named_parameters(recurse=False):
             if name == "bias" or isinstance(module, nn.PReLU):
                 parameter.data.normal_(0, 0.3)

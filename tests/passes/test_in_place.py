@@ -1,0 +1,53 @@
+"""Ordinary forms for in-place operators, where that changes nothing."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.observation import observe
+from fxprune.passes.in_place import make_functional
+from fxprune.program import Program, capture
+from fxprune.testing import error
+
+
+def program(model: nn.Module, *shape: int) -> Program:
+    x = torch.randn(shape, dtype=torch.float64)
+    return capture(model.double().eval(), ((x,), {}), make_masks_permanent=False)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.relu = nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.linear(x))
+        x = F.elu(self.linear(x), inplace=True)
+        x = self.linear(x).tanh_()
+        x = torch.relu_(self.linear(x))
+        return x
+
+
+def test_a_chain_no_longer_overwrites_anything() -> None:
+    before = program(Chain(), 3, 4)
+    after = before.clone()
+    assert len(make_functional(after)) == 4
+    after.check()
+    assert not observe(after).mutated
+    assert error(before.run(), after.run()) == 0
+    assert make_functional(after) == []
+
+
+class ReadAgain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        view = x[:, 1:]
+        y = x.relu_()
+        return y.sum() + view
+
+
+def test_memory_read_again_keeps_its_form() -> None:
+    before = program(ReadAgain(), 3, 4)
+    expected = before.run()
+    assert make_functional(before) == []
+    assert error(expected, before.run()) == 0

@@ -1,0 +1,57 @@
+"""Removing what does nothing in evaluation, and only that."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.passes.no_ops import remove_no_ops
+from fxprune.program import Program, capture
+from fxprune.testing import check_rewrite
+from tests.conftest import Golden
+
+
+def program(model: nn.Module, *shape: int) -> Program:
+    x = torch.randn(shape, dtype=torch.float64)
+    return capture(model.double().eval(), ((x,), {}), make_masks_permanent=False)
+
+
+class NoOps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout, self.same = nn.Linear(4, 4), nn.Dropout(), nn.Identity()
+        self.unused = nn.Linear(99, 99)
+        self.register_buffer("ones", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.same(self.dropout(self.linear(x)))
+        x = torch.mul(x, self.ones)
+        return F.dropout(x, 0.3, training=self.training)
+
+
+def test_no_ops_go(golden: Golden) -> None:
+    after = check_rewrite(remove_no_ops, program(NoOps(), 3, 4))
+    golden.check(after.text())
+    assert [name for name, _ in after.module.named_children()] == ["linear"]
+
+
+class Effects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Identity()
+        self.register_buffer("scale", torch.tensor([1.0, 1.0, 2.0, 1.0]))
+        self.register_buffer("wide", torch.ones(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0
+        x.relu_()  # nobody uses what it returns, and yet it counts
+        dropped = F.dropout(x, 0.3, training=True) * 0
+        scaled = torch.mul(x, self.scale)
+        grown = torch.mul(scaled.sum(0), self.wide)
+        return self.same(x).add_(1) + x + dropped.sum() + grown.sum()
+
+
+def test_what_has_an_effect_stays() -> None:
+    before = program(Effects(), 3, 4)
+    text = before.text()
+    assert remove_no_ops(before) == []
+    assert before.text() == text

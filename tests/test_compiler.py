@@ -1,0 +1,280 @@
+"""The two verbs on real models: exact, smaller, and clear about what they refuse."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, fx, nn
+from torch.nn.utils import prune
+
+import fxprune
+from fxprune.testing import error, spread
+from models.lenet import LeNet
+from tests.conftest import randomise
+
+
+def calibrated(model: nn.Module, *shape: int) -> nn.Module:
+    """Randomise a model, with batch statistics that keep its signal alive to the output."""
+    randomise(model)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = None
+    model.train()
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(shape))
+    for norm in norms:
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean += 0.1 * torch.randn_like(norm.running_mean)
+        norm.running_var *= 0.8 + 0.4 * torch.rand_like(norm.running_var)
+    return model.eval()
+
+
+def close_half(gated: nn.Module) -> int:
+    """Set half of the gates of every site to 0 at random; return how many units are closed."""
+    gates: Any = gated.get_submodule("gates")
+    with torch.no_grad():
+        for site in gates.width_sites:
+            units = sorted({unit for unit in site.units if unit >= 0 and gates.width[unit] >= 0.5})
+            order = torch.randperm(len(units))[: len(units) // 2]
+            gates.width[[units[i] for i in order]] = 0
+    return int((gates.width < 0.5).sum())
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": torchvision.models.resnet18,
+    "mobilenet_v2": torchvision.models.mobilenet_v2,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_the_gates_of_every_site_go_exactly(name: str, tmp_path: Path) -> None:
+    model = calibrated(MODELS[name](), 8, 3, 96, 96)
+    x = torch.randn(2, 3, 96, 96)
+    gated = fxprune.instrument(model, x)
+    for mode in (True, False):
+        torch.manual_seed(1)
+        expected = model.train(mode)(x)
+        torch.manual_seed(1)
+        assert torch.equal(gated.train(mode)(x), expected), f"training={mode}"
+    assert close_half(gated) > 1000
+    small = fxprune.finalize(gated.eval())
+    report: fxprune.Report = small.report
+    assert report.before and report.after and report.verification
+    assert report.after.parameters < 0.6 * report.before.parameters
+    assert report.verification.verdict == "equal"
+    assert report.verification.error["float64"] <= 1e-9
+    checked = [check.name for check in report.verification.checks if check.verdict == "equal"]
+    assert {"example", "batch 1", "batch 3", "size +32"} <= set(checked)
+    assert min(c.spread for c in report.verification.checks if c.dtype == "float64") > 1e-3
+    onnx = fxprune.export_onnx(small, tmp_path / "small.onnx", dynamic_size=True)
+    assert max(onnx.errors.values()) <= 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"))
+    for shape in ((1, 3, 96, 96), (3, 3, 96, 96), (2, 3, 128, 128)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+            assert error(gated(x), found) <= 1e-4
+
+
+def test_nothing_the_user_holds_is_modified() -> None:
+    model = calibrated(torchvision.models.resnet18(), 4, 3, 64, 64).train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gated = fxprune.instrument(model, torch.randn(2, 3, 64, 64))
+    close_half(gated)
+    held = {name: tensor.clone() for name, tensor in gated.state_dict().items()}
+    code = gated.code
+    fxprune.finalize(gated, check=False)
+    assert model.training and gated.training and gated.code == code
+    for before, after in ((state, model.state_dict()), (held, gated.state_dict())):
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_masked_model_shrinks_without_gates() -> None:
+    model = calibrated(torchvision.models.vgg11_bn(num_classes=10), 2, 3, 32, 32)
+    features: Any = model.features
+    for layer, norm in zip(features, features[1:], strict=False):
+        if isinstance(layer, nn.Conv2d):
+            prune.ln_structured(layer, "weight", amount=0.5, n=2, dim=0)
+            # A masked filter leaves a constant behind the norm; ReLU makes it 0 if it is negative.
+            norm.bias.data[layer.weight_mask[:, 0, 0, 0] == 0] = -10.0
+    x = torch.randn(2, 3, 64, 64)
+    small = fxprune.finalize(model, x)
+    layers = [m for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in layers] == [32, 64, 128, 128, 256, 256, 256, 256]
+    with torch.no_grad():
+        assert error(model(x), small(x)) < 1e-5
+        assert spread(small(x)) > 1e-3
+
+
+def test_ln_structured_masks_halve_a_plain_net() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+    randomise(model)
+    for place in (0, 2):
+        layer = model[place]
+        assert isinstance(layer, nn.Conv2d)
+        prune.ln_structured(layer, "weight", amount=0.5, n=2, dim=0)
+        mask = layer.weight_mask[:, 0, 0, 0]
+        assert layer.bias is not None
+        layer.bias.data *= mask
+    x = torch.randn(4, 3, 12, 12)
+    model(x)
+    small = fxprune.finalize(model, x)
+    layers = dict(small.named_modules())
+    assert layers["0"].weight.shape == (8, 3, 3, 3)
+    assert layers["2"].weight.shape == (16, 8, 3, 3)
+    assert layers["6"].weight.shape == (10, 16)
+    assert error(model(x), small(x)) < 1e-6
+
+
+@fx.wrap
+def _mirror(x: Tensor) -> Tensor:
+    """Do what no rule knows."""
+    return torch.index_select(x, 1, torch.arange(x.shape[1] - 1, -1, -1))
+
+
+class WithUnknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.c, self.d = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.b(F.relu(self.a(x))))
+        return self.d(F.relu(self.c(_mirror(x))))
+
+
+def test_an_unknown_operator_is_a_barrier_and_is_named() -> None:
+    model = randomise(WithUnknown())
+    gated = fxprune.instrument(model, torch.randn(2, 3, 14, 14))
+    sites = fxprune.architecture(gated)
+    assert len(sites) == 2
+    assert any("_mirror" in str(change) for change in gated.report.passes["insertion"])
+    close_half(gated)
+    small = fxprune.finalize(gated)
+    assert small.get_submodule("b").out_channels == 8
+    assert small.get_submodule("c").in_channels == 8
+    assert small.get_submodule("a").out_channels == 4
+    assert small.get_submodule("c").out_channels == 4
+    (refused,) = small.report.refused
+    assert "_mirror" in str(refused) and "test_compiler.py" in str(refused)
+    assert "_mirror" in str(small.report)
+
+
+def test_a_linearised_mlp_becomes_shallower() -> None:
+    model = randomise(
+        nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 5))
+    )
+    gated = fxprune.instrument(model, torch.randn(3, 12))
+    gates: Any = gated.gates
+    assert len(gates.depth_sites) == 2
+    with torch.no_grad():
+        gates.linear[0] = 1
+        gates.width[:64:2] = 0
+    small = fxprune.finalize(gated)
+    layers = [m for m in small.modules() if isinstance(m, nn.Linear)]
+    assert [tuple(layer.weight.shape) for layer in layers] == [(64, 12), (5, 64)]
+
+
+def test_a_net_dead_end_to_end_stays_a_net() -> None:
+    gated = fxprune.instrument(randomise(LeNet()), torch.randn(2, 1, 28, 28))
+    with torch.no_grad():
+        gated.gates.width.zero_()  # type: ignore[union-attr]
+    small = fxprune.finalize(gated)
+    x = torch.randn(4, 1, 28, 28)
+    assert error(gated.eval()(x), small(x)) < 1e-6
+    assert small.report.verification.verdict == "inconclusive"
+
+
+def test_the_result_needs_no_fxprune(tmp_path: Path) -> None:
+    gated = fxprune.instrument(randomise(LeNet()), torch.randn(2, 1, 28, 28))
+    close_half(gated)
+    small = fxprune.finalize(gated)
+    torch.save(small, tmp_path / "small.pt")
+    script = (
+        "import sys, torch; sys.modules['fxprune'] = None; "
+        f"m = torch.load({str(tmp_path / 'small.pt')!r}, weights_only=False); "
+        "print(tuple(m(torch.randn(3, 1, 28, 28)).shape))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "(3, 10)", done.stderr
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
+def nan_model() -> nn.Module:
+    model = LeNet()
+    model.conv2.weight.data[3, 1, 2, 2] = float("nan")
+    return model
+
+
+IMAGE = torch.randn(2, 1, 28, 28)
+MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "untraceable": (
+        lambda: fxprune.instrument(Untraceable(), torch.randn(2, 4)),
+        fxprune.TraceError,
+        "Untraceable cannot be traced",
+    ),
+    "wrong shape": (
+        lambda: fxprune.instrument(LeNet(), torch.randn(2, 3, 28, 28)),
+        fxprune.ExampleInputError,
+        r"float32\[2, 3, 28, 28\]",
+    ),
+    "too many inputs": (
+        lambda: fxprune.instrument(LeNet(), (IMAGE, IMAGE)),
+        fxprune.ExampleInputError,
+        "do not fit LeNet.forward",
+    ),
+    "NaN": (lambda: fxprune.finalize(nan_model(), IMAGE), fxprune.ModelError, "conv2.weight"),
+    "nothing to gate": (
+        lambda: fxprune.instrument(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), torch.ones(2, 4)),
+        fxprune.NothingToDoError,
+        "no gate could be inserted",
+    ),
+    "instrumented twice": (
+        lambda: fxprune.instrument(fxprune.instrument(LeNet(), IMAGE), IMAGE),
+        fxprune.GateError,
+        "instrumented already",
+    ),
+    "no inputs to guess": (
+        lambda: fxprune.instrument(nn.Bilinear(3, 4, 5)),
+        fxprune.ExampleInputError,
+        "pass example_inputs",
+    ),
+    "penalty of a plain model": (
+        lambda: fxprune.penalty(LeNet()),
+        fxprune.GateError,
+        "has no gates",
+    ),
+    "unwritable file": (
+        lambda: fxprune.export_onnx(LeNet(), "/nowhere/at/all/x.onnx", IMAGE),
+        fxprune.ExportError,
+        "nowhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gives_one_clear_error(name: str) -> None:
+    action, kind, message = MISTAKES[name]
+    with pytest.raises(kind, match=message) as caught:
+        action()
+    assert len(str(caught.value)) < 600

@@ -1,0 +1,447 @@
+"""Tracing: the same function in training and evaluation, source lines, and leaves where it must."""
+
+import copy
+import inspect
+import operator
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError as FxTraceError
+
+from fxprune.errors import ExampleInputError, TraceError, where
+from fxprune.tracing import bound_arguments, trace
+
+
+class Model(nn.Module):
+    """Calls a function that may use its layer and its training flag."""
+
+    def __init__(self, function: Callable[["Model", Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+class Dropped(nn.Module):
+    """A layer and functional dropout, which follows the module's flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(F.relu(self.layer(x)), 0.5, self.training)
+
+
+class Branches(nn.Module):
+    """Python that depends on data: no trace gets past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+class Outer(nn.Module):
+    """Something traceable round something that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(4, 4)
+        self.branches = Branches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branches(F.relu(self.before(x))) * 2
+
+
+class Options(nn.Module):
+    """Arguments of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(
+        self,
+        x: Tensor,
+        flag: bool = False,
+        scale: Tensor | None = None,
+        *,
+        sizes: tuple[int, int] = (2, 3),
+        mode: str = "plain",
+    ) -> Tensor:
+        x = self.layer(x)
+        if flag:
+            x = -x
+        if scale is not None:
+            x = x * scale
+        return x + sizes[0] if mode == "plain" else x
+
+
+class Gathers(nn.Module):
+    """Takes any arguments."""
+
+    def forward(self, x: Tensor, *rest: Tensor, **named: Tensor) -> Tensor:
+        for other in rest:
+            x = x + other
+        for name in sorted(named):
+            x = x * named[name]
+        return x
+
+
+def traced(model: nn.Module, *names: str) -> fx.GraphModule:
+    return trace(model, dict.fromkeys(names or ("x",)))
+
+
+def targets(module: fx.GraphModule, op: str) -> list[str]:
+    return [str(node.target) for node in module.graph.find_nodes(op=op)]
+
+
+def calls(module: fx.GraphModule) -> list[Any]:
+    return [n.target for n in module.graph.nodes if n.op.startswith("call_")]
+
+
+def placeholders(module: fx.GraphModule) -> list[str]:
+    return targets(module, "placeholder")
+
+
+def is_random(module: nn.Module, x: Tensor) -> bool:
+    return not torch.equal(module(x), module(x))
+
+
+def line_of(function: Callable[..., Any], text: str) -> int:
+    lines, start = inspect.getsourcelines(function)
+    return start + next(place for place, line in enumerate(lines) if text in line)
+
+
+# Source lines.
+
+
+def test_every_operator_knows_the_users_line() -> None:
+    module = traced(Outer())
+    expected = f"{__file__}:{line_of(Outer.forward, 'self.branches')}"
+    found = {n.name: n.meta["source"] for n in module.graph.nodes if n.op.startswith("call_")}
+    assert found == dict.fromkeys(("before", "relu", "branches", "mul"), expected)
+
+
+def test_lines_are_those_of_the_submodule_that_computes() -> None:
+    module = traced(nn.Sequential(Dropped(), nn.Tanh()), "input")
+    [relu] = module.graph.find_nodes(op="call_function", target=F.relu)
+    assert relu.meta["source"] == f"{__file__}:{line_of(Dropped.forward, 'F.relu')}"
+
+
+def test_packages_whose_name_begins_with_torch_are_the_users() -> None:
+    file = f"{Path(torch.__file__).parent}vision/models.py"
+    names: dict[str, Any] = {}
+    exec(compile("def function(model, x):\n    return model.layer(x)", file, "exec"), names)
+    [node] = traced(Model(names["function"])).graph.find_nodes(op="call_module", target="layer")
+    assert node.meta["source"] == f"{file}:2"
+
+
+def test_errors_name_the_users_line() -> None:
+    module = traced(Outer())
+    [relu] = module.graph.find_nodes(op="call_function", target=F.relu)
+    line = line_of(Outer.forward, "F.relu")
+    assert where(relu) == f"relu (call_function torch.nn.functional.relu) at {__file__}:{line}"
+
+
+# Training and evaluation.
+
+
+def test_functional_dropout_follows_the_flag_after_the_trace() -> None:
+    module, x = traced(Dropped()), torch.randn(8, 64)
+    assert is_random(module.train(), x)
+    assert not is_random(module.eval(), x)
+    assert is_random(module.train(), x)
+
+
+def test_functional_dropout_follows_the_flag_of_its_own_submodule() -> None:
+    model = nn.Sequential(nn.Sequential(Dropped()), nn.Linear(64, 64))
+    module, x = traced(model, "input"), torch.randn(8, 64)
+    assert is_random(module.train(), x)
+    module.get_submodule("0.0").eval()
+    assert not is_random(module, x)
+    assert is_random(module.train(), x)
+    assert not is_random(module.eval(), x)
+
+
+def test_dropout_in_training_equals_the_models_own() -> None:
+    model = nn.Sequential(Dropped(), Dropped(), nn.Dropout(0.3))
+    module, x = traced(model, "input"), torch.randn(8, 64)
+    for training in (True, False):
+        torch.manual_seed(1)
+        expected = model.train(training)(x)
+        torch.manual_seed(1)
+        assert torch.equal(module.train(training)(x), expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.booleans(), min_size=7, max_size=7))
+def test_flags_are_those_the_model_had(flags: list[bool]) -> None:
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.Sequential(Dropped(), nn.BatchNorm1d(64)), nn.ReLU()
+    )
+    modules = dict(model.named_modules())
+    for module, flag in zip(modules.values(), flags, strict=True):
+        module.training = flag
+    result = dict(traced(model, "input").named_modules())
+    assert {name: result[name].training for name in modules} == dict(
+        zip(modules, flags, strict=True)
+    )
+    assert [module.training for module in modules.values()] == flags
+
+
+def test_flags_are_restored_when_the_trace_fails() -> None:
+    model = Branches().train()
+    model.layer.eval()
+    with pytest.raises(TraceError):
+        traced(model)
+    assert (model.training, model.layer.training) == (True, False)
+
+
+def test_a_model_that_is_the_same_in_both_modes_is_not_of_evaluation_only() -> None:
+    assert traced(nn.Sequential(Dropped(), nn.Dropout()), "input").meta["evaluation_only"] is False
+
+
+def test_constant_tensors_do_not_make_the_modes_differ() -> None:
+    module = traced(Model(lambda m, x: m.layer(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])))
+    assert module.meta["evaluation_only"] is False
+
+
+MODES_DIFFER: dict[str, Callable[[Model, Tensor], Any]] = {
+    "an operator": lambda m, x: m.layer(x) if m.training else m.layer(x).neg(),
+    "one more operator": lambda m, x: m.layer(x).neg().neg() if m.training else m.layer(x),
+    "an auxiliary output": lambda m, x: (m.layer(x), x) if m.training else m.layer(x),
+    "a main output alone": lambda m, x: m.layer(x) if m.training else (m.layer(x), x),
+    "a number": lambda m, x: m.layer(x) * (2 if m.training else 1),
+    "a rate": lambda m, x: F.dropout(m.layer(x), 0.5 if m.training else 0.0, training=True),
+    "a flag the other way round": lambda m, x: F.dropout(m.layer(x), 0.5, training=not m.training),
+    "a longer list": lambda m, x: torch.cat([m.layer(x), x] if m.training else [m.layer(x)]),
+    "a slice": lambda m, x: m.layer(x)[:, : 3 if m.training else 4],
+    "an operand": lambda m, x: m.layer(x).neg() + (x if m.training else x.neg().neg()),
+    "a key": lambda m, x: {("a" if m.training else "b"): m.layer(x)},
+    "a constant tensor": lambda m, x: m.layer(x) * torch.tensor(2.0 if m.training else 1.0),
+}
+
+
+@pytest.mark.parametrize("what", MODES_DIFFER)
+def test_a_model_whose_modes_differ_is_traced_as_in_evaluation(what: str) -> None:
+    model, x = Model(MODES_DIFFER[what]), torch.randn(2, 4)
+    module = traced(model)
+    assert module.meta["evaluation_only"] is True
+    torch.manual_seed(1)
+    expected = model.eval()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(module.eval()(x), expected, rtol=0, atol=0)
+
+
+# What cannot be traced.
+
+
+def test_a_submodule_that_cannot_be_traced_becomes_a_leaf_that_says_why() -> None:
+    model, x = Outer(), torch.randn(2, 4)
+    module = traced(model)
+    assert calls(module)[:1] + calls(module)[2:3] == ["before", "branches"]
+    [leaf] = module.graph.find_nodes(op="call_module", target="branches")
+    assert leaf.meta["leaf_because"].startswith("TraceError: symbolically traced variables")
+    assert torch.equal(module(x), model(x))
+
+
+def test_the_leaf_is_as_small_as_possible_however_deep_it_stands() -> None:
+    model, x = nn.Sequential(nn.Sequential(nn.Sequential(Outer()), nn.Tanh())), torch.randn(2, 4)
+    module = traced(model, "input")
+    leaves = [n.target for n in module.graph.nodes if "leaf_because" in n.meta]
+    assert leaves == ["0.0.0.branches"]
+    assert "0.0.0.before" in calls(module)
+    assert torch.equal(module(x), model(x))
+
+
+def test_flags_are_read_from_the_right_module_behind_a_leaf() -> None:
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer = Outer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.outer(x), 0.5, self.training)
+
+    module = traced(Behind())
+    assert targets(module, "get_attr") == ["training"]
+
+
+def test_nothing_of_an_attempt_that_failed_stays_in_the_graph() -> None:
+    class Shares(nn.Module):
+        """Reads a parameter that its untraceable submodule has read as well."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+            self.branches = Reads(self.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.branches(x), self.weight)
+
+    class Reads(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.linear(x, self.weight)
+            return y if y.sum() > 0 else -y
+
+    model, x = Shares(), torch.randn(2, 4)
+    module = traced(model)
+    module.graph.lint()
+    assert [str(n.target) for n in module.graph.nodes][:3] == ["x", "branches", "weight"]
+    assert torch.equal(module(x), model(x))
+
+
+def test_a_module_made_on_the_fly_makes_a_leaf_of_who_makes_it() -> None:
+    class Makes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.ReLU()(x)
+
+    module = traced(nn.Sequential(nn.Linear(4, 4), Makes()), "input")
+    assert calls(module) == ["0", "1"]
+
+
+def test_a_model_that_branches_at_its_top_is_refused_with_place_and_remedy() -> None:
+    with pytest.raises(TraceError) as caught:
+        traced(Branches())
+    message = str(caught.value)
+    assert message.startswith(
+        "Branches cannot be traced: TraceError: symbolically traced variables"
+    )
+    assert f"{__file__}:{line_of(Branches.forward, 'if x.sum()')}" in message
+    assert "into a submodule of its own" in message
+    assert isinstance(caught.value.__cause__, FxTraceError)
+
+
+# Arguments.
+
+
+def test_arguments_left_out_are_constants_and_leave_no_trace() -> None:
+    model, x = Options(), torch.randn(2, 4)
+    module = traced(model)
+    assert placeholders(module) == ["x"]
+    assert calls(module) == ["layer", operator.add]
+    assert torch.equal(module(x), model(x))
+
+
+def test_arguments_are_given_by_keyword_over_a_gap() -> None:
+    model, x, scale = Options(), torch.randn(2, 4), torch.randn(4)
+    module = traced(model, "x", "scale")
+    assert placeholders(module) == ["x", "scale"]
+    assert torch.equal(module(x, scale=scale), model(x, scale=scale))
+
+
+def test_an_argument_that_was_left_out_cannot_be_given_later() -> None:
+    with pytest.raises(TypeError):
+        traced(Options())(torch.randn(2, 4), True)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("names", [(), ("b",), ("b", "a")])
+def test_gathered_arguments_become_inputs_one_by_one(count: int, names: tuple[str, ...]) -> None:
+    model, x = Gathers(), torch.randn(2, 4)
+    rest = tuple(torch.randn(4) for _ in range(count))
+    named = {name: torch.randn(4) for name in names}
+    module = trace(model, bound_arguments(model, (x, *rest), named))
+    assert placeholders(module) == ["x", *(f"rest_{i}" for i in range(count)), *names]
+    assert torch.equal(module(x, *rest, **named), model(x, *rest, **named))
+
+
+def test_inputs_are_bound_to_the_names_of_forward() -> None:
+    bound = bound_arguments(Options(), (1,), {"mode": "other", "scale": 2})
+    assert bound == {"x": 1, "scale": 2, "mode": "other"}
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"), [((), {}), ((1, 2, 3, 4), {}), ((1,), {"nonsense": 2}), ((1,), {"x": 2})]
+)
+def test_inputs_that_do_not_fit_forward_are_refused(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    with pytest.raises(
+        ExampleInputError, match=r"do not fit Options\.forward\(x: .*example_inputs"
+    ):
+        bound_arguments(Options(), args, kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:Warning")
+def test_a_compiled_script_is_refused() -> None:
+    script: Any = torch.jit.trace(nn.Linear(4, 4), torch.randn(2, 4))
+    with pytest.raises(TraceError, match="forward is not Python"):
+        bound_arguments(script, (torch.randn(2, 4),), {})
+
+
+# The result.
+
+
+def test_the_trace_shares_the_models_parameters() -> None:
+    model = Outer()
+    module = traced(model)
+    assert {id(p) for p in module.parameters()} == {id(p) for p in model.parameters()}
+    assert module.state_dict().keys() == model.state_dict().keys()
+
+
+def test_arithmetic_on_buffers_follows_the_buffers() -> None:
+    class Centred(nn.Module):
+        """Keeps a running mean of its own, as many home-made normalisations do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean: Tensor
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean.copy_(0.9 * self.mean + 0.1 * x.mean(0))
+            return x - self.mean * 1
+
+    model = Centred()
+    module, batches = traced(copy.deepcopy(model)), torch.randn(3, 8, 4)
+    for batch in batches:
+        assert torch.equal(module(batch), model(batch))
+    assert torch.equal(module.get_buffer("mean"), model.mean)
+    assert module.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_trace_can_be_traced_again() -> None:
+    model, x = nn.Sequential(Dropped(), nn.Linear(64, 2)), torch.randn(8, 64)
+    once = traced(model, "input")
+    twice = traced(once, "input")
+    assert torch.equal(twice.eval()(x), model.eval()(x))
+    assert is_random(twice.train(), x)
+
+
+def test_a_trace_survives_pickling() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), torch.randn(2, 4)
+    loaded = pickle.loads(pickle.dumps(traced(model, "input")))
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_a_trace_needs_nothing_of_ours_to_be_unpickled() -> None:
+    dumped = pickle.dumps(traced(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "input"))
+    assert b"fxprune" not in dumped
+
+
+def test_long_chains_are_traced_without_recursion() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Identity() for _ in range(1500)))
+    assert len(calls(traced(model, "input"))) == 1500
