@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxprune import ops as ops
@@ -33,7 +34,6 @@ from fxprune.rules import (
     barrier_flow,
     fixed,
     flatten,
-    map_values,
     rule_for,
 )
 from fxprune.tags import FIXED, TagTable, varying_axes
@@ -247,7 +247,7 @@ class _Forward:
         )
 
     def _arguments(self, raw: Any) -> Any:
-        return fx.node.map_arg(raw, lambda node: self.found.values[node])
+        return map_arg(raw, lambda node: self.found.values[node])
 
     def _state(self, name: str) -> State | None:
         owner, _, attribute = name.rpartition(".")

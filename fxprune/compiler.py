@@ -3,7 +3,7 @@
 Both work on a copy: what the user holds is never modified.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -38,6 +38,23 @@ from fxprune.program import (
 from fxprune.report import Report
 from fxprune.verify import Verification, verify
 
+if TYPE_CHECKING:
+
+    class GatedModel(fx.GraphModule):
+        """What `instrument` returns."""
+
+        report: Report
+        gates: Gates
+        penalties: nn.ModuleDict
+
+    class PlainModel(fx.GraphModule):
+        """What `finalize` returns."""
+
+        report: Report
+
+else:  # at run time both are what they are: the result needs no class of ours
+    GatedModel = PlainModel = fx.GraphModule
+
 CUT: tuple[Pass, ...] = (
     # What the gates decided becomes zeros, which all later passes understand.
     remove_gates,
@@ -64,7 +81,7 @@ def instrument(
     width_init: float = 0.75,
     linear_init: float = 0.25,
     penalties: nn.ModuleDict | None = None,
-) -> fx.GraphModule:
+) -> GatedModel:
     """Return a copy of `model` with tri-state gates at its nonlinearities, computing the same.
 
     Train it as you would train the model, with `fxprune.penalty(gated)` added to the loss. Its
@@ -103,7 +120,8 @@ def instrument(
             raise VerificationError(
                 f"the gates changed the outputs of {type(model).__name__}; this is a bug in fxprune"
             )
-    return _deliver(program, inputs, report)
+    _remember(program, inputs, report)
+    return cast(GatedModel, program.module)
 
 
 def finalize(
@@ -112,7 +130,7 @@ def finalize(
     *,
     fold: bool = True,
     check: bool = True,
-) -> fx.GraphModule:
+) -> PlainModel:
     """Return a smaller, plain copy of `model` that computes the same, proved by running both.
 
     Takes what `instrument` returned, trained, or any model with zeroed channels (masks of
@@ -139,7 +157,8 @@ def finalize(
     report.before, report.after = _costs(reference, inputs), _costs(program.module, inputs)
     if check:
         report.verification = _prove(reference, source, program, passes)
-    return _deliver(program, inputs, report)
+    _remember(program, inputs, report)
+    return cast(PlainModel, program.module)
 
 
 def find_gates(model: nn.Module) -> nn.Module | None:
@@ -210,13 +229,12 @@ def _prove(
     return found
 
 
-def _deliver(program: Program, inputs: Inputs, report: Report) -> fx.GraphModule:
+def _remember(program: Program, inputs: Inputs, report: Report) -> None:
     """Give the module what a user asks of it: its report, and inputs for what comes next."""
-    module = program.module
+    module: Any = program.module
     module.meta["fxprune"] = {
         "model": report.model,
         "example_inputs": pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, inputs),
     }
     module.report = report
-    module.meta["_user_preserved_attributes"] = {"report": report}
-    return module
+    module.meta["_user_preserved_attributes"] = {"report": report}  # survives a deep copy

@@ -1,8 +1,8 @@
 """What fxprune raises on purpose.
 
-Every error says what is wrong, where (node, module, the user's own source line) and what to do about
-it. All of them derive from `FxpruneError`, so that a caller can catch the family and the command line
-can turn any of them into one line and exit status 2.
+Every error says what is wrong, where (node, module, the user's own source line) and what to do
+about it. All of them derive from `FxpruneError`, so that a caller can catch the family and the
+command line can turn any of them into one line and exit status 2.
 """
 
 from torch import fx

@@ -91,7 +91,8 @@ def export_onnx(
     relative to the largest entry of an output. metadata: goes into the file; values other than
     strings become JSON.
 
-    The model is not modified. Raises `ExportError`, and then leaves `path` as it was.
+    The model is not modified. Raises `ExportError`, or `ExampleInputError` if `example_inputs` is
+    no set of inputs, and then leaves `path` as it was.
     """
     start = time.perf_counter()
     inputs = _example_inputs(model, example_inputs)
@@ -102,10 +103,7 @@ def export_onnx(
         draft = folder / target.name
         opset = _write(flat, sizes, draft, metadata or {})
         errors = _compare(flat, sizes, draft, tolerance)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        # The weights of a large model first: it must never stand without them.
-        for file in sorted(folder.iterdir(), key=lambda file: file == draft):
-            os.replace(file, target.parent / file.name)
+        size = _publish(draft, target.parent)
     return OnnxCheck(
         path=os.fspath(path),
         bytes=size,
@@ -326,6 +324,16 @@ def _drop_prefix(model: Any) -> None:
         own_name = name.removeprefix("model.")
         if own_name not in taken:
             value.name = own_name
+
+
+def _publish(draft: Path, directory: Path) -> int:
+    """Move what was written into `directory`, and return its bytes."""
+    files = list(draft.parent.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    # The weights of a large model first: it must never stand without them.
+    for file in sorted(files, key=lambda file: file == draft):
+        os.replace(file, directory / file.name)
+    return size
 
 
 def _version() -> str:

@@ -5,6 +5,7 @@ already; for a gated one what the gates hold now.
 """
 
 import io
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,14 +86,13 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     program = capture_any(model, inputs_for(model, example_inputs))
     plain = program.clone()
     if find_gates(model) is None:
-        why = _try_gates(program)
+        with suppress(NothingToDoError):  # the rows say why
+            insert_gates(program)
     else:
-        why = ""
         remove_gates(plain)
     channels = analyse(program, generic=True)
     plain_channels = analyse(plain)
-    cut = settle(plain_channels)
-    rows = _rows(program, channels, plain_channels, cut, why)
+    rows = _rows(program, channels, plain_channels, settle(plain_channels))
     name = str(program.module.meta.get("fxprune", {}).get("model", type(model).__name__))
     return Inspection(name, tuple(rows), as_graph(program, channels))
 
@@ -141,17 +141,7 @@ def _count(channels: Channels, node: fx.Node) -> int | None:
     return value.tags.numel() if isinstance(value, Value) else None
 
 
-def _try_gates(program: Program) -> str:
-    try:
-        insert_gates(program)
-    except NothingToDoError as error:
-        return str(error)
-    return ""
-
-
-def _rows(
-    program: Program, channels: Channels, plain: Channels, cut: Cut, why: str
-) -> list[Row]:
+def _rows(program: Program, channels: Channels, plain: Channels, cut: Cut) -> list[Row]:
     sites = _sites_by_class(program, channels)
     linear = _linear_by_source(program)
     blocked = channels.blocked()
@@ -165,7 +155,7 @@ def _rows(
             continue
         labels = channels.classes[value.tags.reshape(-1)].tolist()
         names = list(dict.fromkeys(name for label in labels for name in sites.get(label, ())))
-        reason = "" if names else why or _reason(channels, node, labels, blocked)
+        reason = "" if names else _reason(channels, node, labels, blocked)
         keep = cut.keep(outcome.tags)
         total = _channels_of(value)
         live = int(keep.sum()) if outcome.tags.numel() == total else total
@@ -196,9 +186,7 @@ def _is_layer(channels: Channels, node: fx.Node, module: nn.Module | None) -> bo
     return rule_for(node, module).name == "mixing"
 
 
-def _reason(
-    channels: Channels, node: fx.Node, labels: list[int], blocked: dict[int, str]
-) -> str:
+def _reason(channels: Channels, node: fx.Node, labels: list[int], blocked: dict[int, str]) -> str:
     if node in channels.barriers:
         return f"{channels.barriers[node]}: {where(node)}"
     found = (blocked.get(label) for label in dict.fromkeys(labels))

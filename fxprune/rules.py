@@ -85,7 +85,7 @@ class State:
         return self.axes[axis]
 
     def value(self) -> Value:
-        """Return the tensor as an operand like any other: one tag an element or a lone long axis."""
+        """Return the tensor as an operand like any other, with a tag for every element."""
         shape = tuple(self.tensor.shape)
         if self.whole is None:
             long = [axis for axis, size in enumerate(shape) if size > 1]
@@ -99,7 +99,7 @@ class State:
         return Value(shape, self.tensor.dtype, self.whole, self.known())
 
     def known(self) -> Tensor:
-        """Return its numbers in float64; random ones for a parameter if only generic facts count."""
+        """Return its numbers in float64; random ones for a parameter if facts are generic."""
         if self.generic and isinstance(self.tensor, nn.Parameter):
             seed = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
             return torch.rand(self.tensor.shape, generator=seed, dtype=torch.float64) + 0.5
@@ -111,8 +111,8 @@ class Read:
     """An operator's outputs mix its inputs.
 
     outputs: tags (O,); inputs: tags (I,). Output o reads input i where `pattern` (O, I) says so,
-    everywhere if it is None. An input for which `foldable` (I,) holds is a constant the operator can
-    absorb, so that its channel may go although it is read.
+    everywhere if it is None. An input for which `foldable` (I,) holds is a constant the operator
+    can absorb, so that its channel may go although it is read.
     """
 
     outputs: Tensor
@@ -180,7 +180,9 @@ class Call:
     def output(self, tags: Tensor, constants: Tensor | None = None) -> Value:
         """Build the value of its one output; with no constants given, none are known."""
         spec = self.tensor_spec()
-        return Value(spec.shape, spec.dtype, tags, unknown(tags) if constants is None else constants)
+        return Value(
+            spec.shape, spec.dtype, tags, unknown(tags) if constants is None else constants
+        )
 
     def execute(self, replace: Callable[[Any], Any]) -> Any:
         """Run the operator itself, each tensor argument replaced."""

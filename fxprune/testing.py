@@ -1,8 +1,8 @@
 """What every pass and every rule must pass; also for those who write their own.
 
 `check_rewrite` holds a pass to its contract. `check_rule` holds an operator's rule to its by
-execution: between two layers that mix channels, channels the operator should let go are removed, and
-the outputs must not move.
+execution: between two layers that mix channels, channels the operator should let go are removed,
+and the outputs must not move.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,8 @@ def check_rule(
 
     operator: takes `operands` tensors of `shape`, with channels along `axis` (along `out_axis` in
     its outputs). Half of the channels die: as what follows does not read them, or with
-    `zero_inputs` as what precedes sends nothing. Raises AssertionError unless outputs stay equal to 1e-10 relative and vary.
+    `zero_inputs` as what precedes sends nothing. Raises AssertionError unless the outputs stay
+    equal to 1e-10 relative, and vary.
     """
     torch.manual_seed(seed)
     model = _Sandwich(operator, shape, operands, axis, out_axis).double().eval()
@@ -172,7 +173,9 @@ def _randomise(model: nn.Module) -> None:
 
 
 def _shapes(program: Program) -> dict[str, Any]:
-    return {name: tensor.double().sum().item() for name, tensor in program.module.state_dict().items()}
+    return {
+        name: tensor.double().sum().item() for name, tensor in program.module.state_dict().items()
+    }
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -167,14 +168,10 @@ def verify(
     models = [copy_model(model).eval() for model in (reference, candidate)]
     inputs_as = [_to_float32_(model) for model in models]
     single = _run_all(models, cases, inputs_as)
-    for name in given:
-        if failure := single[name][0].failure:
-            raise ExampleInputError(
-                f"{type(reference).__name__} does not run on the {name} input "
-                f"{describe(given[name])}: {failure}"
-            )
+    _require_runs(reference, given, single)
     # Other copies: the weights of a float64 model did not survive the float32 run.
-    models = [copy_model(model).eval() for model in (reference, exact or candidate)]
+    widest = candidate if exact is None else exact
+    models = [copy_model(model).eval() for model in (reference, widest)]
     for model in models:
         _cast_(model, torch.float64)
     double = _run_all(models, cases, [torch.float64, torch.float64])
@@ -269,6 +266,10 @@ class _Run:
     seconds: float
 
 
+# By case, the run of the reference and that of the candidate.
+_Runs = Mapping[str, Sequence[_Run]]
+
+
 class _Float64(TorchDispatchMode):
     """Reads a float32 model as one of float64, also where its forward casts to float32."""
 
@@ -297,7 +298,7 @@ def _run_all(
     models: Sequence[nn.Module],
     cases: Mapping[str, Inputs],
     inputs_as: Sequence[torch.dtype | None],
-) -> dict[str, list[_Run]]:
+) -> _Runs:
     return {
         name: [_run(model, inputs, d) for model, d in zip(models, inputs_as, strict=True)]
         for name, inputs in cases.items()
@@ -341,6 +342,15 @@ def _cast_(model: nn.Module, dtype: torch.dtype) -> None:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 vars(module)[name] = value.to(dtype)
+
+
+def _require_runs(reference: nn.Module, given: Mapping[str, Inputs], runs: _Runs) -> None:
+    for name, inputs in given.items():
+        if failure := runs[name][0].failure:
+            raise ExampleInputError(
+                f"{type(reference).__name__} does not run on the {name} input {describe(inputs)}: "
+                f"{failure}; pass inputs of the shapes it was made for"
+            )
 
 
 def _float_dtypes(values: Any) -> set[torch.dtype]:
@@ -451,7 +461,8 @@ def _float_difference(path: str, a: Tensor, b: Tensor) -> Difference:
 
 
 def _peak(values: Tensor) -> tuple[int, ...]:
-    place = torch.unravel_index(values.double().argmax(), values.shape)
+    # torch has this too, and imports sympy for it, which takes seconds.
+    place = np.unravel_index(int(values.double().argmax()), tuple(values.shape))
     return tuple(int(i) for i in place)
 
 
@@ -459,7 +470,6 @@ def _peak(values: Tensor) -> tuple[int, ...]:
 
 # How large an error rounding alone may explain: up to there, what exceeds a tolerance is undecided.
 _Allowance = Callable[[Difference], float]
-_Runs = Mapping[str, Sequence[_Run]]
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def affine(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _scale_outputs(layer: Any, weight: Tensor, scale: Tensor) -> Tensor:
-    """Multiply each output channel's weights; a transposed weight is (in, out / groups, kernel…)."""
+    """Multiply each output channel's weights; a transposed weight is (in, out / groups, …)."""
     if not getattr(layer, "transposed", False):
         return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
     grouped = weight.unflatten(0, (layer.groups, -1))

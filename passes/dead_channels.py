@@ -9,6 +9,7 @@ first edit; an operator that cannot follow becomes a barrier and the plan is mad
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from fxprune.channels import Channels, analyse, settle
 from fxprune.errors import where
@@ -55,7 +56,9 @@ def _plan(program: Program) -> tuple[Channels, Cut, _Plan]:
                 answer = rule_for(node, call.module).rewrite(call, cut)
             except Barrier as barrier:
                 if node in barriers:
-                    raise RuntimeError(f"{where(node)} refuses as a barrier: {barrier}") from barrier
+                    raise RuntimeError(
+                        f"{where(node)} refuses as a barrier: {barrier}"
+                    ) from barrier
                 barriers[node] = str(barrier)
                 refused = True
                 continue
@@ -65,9 +68,7 @@ def _plan(program: Program) -> tuple[Channels, Cut, _Plan]:
             return channels, cut, plan
 
 
-def _cut_state(
-    module: fx.GraphModule, channels: Channels, state: State, cut: Cut
-) -> Change | None:
+def _cut_state(module: fx.GraphModule, channels: Channels, state: State, cut: Cut) -> Change | None:
     tensor, before = state.tensor.detach(), tuple(state.tensor.shape)
     for axis, keep in _keeps(state, cut):
         if not bool(keep.all()):
@@ -118,7 +119,6 @@ def _freeze(node: fx.Node, value: Any) -> None:
         def literal(arg: fx.Node) -> Any:
             return value if arg is node else arg
 
-        user.args = fx.node.map_arg(user.args, literal)
-        user.kwargs = fx.node.map_arg(user.kwargs, literal)
+        user.args = map_arg(user.args, literal)
+        user.kwargs = map_arg(user.kwargs, literal)
     node.graph.erase_node(node)
-

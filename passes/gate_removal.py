@@ -26,7 +26,7 @@ def remove_gates(program: Program) -> list[Change]:
         elif node.target is linear_gate:
             changes += _resolve_depth(gates, node)
     for node in reversed(list(program.graph.nodes)):
-        if node.op == "call_module" and node.target == "gates" or _picks_gate(node):
+        if (node.op == "call_module" and node.target == "gates") or _picks_gate(node):
             program.graph.erase_node(node)
     del module.gates
     if isinstance(getattr(module, "penalties", None), nn.Module):

@@ -1,8 +1,8 @@
 """Make in-place operators leave their inputs alone.
 
 Other passes bypass operators and put new ones between two others; that is safe only where nothing
-overwrites its input. An operator whose input somebody still reads afterwards keeps its form, and the
-channel analysis keeps all that shares that memory.
+overwrites its input. An operator whose input somebody still reads afterwards keeps its form, and
+the channel analysis keeps all that shares that memory.
 """
 
 from fxprune.observation import observe

@@ -137,9 +137,7 @@ def _try(
     seen: Observation,
 ) -> _Plan:
     positions = {candidate.position for candidate in candidates}
-    channels = analyse(
-        program, generic=True, zeroed=positions, barriers=barriers, observation=seen
-    )
+    channels = analyse(program, generic=True, zeroed=positions, barriers=barriers, observation=seen)
     freed = torch.ones(len(channels.classes), dtype=torch.bool)
     freed[[FIXED, *channels.blocked()]] = False
     sites = [c for c in candidates if bool(_freed(c, channels, freed).any())]
@@ -190,7 +188,7 @@ def _rehearse(plan: _Plan) -> dict[fx.Node, str]:
 
 
 def _width_sites(plan: _Plan) -> list[WidthSite]:
-    """Number the freed classes in the order the sites meet them."""
+    """Give every freed class a number, in the order in which the sites meet them."""
     indices: dict[int, int] = {}
     sites: list[WidthSite] = []
     for site in plan.sites:
@@ -217,7 +215,9 @@ def _refusals(plan: _Plan, candidates: Sequence[_Candidate]) -> list[Change]:
         value: Value = plan.channels.values[candidate.position]
         labels = plan.channels.classes[value.tags.reshape(-1)].unique().tolist()
         found = (reasons.get(label) for label in labels)
-        reason = next((text for text in found if text), f"its channels stay: {where(candidate.node)}")
+        reason = next(
+            (text for text in found if text), f"its channels stay: {where(candidate.node)}"
+        )
         changes.append(Change(candidate.name, f"no width gate: {reason}"))
     return changes
 
@@ -238,9 +238,7 @@ def _depth_sites(program: Program, candidates: Sequence[_Candidate]) -> dict[fx.
     return found
 
 
-def _neighbour(
-    node: fx.Node, modules: dict[str, nn.Module], *, forward: bool
-) -> nn.Linear | None:
+def _neighbour(node: fx.Node, modules: dict[str, nn.Module], *, forward: bool) -> nn.Linear | None:
     """Return the linear layer next to a node, if nothing but dropout stands between."""
     while True:
         if forward:
@@ -260,9 +258,7 @@ def _neighbour(
             return None
 
 
-def _insert(
-    program: Program, sites: Sequence[_Candidate], depth: dict[fx.Node, DepthSite]
-) -> None:
+def _insert(program: Program, sites: Sequence[_Candidate], depth: dict[fx.Node, DepthSite]) -> None:
     """Rewrite the graph: one call of the gates, then a gate function at every site."""
     graph = program.graph
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):

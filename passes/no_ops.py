@@ -56,7 +56,7 @@ def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) 
 
 
 def _follows_training_flag(node: fx.Node) -> bool:
-    """Tell whether a functional dropout is off in evaluation: its flag is the module's, or False."""
+    """Tell whether a functional dropout is off in evaluation: by the module's flag, or always."""
     flag: Any = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
     if isinstance(flag, fx.Node):
         return flag.op == "get_attr" and str(flag.target).split(".")[-1] == "training"

@@ -362,3 +362,12 @@ def test_one_seed_gives_one_result() -> None:
     example = torch.randn(2, 4)
     first, second, third = (verify(model, other, example, seed=seed).error for seed in (1, 1, 2))
     assert first == second != third
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_held_to_full_precision() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
+    found = verify(model, copy.deepcopy(model).cuda(), torch.randn(1, 3, 16, 16))
+    assert found.verdict == "equal"
+    assert found.error["float32"] < 1e-5

@@ -1,6 +1,6 @@
 """Train a gated LeNet on MNIST, finalise it, prove and deploy it, and show what it became.
 
-    python -m tools.train_demo [--data ROOT] [--epochs 5] [--strength 1e-3] [--out out]
+python -m tools.train_demo [--data ROOT] [--epochs 5] [--strength 1e-3] [--out out]
 """
 
 import json
@@ -11,9 +11,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import fxprune
+from fxprune.compiler import GatedModel, PlainModel
 from fxprune.costs import latency
 from fxprune.export import OnnxCheck, onnx_session
 from models.lenet import LeNet
@@ -61,8 +62,8 @@ def demo(
 
 def measure(
     model: nn.Module,
-    gated: fx.GraphModule,
-    small: fx.GraphModule,
+    gated: GatedModel,
+    small: PlainModel,
     files: dict[str, OnnxCheck],
     test: Data,
     history: History,
@@ -71,7 +72,7 @@ def measure(
     model.eval()
     right = {"gated": accuracy(gated, test), "finalised": accuracy(small, test)}
     image = test[0][:1]
-    report: fxprune.Report = small.report
+    report = small.report
     assert report.before and report.after and report.verification
     return {
         "widths": widths(gated, small),
@@ -112,8 +113,12 @@ def torch_latency(model: nn.Module, image: Tensor) -> float:
 def onnx_latency(file: OnnxCheck, image: Tensor) -> float:
     """Return the median seconds of one image in onnxruntime on the CPU."""
     session = onnx_session(file.path)
-    feed = {session.get_inputs()[0].name: image.numpy()}
-    return latency(lambda: session.run(None, feed))
+    feed: Any = {session.get_inputs()[0].name: image.numpy()}
+
+    def run() -> Any:
+        return session.run(None, feed)
+
+    return latency(run)
 
 
 def write(out: Path, result: dict[str, Any], history: History) -> None:

@@ -30,7 +30,7 @@ class Recipe:
 
 @dataclass
 class History:
-    """What was seen on the way, at each of `steps`: the loss, and by site the state of its gates."""
+    """What was seen on the way, at each of `steps`: the loss, and the gates by site."""
 
     steps: list[int] = field(default_factory=list[int])
     losses: list[float] = field(default_factory=list[float])
@@ -46,7 +46,7 @@ def train(gated: nn.Module, data: Data, recipe: Recipe, console: Console) -> His
     groups = fxprune.parameter_groups(gated, lr=recipe.lr, gate_lr=recipe.gate_lr)
     optimizer = torch.optim.SGD(groups, momentum=recipe.momentum)
     order = torch.Generator().manual_seed(recipe.seed)
-    history, started, step = History(), time.perf_counter(), 0
+    history, started, step, state = History(), time.perf_counter(), 0, ""
     gated.train()
     with _progress(console) as progress:
         task = progress.add_task("training", total=steps, state="")

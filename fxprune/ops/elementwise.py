@@ -36,7 +36,7 @@ def elementwise_flow(call: Call) -> Flow:
 
 
 def product_flow(call: Call) -> Flow:
-    """Do as `elementwise_flow`, but a constant 0 makes the product 0 whatever the other factor is."""
+    """Do as `elementwise_flow`, but a constant 0 makes the product 0 whatever else comes."""
     return _flow(call, _product_constants)
 
 
@@ -129,7 +129,7 @@ def _constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
 
 
 def _as_operand(argument: Any) -> Tensor:
-    """Return an operand's constants, with some number where none is known, as the operator wants it."""
+    """Return an operand's constants in the type it has; any number stands for what is unknown."""
     value: Value = as_value(argument)
     numbers = torch.nan_to_num(value.constants, nan=1.0)
     return numbers.bool() if value.dtype == torch.bool else numbers
@@ -151,7 +151,9 @@ def _fit(constants: Tensor, tags: Tensor) -> Tensor:
 def _has_dynamic_numbers(call: Call) -> bool:
     """Tell whether a number among the arguments was computed in the graph, from sizes say."""
     numbers = [a for a in flatten((call.args, call.kwargs)) if isinstance(a, (int, float))]
-    literal = [a for a in flatten((call.node.args, call.node.kwargs)) if isinstance(a, (int, float))]
+    literal = [
+        a for a in flatten((call.node.args, call.node.kwargs)) if isinstance(a, (int, float))
+    ]
     return len(numbers) != len(literal)
 
 

@@ -13,7 +13,7 @@ def gate_flow(call: Call) -> Flow:
 
 
 def refuse_to_shrink(call: Call, cut: Cut) -> None:
-    """Refuse: how many gates there are is the gates' to say; `remove_gates` comes before any cut."""
+    """Refuse: the gates still count these channels; `remove_gates` comes before any cut."""
     if cut.indices(call.value(0, "value")) is not None:
         raise Barrier("it is a gate, which still counts these channels")
 

@@ -1,9 +1,9 @@
 """Operators that mix channels through weights: linear layers and convolutions.
 
-Their outputs are new channels: the tags of the weight's first axis. Output o reads input i where the
-weights between them are not all zero. A constant input c_i adds W_oi·c_i (summed over the kernel) to
-the bias, exactly, unless zero padding makes the channel something else at the border. A depthwise
-convolution does not mix: its outputs are tied to its inputs.
+Their outputs are new channels: the tags of the weight's first axis. Output o reads input i where
+the weights between them are not all zero. A constant input c_i adds W_oi·c_i (summed over the
+kernel) to the bias, exactly, unless zero padding makes the channel something else at the border. A
+depthwise convolution does not mix: its outputs are tied to its inputs.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.rules import Along, Arguments, Barrier, Call, Cut, Flow, OpRule, Read, State, Value, register
+from fxprune.rules import (
+    Along,
+    Arguments,
+    Barrier,
+    Call,
+    Cut,
+    Flow,
+    OpRule,
+    Read,
+    State,
+    Value,
+    register,
+)
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,7 @@ def _pads(padding: Any, kernel: tuple[int, ...]) -> bool:
 
 
 def _weight_tags(mixing: Mixing, inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Return output tags and the ties of a weight to its inputs; groups keep equal sizes by ties."""
+    """Return output tags, and ties: of weights to inputs, and of groups to equal sizes."""
     groups = mixing.groups
     if mixing.out_axis == 0:
         outputs = mixing.weight.axis(0)

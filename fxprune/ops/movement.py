@@ -1,8 +1,8 @@
 """Operators that only move data: one rule, run the operator itself on the tags.
 
 So channel shuffles, NHWC flattens and concatenations are right by construction. When channels go,
-literal sizes and bounds among the arguments are replaced, and the result is checked the same way: the
-rewritten operator, run on the tags that remain, must give the remaining tags of its outputs.
+literal sizes and bounds among the arguments are replaced, and the result is checked the same way:
+the rewritten operator, run on the tags that remain, must give the remaining tags of its outputs.
 """
 
 import operator
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from fxprune.observation import TensorSpec
@@ -64,7 +65,8 @@ def shuffle_flow(call: Call) -> Flow:
     """Shuffle channels between groups, which must go on having equally many."""
     flow = movement_flow(call)
     along = call.value().along(1)
-    groups = call.module.groups if call.module is not None else call.argument(1, "groups")
+    module: Any = call.module
+    groups: int = module.groups if module is not None else call.argument(1, "groups")
     grouped = along.tags.reshape(groups, -1)
     flow.ties += [(grouped[:1], grouped[1:]), *along.ties]
     return flow
@@ -93,7 +95,8 @@ def rewrite_sizes(call: Call, cut: Cut) -> Arguments | None:
         return None
     output = _single_output(call)
     before, after = output.shape, cut.shape(output)
-    args, kwargs = list(call.node.args), dict(call.node.kwargs)
+    args: list[Any] = list(call.node.args)
+    kwargs: dict[str, Any] = dict(call.node.kwargs)
     if "shape" in kwargs or "size" in kwargs:
         key = "shape" if "shape" in kwargs else "size"
         kwargs[key] = _new_sizes(call.kwargs[key], kwargs[key], before, after)
@@ -227,8 +230,8 @@ def _check(
         found = as_value(known[argument]) if isinstance(argument, fx.Node) else argument
         return _remaining(found, cut) if isinstance(found, Value) else found
 
-    actual_args: Any = fx.node.map_aggregate(tuple(args), remaining)
-    actual_kwargs: Any = fx.node.map_aggregate(dict(kwargs), remaining)
+    actual_args: Any = map_aggregate(tuple(args), remaining)
+    actual_kwargs: Any = map_aggregate(dict(kwargs), remaining)
     try:
         if function is None:
             result = execute(call.node, call.module, actual_args, actual_kwargs)
@@ -253,7 +256,7 @@ def _node_values(call: Call) -> dict[fx.Node, Any]:
 
 def _nodes(structure: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(structure, lambda node: found.append(node))
+    map_arg(structure, lambda node: found.append(node))
     return found
 
 
@@ -288,9 +291,7 @@ register(
     *("flatten", "permute", "transpose", "swapaxes", "movedim", "t", "squeeze", "unsqueeze"),
     *("flip", "roll", "unbind"),
 )
-register(
-    OpRule("like", like_flow, rewrite=rewrite_nothing), "expand_as", "view_as", "reshape_as"
-)
+register(OpRule("like", like_flow, rewrite=rewrite_nothing), "expand_as", "view_as", "reshape_as")
 register(
     OpRule("shuffle", shuffle_flow, rewrite=rewrite_nothing),
     *dict.fromkeys((nn.ChannelShuffle, F.channel_shuffle, torch.channel_shuffle)),

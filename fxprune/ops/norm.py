@@ -1,5 +1,6 @@
-"""Normalisation with stored statistics: an affine map of each channel, a·x + t with
-a = γ/√(σ² + ε) and t = β − a·μ (Ioffe & Szegedy 2015).
+"""Normalisation with stored statistics: an affine map of each channel.
+
+It is a·x + t with a = γ/√(σ² + ε) and t = β − a·μ (Ioffe & Szegedy 2015).
 
 A constant channel c becomes the constant a·c + t; with γ = 0 any channel becomes the constant β.
 Normalisation over statistics of the input itself reads its channels together and has no rule yet.

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fxprune.ops  # noqa: F401  (registers the rules)
 from fxprune.gates import linear_gate, width_gate
 from fxprune.rules import RULES
 from fxprune.testing import check_rule
@@ -143,7 +142,9 @@ NAMED: dict[str, Sample] = {
     ),
     **dict.fromkeys(("eq", "ne"), Sample((1,), prepare=torch.round, finish=double)),
     **dict.fromkeys(("lt", "le", "gt", "ge"), Sample((0.1,), finish=double)),
-    **dict.fromkeys(("log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal"), Sample(prepare=positive)),
+    **dict.fromkeys(
+        ("log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal"), Sample(prepare=positive)
+    ),
     **dict.fromkeys(("clamp_min", "clamp_max"), Sample((0.1,))),
     **dict.fromkeys(("clamp", "clip"), Sample((-0.5, 0.5))),
     "logit": Sample((0.01,), prepare=torch.sigmoid),
@@ -203,9 +204,7 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
     **dict.fromkeys(
         ("numel", "nelement"), (Expression(lambda x: x * x.numel()), Sample(shrinks=False))
     ),
-    **dict.fromkeys(
-        ("dim", "ndimension"), (Expression(lambda x: x * x.dim()), Sample())
-    ),
+    **dict.fromkeys(("dim", "ndimension"), (Expression(lambda x: x * x.dim()), Sample())),
     "is_floating_point": (Expression(lambda x: x * x.is_floating_point()), Sample()),
 }
 

@@ -1,6 +1,7 @@
 """Cutting dead channels: smaller, and the same numbers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def program(model: nn.Module, *shape: int) -> Program:
     return capture(model, inputs, make_masks_permanent=False)
 
 
+def at(one: Program, path: str) -> Any:
+    """Return a module, whose type the test knows."""
+    return one.module.get_submodule(path)
+
+
 def parameters(one: Program) -> int:
     return sum(p.numel() for p in one.module.parameters())
 
@@ -42,39 +48,39 @@ def silent(layer: nn.Linear | nn.Conv2d, *channels: int, bias: float = 0) -> Non
 def test_unread_channels_of_a_sequence_go(golden: Golden) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     before = program(model, 2, 3, 9, 9)
-    unread(before.module.get_submodule("3"), 1, 4)  # type: ignore[arg-type]
+    unread(at(before, "3"), 1, 4)
     after = check_rewrite(eliminate_dead_channels, before)
-    assert after.module.get_submodule("0").weight.shape == (6, 3, 3, 3)
-    assert after.module.get_submodule("1").num_features == 6
-    assert after.module.get_submodule("3").in_channels == 6
+    assert at(after, "0").weight.shape == (6, 3, 3, 3)
+    assert at(after, "1").num_features == 6
+    assert at(after, "3").in_channels == 6
     golden.check(after.text())
 
 
 def test_a_constant_channel_goes_into_the_next_bias() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 3, bias=False))
     before = program(model, 4, 5)
-    silent(before.module.get_submodule("0"), 2, 3, bias=0.7)  # type: ignore[arg-type]
+    silent(at(before, "0"), 2, 3, bias=0.7)
     after = check_rewrite(eliminate_dead_channels, before)
-    assert after.module.get_submodule("2").weight.shape == (3, 4)
-    assert after.module.get_submodule("2").bias is not None
+    assert at(after, "2").weight.shape == (3, 4)
+    assert at(after, "2").bias is not None
 
 
 def test_a_constant_before_a_padded_border_stays() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3, padding=1))
     before = program(model, 2, 3, 7, 7)
-    silent(before.module.get_submodule("0"), 2, bias=0.7)  # type: ignore[arg-type]
+    silent(at(before, "0"), 2, bias=0.7)
     after = before.clone()
     assert eliminate_dead_channels(after) == []
     assert parameters(after) == parameters(before)
 
 
 @pytest.mark.parametrize("mode", ["circular", "replicate", "reflect"])
-def test_a_constant_before_a_border_that_repeats_it_goes(mode: str) -> None:
+def test_a_constant_before_a_border_that_repeats_it_goes(mode: Any) -> None:
     padded = nn.Conv2d(6, 4, 3, padding=1, padding_mode=mode)
     before = program(nn.Sequential(nn.Conv2d(3, 6, 1), padded), 2, 3, 7, 7)
-    silent(before.module.get_submodule("0"), 2, bias=0.7)  # type: ignore[arg-type]
+    silent(at(before, "0"), 2, bias=0.7)
     after = check_rewrite(eliminate_dead_channels, before)
-    assert after.module.get_submodule("1").in_channels == 5
+    assert at(after, "1").in_channels == 5
 
 
 class Residual(nn.Module):
@@ -91,17 +97,16 @@ class Residual(nn.Module):
 
 def test_a_residual_stream_shrinks_as_one() -> None:
     before = program(Residual(), 2, 3, 6, 6)
-    module = before.module
-    unread(module.head, 0, 5)  # type: ignore[arg-type]
-    unread(module.branch, 0, 5)  # type: ignore[arg-type]
+    unread(at(before, "head"), 0, 5)
+    unread(at(before, "branch"), 0, 5)
     after = check_rewrite(eliminate_dead_channels, before)
-    assert after.module.get_submodule("stem").weight.shape == (4, 3, 3, 3)
-    assert after.module.get_submodule("branch").weight.shape == (4, 4, 3, 3)
+    assert at(after, "stem").weight.shape == (4, 3, 3, 3)
+    assert at(after, "branch").weight.shape == (4, 4, 3, 3)
 
 
 def test_a_residual_stream_one_member_reads_stays() -> None:
     before = program(Residual(), 2, 3, 6, 6)
-    unread(before.module.head, 0, 5)  # type: ignore[arg-type]
+    unread(at(before, "head"), 0, 5)
     assert eliminate_dead_channels(before) == []
 
 
@@ -122,11 +127,11 @@ class Flattened(nn.Module):
 @pytest.mark.parametrize("last", [False, True])
 def test_a_flattened_map_loses_all_columns_of_a_channel(last: bool) -> None:
     before = program(Flattened(last), 2, 3, 6, 6)
-    head = before.module.head
+    head = at(before, "head")
     columns = torch.arange(80) % 5 if last else torch.arange(80) // 16
-    head.weight.data[:, (columns == 1) | (columns == 3)] = 0  # type: ignore[union-attr]
+    head.weight.data[:, (columns == 1) | (columns == 3)] = 0
     after = check_rewrite(eliminate_dead_channels, before)
-    assert after.module.get_submodule("head").in_features == 3 * 16
+    assert at(after, "head").in_features == 3 * 16
 
 
 class Grouped(nn.Module):
@@ -142,17 +147,17 @@ class Grouped(nn.Module):
 
 def test_a_depthwise_pair_goes_together() -> None:
     before = program(Grouped(8, 2), 2, 3, 6, 6)
-    unread(before.module.last, 2, 3, 8, 9)  # type: ignore[arg-type]
+    unread(at(before, "last"), 2, 3, 8, 9)
     after = check_rewrite(eliminate_dead_channels, before)
-    assert after.module.get_submodule("grouped").groups == 6
-    assert after.module.get_submodule("first").out_channels == 6
+    assert at(after, "grouped").groups == 6
+    assert at(after, "first").out_channels == 6
 
 
 def test_groups_keep_equal_sizes() -> None:
     before = program(Grouped(2), 2, 3, 6, 6)
-    unread(before.module.last, 1, 5, 6)  # type: ignore[arg-type]
+    unread(at(before, "last"), 1, 5, 6)
     after = check_rewrite(eliminate_dead_channels, before)
-    assert after.module.get_submodule("grouped").weight.shape == (6, 4, 3, 3)
+    assert at(after, "grouped").weight.shape == (6, 4, 3, 3)
 
 
 class Twice(nn.Module):
@@ -170,11 +175,11 @@ class Twice(nn.Module):
 
 def test_shared_and_tied_layers_are_cut_once_and_stay_tied() -> None:
     before = program(Twice(), 3, 4)
-    shared = before.module.shared
-    shared.weight.data[:, 2] = 0  # type: ignore[union-attr]
-    shared.weight.data[2] = 0  # type: ignore[union-attr]
+    shared = at(before, "shared")
+    shared.weight.data[:, 2] = 0
+    shared.weight.data[2] = 0
     after = check_rewrite(eliminate_dead_channels, before)
-    weights = [after.module.get_submodule(n).weight for n in ("shared", "last")]
+    weights = [at(after, n).weight for n in ("shared", "last")]
     assert weights[0] is weights[1]
 
 
@@ -188,21 +193,21 @@ def test_concatenated_channels_go_from_the_right_place() -> None:
             return self.head(torch.cat([self.a(x), self.b(x).relu()], 1))
 
     before = program(Concatenated(), 2, 3, 5, 5)
-    unread(before.module.head, 1, 4, 9)  # type: ignore[arg-type]
+    unread(at(before, "head"), 1, 4, 9)
     after = check_rewrite(eliminate_dead_channels, before)
-    assert after.module.get_submodule("a").out_channels == 3
-    assert after.module.get_submodule("b").out_channels == 4
+    assert at(after, "a").out_channels == 3
+    assert at(after, "b").out_channels == 4
 
 
 def test_a_layer_dead_as_a_whole_keeps_one_channel_and_its_meaning() -> None:
     before = program(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3)), 5, 4)
-    silent(before.module.get_submodule("0"), *range(6), bias=0.3)  # type: ignore[arg-type]
-    before.module.get_submodule("2").weight.data.normal_()
+    silent(at(before, "0"), *range(6), bias=0.3)
+    at(before, "2").weight.data.normal_()
     expected = before.run()
     eliminate_dead_channels(before)
     before.check()
     assert torch.allclose(before.run(), expected, rtol=1e-12)
-    assert before.module.get_submodule("0").out_features == 1
+    assert at(before, "0").out_features == 1
 
 
 SHAPE_READERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -243,10 +248,10 @@ class Read(nn.Module):
 def test_whatever_reads_the_channels_the_numbers_stay(name: str, silence: bool) -> None:
     before = program(Read(SHAPE_READERS[name]), 3, 3, 6, 6)
     if silence:
-        silent(before.module.conv, 0, 1, 3, 4, 5)  # type: ignore[arg-type]
+        silent(at(before, "conv"), 0, 1, 3, 4, 5)
     else:
-        size = before.module.head.in_features // 8 or 1  # type: ignore[operator]
-        before.module.head.weight.data[:, : 4 * size] = 0  # type: ignore[union-attr]
+        size = at(before, "head").in_features // 8 or 1
+        at(before, "head").weight.data[:, : 4 * size] = 0
     expected = before.run()
     eliminate_dead_channels(before)
     before.check()
@@ -256,7 +261,7 @@ def test_whatever_reads_the_channels_the_numbers_stay(name: str, silence: bool) 
 
 def test_an_unknown_operator_keeps_all_channels_around_it() -> None:
     before = program(Read(lambda x: _reverse(x)), 2, 3, 6, 6)
-    silent(before.module.conv, 1, 2)  # type: ignore[arg-type]
+    silent(at(before, "conv"), 1, 2)
     assert eliminate_dead_channels(before) == []
     (barrier,) = refusals(before)
     assert "_reverse" in barrier.where and "unknown operator" in barrier.what
@@ -274,7 +279,7 @@ def test_memory_written_to_behind_a_view_is_left_alone() -> None:
             return self.b(h)
 
     before = program(Overwrites(), 5, 4)
-    silent(before.module.a, 2, 3)  # type: ignore[arg-type]
+    silent(at(before, "a"), 2, 3)
     expected = before.run()
     eliminate_dead_channels(before)
     before.check()

@@ -60,8 +60,8 @@ def test_sites_on_one_stream_share_their_units(golden: Golden) -> None:
     first, inner, last = gates_in(program).width_sites
     assert first.units == last.units
     assert set(inner.units).isdisjoint(first.units)
-    assert gates_in(program).width is not None
-    assert gates_in(program).width.shape == (14,)  # type: ignore[union-attr]
+    gates: Any = gates_in(program)
+    assert gates.width.shape == (14,)
     golden.check(program.text())
 
 
@@ -121,7 +121,7 @@ class Blocked(nn.Module):
 
 
 def test_a_gate_that_would_free_nothing_is_refused_with_its_reason() -> None:
-    with pytest.raises(NothingToDoError, match="reads it where it is not a constant.*c "):
+    with pytest.raises(NothingToDoError, match=r"reads it where it is not a constant.*c "):
         instrumented(Blocked(), 2, 3, 6, 6)
 
 

@@ -20,6 +20,7 @@ class NoOps(nn.Module):
         super().__init__()
         self.linear, self.dropout, self.same = nn.Linear(4, 4), nn.Dropout(), nn.Identity()
         self.unused = nn.Linear(99, 99)
+        self.ones: Tensor
         self.register_buffer("ones", torch.ones(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,6 +39,8 @@ class Effects(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.same = nn.Identity()
+        self.scale: Tensor
+        self.wide: Tensor
         self.register_buffer("scale", torch.tensor([1.0, 1.0, 2.0, 1.0]))
         self.register_buffer("wide", torch.ones(3, 1))
 

@@ -1,0 +1,95 @@
+"""The command line: a table, JSON, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fxprune.cli import main
+
+MODEL = """
+import torch
+from torch import nn
+def small(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+model = small()
+class Odd(nn.Module):
+    def forward(self, x): return x if x.sum() > 0 else -x
+number = 7
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    status: int
+    output: str
+    errors: str
+
+
+Runner = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    """Run the command line in this process."""
+
+    def call(*args: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["fxprune", *args])
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return Done(int(end.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("spec", ["mine:small", "mine.py:model"])
+def test_inspect_prints_a_table(spec: str, run: Runner) -> None:
+    done = run("inspect", spec, "--input", "1x3x9x9")
+    assert done.status == 0, done.errors
+    assert "Conv2d" in done.output and "8/8" in done.output
+
+
+def test_inspect_prints_json(run: Runner) -> None:
+    done = run("inspect", "mine:small", "--json")
+    layers = json.loads(done.output)["layers"]
+    assert [layer["total"] for layer in layers] == [8, 4]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("mine:absent",), "cannot be loaded"),
+        (("absent.py:x",), "no file"),
+        (("mine",), "names no model"),
+        (("mine:number",), "not"),
+        (("mine:Odd", "--input", "1x3"), "cannot be traced"),
+        (("mine:small", "--input", "1x3x9xy"), "no shape"),
+        (("mine:small", "--input", "1x5x9x9"), "does not run on the example inputs"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    args: tuple[str, ...], message: str, run: Runner
+) -> None:
+    done = run("inspect", *args)
+    assert done.status == 2
+    assert message in done.errors
+    assert len(done.errors.strip().splitlines()) == 1
+
+
+def test_python_m_fxprune_runs() -> None:
+    command = [sys.executable, "-m", "fxprune", "version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fxprune ")
