@@ -18,7 +18,7 @@ if not (Path(__file__).parent / "passes").is_dir():
     )
 
 from fxprune.compiler import finalize, instrument
-from fxprune.costs import Costs, costs
+from fxprune.costs import Costs, count_costs
 from fxprune.errors import (
     ExampleInputError,
     ExportError,
@@ -33,7 +33,7 @@ from fxprune.export import OnnxCheck, export_onnx
 from fxprune.inspection import Inspection, architecture, freeze, inspect
 from fxprune.penalties import Penalty, paper_penalties, parameter_groups, penalty
 from fxprune.report import Report
-from fxprune.verify import Verification, verify
+from fxprune.verification import Verification, verify
 
 try:
     __version__ = version("fxprune")
@@ -56,7 +56,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "architecture",
-    "costs",
+    "count_costs",
     "export_onnx",
     "finalize",
     "freeze",

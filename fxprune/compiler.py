@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.channels import refusals
-from fxprune.costs import costs
+from fxprune.costs import count_costs
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates
@@ -36,7 +36,7 @@ from fxprune.program import (
     widened,
 )
 from fxprune.report import Report
-from fxprune.verify import Verification, verify
+from fxprune.verification import Verification, verify
 
 if TYPE_CHECKING:
 
@@ -205,7 +205,7 @@ def capture_any(model: nn.Module, inputs: Inputs) -> Program:
 
 
 def _costs(model: nn.Module, inputs: Inputs) -> Any:
-    return costs(model, to_device(inputs, device_of(model)))
+    return count_costs(model, to_device(inputs, device_of(model)))
 
 
 def _prove(

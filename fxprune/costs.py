@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fxprune.errors import ExampleInputError
 from fxprune.gates import Gates
-from fxprune.program import Inputs, describe, device_of, to_device
+from fxprune.program import Inputs, describe, device_of, leading_size, to_device
 
 WARM_UP = 3
 
@@ -37,7 +37,7 @@ class Costs:
         return asdict(self)
 
 
-def costs(module: nn.Module, example_inputs: Inputs) -> Costs:
+def count_costs(module: nn.Module, example_inputs: Inputs) -> Costs:
     """Count what `module` costs in evaluation mode; shared parameters once, gates not at all.
 
     example_inputs: (args, kwargs); the MACs of their run are divided by their batch size, dim 0 of
@@ -87,7 +87,7 @@ def _macs(module: nn.Module, example_inputs: Inputs) -> int:
         for part, flag in flags.items():
             part.training = flag
     # A multiply-accumulate is two floating-point operations.
-    return counter.flops // (2 * _batch(example_inputs))
+    return counter.flops // (2 * (leading_size(example_inputs) or 1))
 
 
 class _FlopCounter(TorchDispatchMode):
@@ -111,11 +111,6 @@ class _FlopCounter(TorchDispatchMode):
         if formula is not None:
             self.flops += formula(*args, **kwargs or {}, out_val=result)
         return result
-
-
-def _batch(inputs: Inputs) -> int:
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return next((len(tensor) for tensor in tensors if tensor.ndim and len(tensor)), 1)
 
 
 def _timed(function: Callable[[], Any]) -> float:

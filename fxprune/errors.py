@@ -5,6 +5,9 @@ about it. All of them derive from `FxpruneError`, so that a caller can catch the
 command line can turn any of them into one line and exit status 2.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from torch import fx
 
 
@@ -38,6 +41,25 @@ class VerificationError(FxpruneError):
 
 class ExportError(FxpruneError):
     """The ONNX file could not be written, or onnxruntime disagrees with it."""
+
+
+@contextmanager
+def as_export_error(what: str, remedy: str) -> Generator[None]:
+    """Turn whatever fails inside into an `ExportError` of one line, with the first cause."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"{what}: {one_line(cause)}; {remedy}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {message}"
 
 
 def where(node: fx.Node) -> str:

@@ -154,6 +154,16 @@ def model_inputs(example_inputs: Any) -> Inputs:
     )
 
 
+def tensors_of(values: Any) -> list[Tensor]:
+    """Return the tensors of a nested structure, in its order."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def leading_size(inputs: Any) -> int | None:
+    """Return the batch size of inputs: dim 0 of their first tensor that has one."""
+    return next((len(tensor) for tensor in tensors_of(inputs) if tensor.ndim), None)
+
+
 def _bake_masks(root: nn.Module) -> None:
     for module in root.modules():
         hooks = list(module._forward_pre_hooks.values())

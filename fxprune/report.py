@@ -12,7 +12,7 @@ from typing import Any
 
 from fxprune.costs import Costs
 from fxprune.pipeline import Change
-from fxprune.verify import Verification
+from fxprune.verification import Verification
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.costs import Costs, costs, latency
+from fxprune.costs import Costs, count_costs, latency
 from fxprune.errors import ExampleInputError
 from fxprune.gates import Gates, WidthSite
 from fxprune.program import Inputs
@@ -20,12 +20,12 @@ def test_a_convolution_and_a_linear_layer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, 5))
     parameters = (3 * 9 * 8 + 8) + (512 * 5 + 5)
     macs = 3 * 9 * 8 * 64 + 512 * 5
-    assert costs(model, images(1)) == Costs(parameters, macs, 4 * parameters)
+    assert count_costs(model, images(1)) == Costs(parameters, macs, 4 * parameters)
 
 
 def test_macs_are_those_of_one_sample() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, padding=1), nn.AdaptiveAvgPool2d(1))
-    assert costs(model, images(1)).macs == costs(model, images(7)).macs == 9 * 6 * 100
+    assert count_costs(model, images(1)).macs == count_costs(model, images(7)).macs == 9 * 6 * 100
 
 
 def test_attention_counts_its_products() -> None:
@@ -34,14 +34,16 @@ def test_attention_counts_its_products() -> None:
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
     inputs = (torch.randn(2, 4, 10, 8),), {}
-    assert costs(Attention(), inputs).macs == 2 * 4 * 10 * 10 * 8
+    assert count_costs(Attention(), inputs).macs == 2 * 4 * 10 * 10 * 8
 
 
 def test_state_is_in_bytes_whatever_its_dtype() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
     # Weight, bias, mean and variance in float32, and how many batches there were as int64.
-    assert costs(model, images(2)) == Costs(6, 0, 4 * 12 + 8)
-    assert costs(model.double(), ((torch.randn(2, 3, 4, 4).double(),), {})).bytes == 8 * 12 + 8
+    assert count_costs(model, images(2)) == Costs(6, 0, 4 * 12 + 8)
+    assert (
+        count_costs(model.double(), ((torch.randn(2, 3, 4, 4).double(),), {})).bytes == 8 * 12 + 8
+    )
 
 
 def test_a_shared_weight_counts_once() -> None:
@@ -55,7 +57,7 @@ def test_a_shared_weight_counts_once() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return self.head(self.embedding(ids))
 
-    found = costs(Tied(), ((torch.zeros(2, 3, dtype=torch.long),), {}))
+    found = count_costs(Tied(), ((torch.zeros(2, 3, dtype=torch.long),), {}))
     assert found == Costs(40, 3 * 40, 160)
 
 
@@ -71,14 +73,16 @@ def test_gates_cost_nothing() -> None:
             return self.layer(x) * self.gates()[0]
 
     inputs = (torch.randn(2, 4),), {}
-    assert costs(Gated(), inputs) == costs(nn.Linear(4, 6), inputs) == Costs(30, 24, 120)
+    assert (
+        count_costs(Gated(), inputs) == count_costs(nn.Linear(4, 6), inputs) == Costs(30, 24, 120)
+    )
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
     model[1].eval()
     image = torch.randn(2, 3, 4, 4)
-    costs(model, ((image,), {}))
+    count_costs(model, ((image,), {}))
     assert [part.training for part in model.modules()] == [True, True, False]
     assert model[0].num_batches_tracked == 0
 
@@ -86,7 +90,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_a_model_that_does_not_run_is_an_error() -> None:
     model = nn.Linear(3, 3)
     with pytest.raises(ExampleInputError, match=r"does not run on \(float32\[2, 4\]\)"):
-        costs(model, ((torch.randn(2, 4),), {}))
+        count_costs(model, ((torch.randn(2, 4),), {}))
     assert model.training
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune import export
+from fxprune import onnx_program
 from fxprune.errors import ExampleInputError, ExportError
 from fxprune.export import OnnxCheck, export_onnx, onnx_session
 from tests.conftest import randomise
@@ -166,7 +166,7 @@ def test_models_of_ours_remember_their_inputs(tmp_path: Path, image: Tensor) -> 
 def test_large_models_keep_their_weights_beside(
     tmp_path: Path, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "SINGLE_FILE_BYTES", 100)
+    monkeypatch.setattr(onnx_program, "SINGLE_FILE_BYTES", 100)
     model, path = ConvNet().eval(), tmp_path / "net.onnx"
     check = export_onnx(model, path, image)
     files = sorted(tmp_path.iterdir())

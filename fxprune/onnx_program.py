@@ -1,0 +1,102 @@
+"""A flat model as an ONNX program, by torch's exporter, and the program as a file.
+
+What the exporter adds is taken out again: its prefix to the names of weights, and its notes, which
+quote source files by their path.
+"""
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from fxprune.errors import as_export_error
+from fxprune.onnx_signature import Flat, Sizes
+from fxprune.program import describe, tensors_of
+
+# Protobuf cannot hold 2 GiB: what comes near it keeps its weights in a second file.
+SINGLE_FILE_BYTES = 3 * 2**29
+FIX_SIZES = "pass dynamic_batch=False, dynamic_size=False"
+
+
+def write_onnx(flat: Flat, sizes: Sizes, draft: Path, metadata: Mapping[str, Any]) -> int:
+    """Export to `draft`, let onnx check it, and return its opset."""
+    program = _program(flat, sizes)
+    _forget_sources(program.model)
+    _drop_prefix(program.model)
+    program.model.metadata_props["fxprune_version"] = _version()
+    for key, value in metadata.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        program.model.metadata_props[str(key)] = text
+    state = sum(tensor.numel() * tensor.element_size() for tensor in flat.state_dict().values())
+    program.save(draft, external_data=state > SINGLE_FILE_BYTES)
+    with as_export_error("torch.onnx wrote an invalid file", "upgrade torch and onnxscript"):
+        onnx.checker.check_model(draft)
+    return program.model.opset_imports[""]
+
+
+def _program(flat: Flat, sizes: Sizes) -> Any:
+    """Run torch's exporter and return its program, of which `model` is an onnx_ir model."""
+    tensors = tuple(tensors_of(sizes.example()))
+    remedy = "replace what the exporter does not support"
+    if sizes.batch or sizes.size:
+        remedy += f", or fix the sizes: {FIX_SIZES}"
+    what = f"{type(flat.model).__name__} cannot be exported from {describe(tensors)}"
+    with as_export_error(what, remedy), _silence():
+        return torch.onnx.export(
+            flat,
+            tensors,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=(sizes.dims(flat.input_names),),
+            input_names=flat.input_names,
+            output_names=flat.output_names,
+        )
+
+
+@contextmanager
+def _silence() -> Generator[None]:
+    """Keep the exporter from filling the user's screen; what matters is in its exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    screen = io.StringIO()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(screen), redirect_stderr(screen):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _forget_sources(model: Any) -> None:
+    """Remove the exporter's notes from an onnx_ir model: they quote source files by their path."""
+    for part in (model.graph, *model.functions.values()):
+        for node in part.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+
+
+def _drop_prefix(model: Any) -> None:
+    """Name the weights as the model's own state_dict does, where that name is free."""
+    computed = [value for node in model.graph.all_nodes() for value in node.outputs]
+    taken = {value.name for value in (*model.graph.inputs, *computed)}
+    for name, value in list(model.graph.initializers.items()):
+        own_name = name.removeprefix("model.")
+        if own_name not in taken:
+            value.name = own_name
+
+
+def _version() -> str:
+    try:
+        return version("fxprune")
+    except PackageNotFoundError:  # a bare checkout on the path
+        return "unknown"

@@ -1,0 +1,134 @@
+"""Running a model in a precision, float64 above all, whatever its weights and casts are.
+
+Float64 tells algebra from rounding: equal models agree there to many digits. A forward that casts
+to float32 is read as one of float64; what still rounds to a shorter dtype is noted. Float32 is run
+as such: hardware that multiplies in TF32 or bfloat16 is told not to.
+"""
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.comparison import output_leaves
+from fxprune.errors import one_line
+from fxprune.program import Inputs, device_of, tensors_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """Outputs as `output_leaves` flattens them, or why there are none.
+
+    rounding: the largest ε of the dtypes that float64 values were rounded to, 0 if none were.
+    """
+
+    outputs: dict[str, Any]
+    failure: str
+    rounding: float
+    seconds: float
+
+
+# By case, the run of the reference and that of the candidate.
+Runs = Mapping[str, Sequence[Run]]
+
+
+def run_all(
+    models: Sequence[nn.Module],
+    cases: Mapping[str, Inputs],
+    inputs_as: Sequence[torch.dtype | None],
+) -> Runs:
+    """Run every model on every case, its float inputs brought to a dtype of its own, if any."""
+    return {
+        name: [_run(model, inputs, d) for model, d in zip(models, inputs_as, strict=True)]
+        for name, inputs in cases.items()
+    }
+
+
+def to_float32_(model: nn.Module) -> torch.dtype | None:
+    """Bring a half or double model to float32; return the dtype its inputs need, None for any."""
+    dtypes = float_dtypes([*model.parameters(), *model.buffers()])
+    if not dtypes or torch.float32 in dtypes:
+        return None
+    cast_(model, torch.float32)
+    return torch.float32
+
+
+def cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring a model to float64 or float32, also the tensors it holds as plain attributes."""
+    if device_of(model).type == "mps":  # which has no float64
+        model.cpu()
+    _ = model.double() if dtype == torch.float64 else model.float()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                vars(module)[name] = value.to(dtype)
+
+
+def float_dtypes(values: Any) -> set[torch.dtype]:
+    """Return the floating-point dtypes among the tensors of a nested structure."""
+    return {tensor.dtype for tensor in tensors_of(values) if tensor.is_floating_point()}
+
+
+@contextmanager
+def full_precision() -> Generator[None]:
+    """Switch off the shorter dtypes (TF32, bfloat16) that float32 may be multiplied in."""
+    cuda, cudnn, mkldnn = (getattr(torch.backends, name) for name in ("cuda", "cudnn", "mkldnn"))
+    units: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    before = [unit.fp32_precision for unit in units]
+    try:
+        for unit in units:
+            unit.fp32_precision = "ieee"
+        yield
+    finally:
+        for unit, precision in zip(units, before, strict=True):
+            unit.fp32_precision = precision
+
+
+def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Run:
+    """Run `model` with float inputs brought to `dtype`, None for as they are."""
+    device = device_of(model)
+
+    def fresh(tensor: Tensor) -> Tensor:
+        wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(device, wanted, copy=True)
+
+    args, kwargs = pytree.tree_map_only(Tensor, fresh, inputs)
+    float64 = _Float64()
+    mode = float64 if dtype == torch.float64 else nullcontext()
+    start = time.perf_counter()
+    try:
+        with torch.no_grad(), full_precision(), mode:
+            outputs = output_leaves(model(*args, **kwargs))
+    except Exception as error:
+        return Run({}, one_line(error), 0.0, time.perf_counter() - start)
+    return Run(outputs, "", float64.rounding, time.perf_counter() - start)
+
+
+class _Float64(TorchDispatchMode):
+    """Reads a float32 model as one of float64, also where its forward casts to float32."""
+
+    supports_higher_order_operators = True
+    rounding = 0.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import it, which takes seconds
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if torch.float64 not in float_dtypes((args, kwargs)):
+            return func(*args, **kwargs)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        result = func(*args, **kwargs)
+        for dtype in float_dtypes(result) - {torch.float64}:
+            self.rounding = max(self.rounding, torch.finfo(dtype).eps)
+        return result

@@ -1,0 +1,151 @@
+"""Numerical proof that two modules are the same function.
+
+Both run, as copies in evaluation mode, on inputs chosen to tell them apart. Float64 proves the
+algebra, float32 that the rewrite cost no precision; both must have evidence for "equal".
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.cases import normalised_inputs, random_cases
+from fxprune.errors import ExampleInputError, VerificationError
+from fxprune.precision import Runs, cast_, float_dtypes, run_all, to_float32_
+from fxprune.program import Inputs, copy_model, describe
+from fxprune.verdicts import Check, Verdict, judge_all
+
+DTYPES = ("float64", "float32")
+# The float64 tolerance, and where a candidate's merged weights were rounded to float32.
+EXACT, ROUNDED = 1e-9, 1e-5
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The checks of a comparison, and what they amount to."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return "different" if any check is, "equal" if both dtypes have evidence for it."""
+        if any(check.verdict == "different" for check in self.checks):
+            return "different"
+        proved = {check.dtype for check in self.checks if check.verdict == "equal"}
+        return "equal" if proved == set(DTYPES) else "inconclusive"
+
+    @property
+    def error(self) -> dict[str, float]:
+        """Return the largest error by dtype; NaN where nothing could be compared."""
+        errors = [(check.dtype, check.error) for check in self.checks]
+        return {
+            wanted: max((e for dtype, e in errors if dtype == wanted and e == e), default=math.nan)
+            for wanted in DTYPES
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Return the time all runs took."""
+        return sum(check.seconds for check in self.checks)
+
+    def require(self) -> None:
+        """Raise `VerificationError` if the modules are different."""
+        wrong = [check for check in self.checks if check.verdict == "different"]
+        if not wrong:
+            return
+        check = max(wrong, key=lambda check: check.error / check.tolerance)
+        remedy = "do not use the rewritten model"
+        if all(check.dtype == "float32" for check in wrong):
+            remedy = "look for weights of extreme size, or pass a larger float32_tolerance"
+        raise VerificationError(
+            f"not the same function, {len(wrong)} of {len(self.checks)} checks differ; the worst, "
+            f"{check.name} {check.inputs} in {check.dtype}: {check.reason} "
+            f"(error {check.error:.2g}, tolerance {check.tolerance:.0e}); {remedy}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON-able data; numbers that JSON lacks become None."""
+        return {
+            "verdict": self.verdict,
+            "error": _jsonable(self.error),
+            "seconds": self.seconds,
+            "checks": [_jsonable(asdict(check)) for check in self.checks],
+        }
+
+    def __str__(self) -> str:
+        allowed = {check.dtype: check.tolerance for check in self.checks}
+        errors = ", ".join(
+            f"{error:.1e} of {allowed.get(dtype, math.nan):.0e} in {dtype}"
+            for dtype, error in self.error.items()
+        )
+        width = max((len(check.name) for check in self.checks), default=0)
+        rows = [
+            f"  {check.name:<{width}}  {check.dtype}  {check.verdict:<12}  "
+            f"error {check.error:<7.1e}  spread {check.spread:<7.1e}  {check.reason}".rstrip()
+            for check in self.checks
+        ]
+        return "\n".join([f"{self.verdict}: error {errors}; {self.seconds:.2f} s", *rows])
+
+
+def verify(
+    reference: nn.Module,
+    candidate: nn.Module,
+    example_inputs: Any,
+    *,
+    exact: nn.Module | None = None,
+    batches: Sequence[int] = (1, 3),
+    extra_inputs: Sequence[Any] = (),
+    float64_tolerance: float | None = None,
+    float32_tolerance: float = 1e-4,
+    seed: int = 0,
+) -> Verification:
+    """Compare two modules that are deterministic in evaluation mode; neither is modified.
+
+    example_inputs, and each of extra_inputs: what `model_inputs` accepts, or (args, kwargs).
+    Checked are the example, the extra inputs, and random inputs (see `random_inputs`) at each batch
+    size, ×10, and of a second size where inputs are image-like; those that the reference rejects
+    are skipped. "float64" reads every float32 of the model as float64, also a cast in its forward;
+    "float32" runs the model as it is, brought to float32 first if its weights are half or double.
+
+    exact: the candidate as it was before its weights were rounded to their dtype; it stands for it
+    in float64. float64_tolerance: 1e-9 if not given, or 1e-5 where a candidate of shorter weights
+    has no such stand-in, as merged weights were rounded once.
+
+    Raises `ExampleInputError` if the reference does not run on the example or an extra input.
+    """
+    if float64_tolerance is None:
+        unrounded = exact is not None or float_dtypes([*candidate.parameters()]) <= {torch.float64}
+        float64_tolerance = EXACT if unrounded else ROUNDED
+    given = {"example": normalised_inputs(example_inputs)}
+    given |= {f"extra {i}": normalised_inputs(extra) for i, extra in enumerate(extra_inputs)}
+    cases = given | random_cases(given["example"], batches, seed)
+    models = [copy_model(model).eval() for model in (reference, candidate)]
+    inputs_as = [to_float32_(model) for model in models]
+    single = run_all(models, cases, inputs_as)
+    _require_runs(reference, given, single)
+    # Other copies: the weights of a float64 model did not survive the float32 run.
+    widest = candidate if exact is None else exact
+    models = [copy_model(model).eval() for model in (reference, widest)]
+    for model in models:
+        cast_(model, torch.float64)
+    double = run_all(models, cases, [torch.float64, torch.float64])
+    return Verification(judge_all(cases, (double, float64_tolerance), (single, float32_tolerance)))
+
+
+def _require_runs(reference: nn.Module, given: Mapping[str, Inputs], runs: Runs) -> None:
+    for name, inputs in given.items():
+        if failure := runs[name][0].failure:
+            raise ExampleInputError(
+                f"{type(reference).__name__} does not run on the {name} input {describe(inputs)}: "
+                f"{failure}; pass inputs of the shapes it was made for"
+            )
+
+
+def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }

@@ -1,0 +1,70 @@
+"""Float64 shows what float32 hides, and the other way round."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import VerificationError
+from fxprune.verification import verify
+from tests.functions import EXACT, compare, verdicts
+
+
+def test_precision_settings_are_restored() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    seen: list[object] = []
+
+    def spy(x: Tensor) -> Tensor:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return x
+
+    compare(spy, spy)
+    assert set(seen) == {"ieee"}
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_a_cast_to_float32_does_not_blind_float64() -> None:
+    def cast(x: Tensor) -> Tensor:
+        return (x.float() * 3).softmax(1, dtype=torch.float32).type_as(x)
+
+    assert compare(cast, cast).verdict == "equal"
+    found = compare(cast, lambda x: cast(x) * (1 + 1e-8), float64_tolerance=EXACT)
+    assert set(verdicts(found, "float64").values()) == {"different"}
+    assert compare(cast, lambda x: x.mul(3).softmax(1)).verdict == "equal"
+
+
+def test_a_model_without_float64_is_not_called_equal() -> None:
+    def stubborn(x: Tensor) -> Tensor:
+        return x @ torch.ones(4, 3)
+
+    found = compare(stubborn, stubborn)
+    assert set(verdicts(found, "float64").values()) == {"skipped"}
+    assert set(verdicts(found, "float32").values()) == {"equal"}
+    assert found.verdict == "inconclusive"
+
+
+def test_precision_lost_in_float32_is_different() -> None:
+    found = compare(lambda x: x, lambda x: x + 1e6 - 1e6)
+    assert verdicts(found, "float64")["example"] == "equal"
+    assert found.verdict == "different"
+    with pytest.raises(VerificationError, match="float32_tolerance"):
+        found.require()
+
+
+def test_half_models_are_compared_in_float32() -> None:
+    model = nn.Linear(4, 4).half()
+    found = verify(model, copy.deepcopy(model), torch.randn(2, 4).half())
+    assert found.verdict == "equal"
+    other = copy.deepcopy(model)
+    other.weight.data *= 1.01
+    assert verify(model, other, torch.randn(2, 4).half()).verdict == "different"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_held_to_full_precision() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
+    found = verify(model, copy.deepcopy(model).cuda(), torch.randn(1, 3, 16, 16))
+    assert found.verdict == "equal"
+    assert found.error["float32"] < 1e-5

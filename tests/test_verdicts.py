@@ -1,0 +1,50 @@
+"""What a check cannot tell, it does not call equal."""
+
+import math
+
+from torch import Tensor
+
+from tests.functions import EXACT, compare, verdicts
+
+
+def test_outputs_that_do_not_vary_prove_nothing() -> None:
+    found = compare(lambda x: 0 * x + 1, lambda x: 0 * x + 1)
+    assert found.verdict == "inconclusive"
+    assert found.error == {"float64": 0.0, "float32": 0.0}
+    assert "vary too little" in found.checks[0].reason
+    found.require()
+    barely = compare(lambda x: x * 1e-8 + 1, lambda x: x * 1e-8 + 1)
+    assert set(verdicts(barely, "float64").values()) == {"inconclusive"}
+
+
+def test_every_float_output_must_vary() -> None:
+    found = compare(lambda x: (x, 0 * x + 1), lambda x: (x, 0 * x + 1))
+    assert found.verdict == "inconclusive"
+    found = compare(lambda x: (x, x.argmin(1) * 0), lambda x: (x, x.argmin(1) * 0))
+    assert found.verdict == "equal"
+
+
+def test_outputs_that_are_all_nan_prove_nothing() -> None:
+    found = compare(lambda x: x * math.nan, lambda x: x * math.nan)
+    assert found.verdict == "inconclusive"
+    assert "no finite entry" in found.checks[0].reason
+    assert math.isnan(found.error["float64"])
+
+
+def test_a_reference_that_rounds_by_itself_is_not_resolved() -> None:
+    def rounded(x: Tensor) -> Tensor:
+        return x.half().to(x.dtype)
+
+    found = compare(rounded, lambda x: rounded(x) * (1 + 1e-6), float64_tolerance=EXACT)
+    assert set(verdicts(found, "float64").values()) == {"inconclusive"}
+    assert "rounds to a shorter dtype" in found.checks[0].reason
+    assert compare(rounded, lambda x: rounded(x) * 1.2).verdict == "different"
+    # A candidate that starts to round is different, whatever the reference does.
+    assert compare(lambda x: x, rounded).verdict == "different"
+
+
+def test_what_rounding_decides_in_float32_is_left_open() -> None:
+    found = compare(lambda x: (1e5 * x).sin(), lambda x: (1e2 * (1e3 * x)).sin(), 20, 4)
+    assert set(verdicts(found, "float64").values()) == {"equal"}
+    assert set(verdicts(found, "float32").values()) == {"inconclusive"}
+    assert found.verdict == "inconclusive"

@@ -1,0 +1,135 @@
+"""One model of the zoo: instrument, close half the gates, finalise, compare; one line of JSON.
+
+    python -m tools.zoo_model resnet18
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import get_model
+
+import fxprune
+from fxprune.errors import FxpruneError
+
+SIZES = (64, 96, 128, 224, 299)
+
+
+def study(name: str) -> dict[str, Any]:
+    """Return what happened to the model."""
+    torch.manual_seed(0)
+    result: dict[str, Any] = {"name": name, "verdict": "equal"}
+    model = build(name)
+    x = example(model, name)
+    calibrate(model, x)
+    started = time.perf_counter()
+    try:
+        gated = fxprune.instrument(model, x)
+        result["sites"] = len(gated.gates.width_sites)
+        result["traced"] = _traced(gated)
+        result["units"] = 0 if gated.gates.width is None else gated.gates.width.numel()
+        with torch.no_grad():
+            result["bit_exact"] = fxprune.program.same(gated.eval()(x), model(x))
+        result["closed"] = close_half(gated)
+        small = fxprune.finalize(gated)
+    except FxpruneError as error:
+        wrong = isinstance(error, fxprune.VerificationError)
+        return {**result, "verdict": f"{'WRONG' if wrong else 'refused'}: {' '.join(str(error).split())}"}
+    result["seconds"] = time.perf_counter() - started
+    report = small.report
+    assert report.before and report.after and report.verification
+    proof = report.verification
+    result["parameters"] = [report.before.parameters, report.after.parameters]
+    result |= {dtype: proof.error[dtype] for dtype in ("float64", "float32")}
+    result["spread"] = min((c.spread for c in proof.checks if c.dtype == "float64"), default=0.0)
+    result["verdict"] = proof.verdict if result["bit_exact"] else "WRONG: gates changed the model"
+    result["refused"] = [str(change) for change in report.refused]
+    result["onnx"] = onnx(model, small, x)
+    return result
+
+
+def build(name: str) -> nn.Module:
+    """Return an untrained model; there is nothing to download."""
+    try:
+        return get_model(name, weights=None, weights_backbone=None)
+    except (TypeError, ValueError):
+        return get_model(name, weights=None)
+
+
+def example(model: nn.Module, name: str) -> Any:
+    """Return the first input the model runs on."""
+    model.eval()
+    candidates: list[Any] = [torch.randn(1, 3, size, size) for size in SIZES]
+    candidates += [torch.randn(1, 3, 16, 112, 112), torch.randn(1, 3, 16, 224, 224)]
+    candidates += [(torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128))]
+    candidates += [([torch.rand(3, 128, 128)],)]
+    for candidate in candidates:
+        try:
+            with torch.no_grad():
+                model(*candidate if isinstance(candidate, tuple) else (candidate,))
+            return candidate
+        except Exception:  # not this one
+            continue
+    raise FxpruneError(f"no input was found for {name}")
+
+
+def calibrate(model: nn.Module, x: Any) -> None:
+    """Give statistics, biases and heads values of their own that keep the signal alive."""
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if key == "bias":
+                parameter.data.normal_(0, 0.1)
+            elif isinstance(module, _BatchNorm):
+                parameter.data.uniform_(0.5, 1.5)
+            elif not bool((parameter != 0).any()):
+                parameter.data.normal_(0, 0.1)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not norms or not isinstance(x, Tensor):
+        return
+    for norm in norms:
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        model(torch.randn(4, *x.shape[1:]))
+    model.eval()
+
+
+def close_half(gated: Any) -> int:
+    """Close half of the gates of every site at random; return how many."""
+    if gated.gates.width is None:
+        return 0
+    with torch.no_grad():
+        for site in gated.gates.width_sites:
+            units = sorted({u for u in site.units if u >= 0 and gated.gates.width[u] >= 0.5})
+            order = torch.randperm(len(units))[: len(units) // 2]
+            gated.gates.width[[units[i] for i in order]] = 0
+    return int((gated.gates.width < 0.5).sum())
+
+
+def onnx(model: nn.Module, small: nn.Module, x: Any) -> Any:
+    """Return onnxruntime's error on the result, or why the original cannot be exported either."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return max(fxprune.export_onnx(small, Path(folder) / "small.onnx").errors.values())
+        except FxpruneError as error:
+            why = " ".join(str(error).split())[:120]
+        try:
+            fxprune.export_onnx(model, Path(folder) / "model.onnx", x)
+        except FxpruneError:
+            return f"nor the original: {why}"
+        return f"FAILED: {why}"
+
+
+def _traced(gated: Any) -> str:
+    leaves = [node.target for node in gated.graph.nodes if node.meta.get("leaf_because")]
+    return f"fx, {len(leaves)} leaves" if leaves else "fx"
+
+
+if __name__ == "__main__":
+    print(json.dumps(study(sys.argv[1])))
