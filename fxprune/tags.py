@@ -96,12 +96,16 @@ def move(
     inputs: Sequence[Tensor],
     shapes: Sequence[Sequence[int]],
 ) -> list[Tensor]:
-    """Run a data-movement operator on tags (or constants) blown up, without copying, to full shape.
+    """Run a data-movement operator on tags (or constants) blown up to full shape.
 
-    float64 holds every tag exactly and is the one dtype all of torch's data movement accepts.
+    float64 holds every tag exactly and is the one dtype all of torch's data movement accepts. The
+    blowing up copies nothing, unless the operator is a view that strides of 0 do not allow.
     """
     full = [
         tensor.double().expand(tuple(shape)) for tensor, shape in zip(inputs, shapes, strict=True)
     ]
-    result = operator(full)
+    try:
+        result = operator(full)
+    except RuntimeError:
+        result = operator([tensor.contiguous() for tensor in full])
     return [result] if isinstance(result, Tensor) else list(result)

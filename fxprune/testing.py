@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.channels import analyse
+from fxprune.gates import HALF, UNGATED
 from fxprune.passes.dead_channels import eliminate_dead_channels
+from fxprune.penalties import gates_of
 from fxprune.pipeline import Change, Pass
 from fxprune.program import Program, capture, evaluating
 
@@ -82,6 +84,26 @@ def check_rule(
     assert found <= 1e-10, f"outputs moved by {found}"
     assert spread(expected) > 1e-6, "the outputs do not vary: nothing was tested"
     return Shrunk(before, after, found, changes)
+
+
+def close_half(gated: nn.Module, seed: int = 0) -> int:
+    """Close half of the width gates of every site at random; return how many units are closed.
+
+    Units that several sites share are closed once, so that no site loses more than half.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    gates = gates_of(gated)
+    if gates.width is None:
+        return 0
+    with torch.no_grad():
+        for site in gates.width_sites:
+            units = torch.tensor(sorted({unit for unit in site.units if unit != UNGATED}))
+            still_open = units[gates.width[units].cpu() >= HALF]
+            excess = len(still_open) - (len(units) + 1) // 2
+            if excess > 0:
+                order = torch.randperm(len(still_open), generator=generator)[:excess]
+                gates.width[still_open[order]] = 0
+    return int((gates.width < HALF).sum())
 
 
 def error(expected: Any, actual: Any) -> float:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
 
 import fxprune
-from fxprune.testing import error, spread
+from fxprune.testing import close_half, error, spread
 from models.lenet import LeNet
 from tests.conftest import randomise
 
@@ -37,17 +37,6 @@ def calibrated(model: nn.Module, *shape: int) -> nn.Module:
         norm.running_mean += 0.1 * torch.randn_like(norm.running_mean)
         norm.running_var *= 0.8 + 0.4 * torch.rand_like(norm.running_var)
     return model.eval()
-
-
-def close_half(gated: nn.Module) -> int:
-    """Set half of the gates of every site to 0 at random; return how many units are closed."""
-    gates: Any = gated.get_submodule("gates")
-    with torch.no_grad():
-        for site in gates.width_sites:
-            units = sorted({unit for unit in site.units if unit >= 0 and gates.width[unit] >= 0.5})
-            order = torch.randperm(len(units))[: len(units) // 2]
-            gates.width[[units[i] for i in order]] = 0
-    return int((gates.width < 0.5).sum())
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

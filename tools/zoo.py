@@ -1,6 +1,6 @@
-"""Put every torchvision model through fxprune, each in a process of its own, and write down how it went.
+"""Put every torchvision model through fxprune, each in a process of its own.
 
-    python -m tools.zoo [--only PATTERN] [--minutes 10] [--results out/zoo.jsonl] [--table docs/zoo.md]
+    python -m tools.zoo [--only PATTERN] [--minutes 15] [--results FILE] [--table FILE]
 
 A model that was done with the same versions is not done again, so that an interrupted run resumes.
 """

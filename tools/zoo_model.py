@@ -1,6 +1,6 @@
 """One model of the zoo: instrument, close half the gates, finalise, compare; one line of JSON.
 
-    python -m tools.zoo_model resnet18
+python -m tools.zoo_model resnet18
 """
 
 import json
@@ -17,6 +17,8 @@ from torchvision.models import get_model
 
 import fxprune
 from fxprune.errors import FxpruneError
+from fxprune.program import same
+from fxprune.testing import close_half
 
 SIZES = (64, 96, 128, 224, 299)
 
@@ -35,12 +37,15 @@ def study(name: str) -> dict[str, Any]:
         result["traced"] = _traced(gated)
         result["units"] = 0 if gated.gates.width is None else gated.gates.width.numel()
         with torch.no_grad():
-            result["bit_exact"] = fxprune.program.same(gated.eval()(x), model(x))
+            result["bit_exact"] = same(gated.eval()(x), model(x))
         result["closed"] = close_half(gated)
         small = fxprune.finalize(gated)
     except FxpruneError as error:
         wrong = isinstance(error, fxprune.VerificationError)
-        return {**result, "verdict": f"{'WRONG' if wrong else 'refused'}: {' '.join(str(error).split())}"}
+        return {
+            **result,
+            "verdict": f"{'WRONG' if wrong else 'refused'}: {' '.join(str(error).split())}",
+        }
     result["seconds"] = time.perf_counter() - started
     report = small.report
     assert report.before and report.after and report.verification
@@ -98,18 +103,6 @@ def calibrate(model: nn.Module, x: Any) -> None:
     with torch.no_grad():
         model(torch.randn(4, *x.shape[1:]))
     model.eval()
-
-
-def close_half(gated: Any) -> int:
-    """Close half of the gates of every site at random; return how many."""
-    if gated.gates.width is None:
-        return 0
-    with torch.no_grad():
-        for site in gated.gates.width_sites:
-            units = sorted({u for u in site.units if u >= 0 and gated.gates.width[u] >= 0.5})
-            order = torch.randperm(len(units))[: len(units) // 2]
-            gated.gates.width[[units[i] for i in order]] = 0
-    return int((gated.gates.width < 0.5).sum())
 
 
 def onnx(model: nn.Module, small: nn.Module, x: Any) -> Any:

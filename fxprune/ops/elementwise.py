@@ -120,7 +120,10 @@ def _constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
     ignorance = [torch.isnan(v.constants) for v in operands]
     if any(bool(mask.all()) for mask in ignorance) or _has_dynamic_numbers(call):
         return torch.full(tags.shape, torch.nan, dtype=torch.float64)
-    result = call.execute(_as_operand)
+    try:
+        result = call.execute(_as_operand)
+    except (RuntimeError, TypeError):  # it wants more than numbers: nothing is known then
+        return torch.full(tags.shape, torch.nan, dtype=torch.float64)
     missing = torch.zeros((), dtype=torch.bool)
     for mask in ignorance:
         missing = missing | mask

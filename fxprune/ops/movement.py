@@ -184,7 +184,10 @@ def _run(call: Call, values: list[Value], tensors: list[Tensor]) -> list[Tensor]
         stream = iter(full)
         return flatten(call.execute(lambda _: next(stream)))
 
-    return move(operate, tensors, [v.shape for v in values])
+    try:
+        return move(operate, tensors, [v.shape for v in values])
+    except RuntimeError as error:
+        raise Barrier(f"it does not run on channel tags: {error}") from error
 
 
 def _constants(call: Call, values: list[Value], tags: list[Tensor]) -> list[Tensor]:
