@@ -3,7 +3,7 @@
 It is a·x + t with a = γ/√(σ² + ε) and t = β − a·μ (Ioffe & Szegedy 2015).
 
 A constant channel c becomes the constant a·c + t; with γ = 0 any channel becomes the constant β.
-Normalisation over statistics of the input itself reads its channels together and has no rule yet.
+Instance norm takes its statistics from each map by itself.
 """
 
 import torch
@@ -61,11 +61,43 @@ def _constants(call: Call, states: dict[str, State | None], inputs: Tensor) -> T
 
 
 def _epsilon(call: Call) -> float:
-    if isinstance(call.module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(call.module, nn.modules.batchnorm._NormBase):
         return call.module.eps
     return float(call.argument(7, "eps", 1e-5))
 
 
+def instance_norm_flow(call: Call) -> Flow:
+    """Follow γ·(x − mean)/√(var + ε) + β with a map's own statistics: a constant becomes β."""
+    if isinstance(call.module, nn.modules.instancenorm._InstanceNorm):
+        if call.module.track_running_stats:
+            return batch_norm_flow(call)  # stored statistics: in evaluation the same affine map
+    if call.state("weight") is None:
+        raise Barrier("it has no parameters to tell it how many channels remain")
+    value = call.value()
+    along = value.along(1)
+    ties = [*along.ties]
+    result = torch.where(torch.isnan(along.constants), torch.nan, 0.0)
+    for name in ("weight", "bias"):
+        state = call.state(name)
+        if state is not None:
+            ties.append((state.axis(0), along.tags))
+            result = result + state.known() if name == "bias" else result
+    shape = [1, -1, *(1,) * (len(value.shape) - 2)]
+    return Flow(call.output(along.tags.reshape(shape), result.reshape(shape)), ties=ties)
+
+
+def resize_instance_norm(call: Call) -> None:
+    """Tell the module how many channels it has left."""
+    module = call.module
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        held = module.weight if module.weight is not None else module.running_mean
+        module.num_features = module.num_features if held is None else held.numel()
+
+
+register(
+    OpRule("instance_norm", instance_norm_flow, resize=resize_instance_norm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 register(
     OpRule("batch_norm", batch_norm_flow, resize=resize_batch_norm),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),

@@ -106,7 +106,7 @@ class BatchNormFunction(nn.Module):
         return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
 
 
-LINE, VOLUME = (3, 8, 9), (3, 8, 4, 4, 4)
+LINE, VOLUME, KEPT = (3, 8, 9), (3, 8, 4, 4, 4), (3, 5, 5, 8)
 MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
     nn.PReLU: (lambda: nn.PReLU(8), Sample()),
     nn.Threshold: (lambda: nn.Threshold(0.1, 0.5), Sample()),
@@ -122,6 +122,29 @@ MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
     nn.BatchNorm3d: (lambda: nn.BatchNorm3d(8), Sample(shape=(3, 8, 4, 4, 4))),
     nn.PixelShuffle: (lambda: nn.PixelShuffle(2), Sample()),
     nn.PixelUnshuffle: (lambda: nn.PixelUnshuffle(2), Sample()),
+    nn.GLU: (lambda: nn.GLU(1), Sample()),
+    nn.Upsample: (lambda: nn.Upsample(scale_factor=2, mode="bicubic"), Sample()),
+    nn.UpsamplingNearest2d: (lambda: nn.UpsamplingNearest2d(scale_factor=2), Sample()),
+    nn.UpsamplingBilinear2d: (lambda: nn.UpsamplingBilinear2d(scale_factor=2), Sample()),
+    nn.LayerNorm: (lambda: nn.LayerNorm(8), Sample(axis=3, shape=KEPT, out_axis=3, shrinks=False)),
+    nn.RMSNorm: (lambda: nn.RMSNorm(8), Sample(axis=3, shape=KEPT, out_axis=3, shrinks=False)),
+    nn.GroupNorm: (lambda: nn.GroupNorm(2, 8), Sample(shrinks=False)),
+    nn.LocalResponseNorm: (lambda: nn.LocalResponseNorm(2), Sample(shrinks=False)),
+    nn.Softmax: (lambda: nn.Softmax(1), Sample(shrinks=False)),
+    nn.LogSoftmax: (lambda: nn.LogSoftmax(1), Sample(shrinks=False)),
+    nn.Softmin: (lambda: nn.Softmin(1), Sample(shrinks=False)),
+    nn.Softmax2d: (nn.Softmax2d, Sample(shrinks=False)),
+    **{
+        norm: (
+            lambda norm=norm: norm(8, affine=True, track_running_stats=stats),
+            Sample(shape=shape),
+        )
+        for norm, stats, shape in (
+            (nn.InstanceNorm1d, False, LINE),
+            (nn.InstanceNorm2d, True, IMAGE),
+            (nn.InstanceNorm3d, False, VOLUME),
+        )
+    },
     nn.ChannelShuffle: (lambda: nn.ChannelShuffle(2), Sample()),
 }
 POOLS: dict[str, tuple[Any, ...]] = {
@@ -165,6 +188,21 @@ NAMED: dict[str, Sample] = {
     **dict.fromkeys(("view",), Sample((3, 8, -1))),
     "reshape": Sample(((3, 8, -1),)),
     "expand": Sample((3, 8, 6, 6)),
+    "pad": Sample(((1, 2, 0, 1), "constant", 0.5)),
+    "interpolate": Sample(kwargs={"scale_factor": 2, "mode": "bilinear"}),
+    "glu": Sample((1,)),
+    **dict.fromkeys(("softmax", "log_softmax", "softmin"), Sample((1,), shrinks=False)),
+    "normalize": Sample(shrinks=False),
+    **dict.fromkeys(
+        ("layer_norm", "rms_norm"),
+        Sample(((8,),), shape=KEPT, axis=3, out_axis=3, shrinks=False),
+    ),
+    **dict.fromkeys(("group_norm", "local_response_norm"), Sample((2,), shrinks=False)),
+    "cumsum": Sample((1,), shrinks=False),
+    "sort": Sample((1,), shrinks=False, finish=operator.itemgetter(0)),
+    "argsort": Sample((1,), shrinks=False, finish=double),
+    "topk": Sample((3, 1), shrinks=False, finish=operator.itemgetter(0)),
+    "argmax": Sample((1, True), shrinks=False, finish=double),
     "chunk": Sample((2, 1)),
     "split": Sample((4, 1)),
     "getitem": Sample(((slice(None), slice(2, 7)),)),
@@ -238,6 +276,9 @@ def module_sample(key: type[nn.Module]) -> tuple[nn.Module, Sample]:
         for name, args in POOLS.items():
             if key.__name__ == f"{name}{rank}d":
                 return key(*args), Sample(shape=BY_RANK[rank])
+        if key.__name__.endswith(f"Pad{rank}d"):
+            args = (1, 0.5) if "Constant" in key.__name__ else (1,)
+            return key(*args), Sample(shape=BY_RANK[rank])
     named = NAMED.get(key.__name__, Sample())
     return key(), Sample(shape=named.shape)
 
