@@ -1,10 +1,8 @@
-"""The channel dataflow: which channels are tied, constant, live. It asks and never edits.
+"""Which channels are tied and which constant: the forward half of the analysis. It never edits.
 
-Forward, every node's rule gives its outputs tags and constants, and reports ties and reads
-(`analyse`). Then ties are closed, so that what remains of every tensor will be a box. Backward, a
-class of tags is live if something live reads it where it is not a foldable constant (`settle`):
-optimistic, all dead but what must stay, grown until nothing changes, as in aggressive dead-code
-elimination. Linear in nodes and channels; no recursion.
+Every node's rule gives its outputs tags and constants, and reports ties and reads (`analyse`).
+Then ties are closed, so that what remains of every tensor will be a box; which classes of tags are
+live is the question of `liveness`. Linear in nodes and channels; no recursion.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,26 +15,14 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxprune import ops as ops
+from fxprune.boxes import close_boxes
 from fxprune.errors import where
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change
 from fxprune.program import Program
-from fxprune.rules import (
-    Barrier,
-    Call,
-    Cut,
-    Flow,
-    Read,
-    ShapeOf,
-    State,
-    Value,
-    as_value,
-    barrier_flow,
-    fixed,
-    flatten,
-    rule_for,
-)
-from fxprune.tags import FIXED, TagTable, varying_axes
+from fxprune.rules import Call, Flow, Read, barrier_flow, rule_for
+from fxprune.tags import TagTable
+from fxprune.values import Barrier, ShapeOf, State, Value, as_value, fixed, flatten
 
 
 @dataclass
@@ -90,21 +76,6 @@ def analyse(
     return _Forward(program, generic, zeroed, barriers or {}, observation).run()
 
 
-def settle(channels: Channels) -> Cut:
-    """Find the classes that are live, and what stays beside them so that no tensor is emptied."""
-    classes = channels.classes
-    live = torch.zeros(len(classes), dtype=torch.bool)
-    live[FIXED] = True
-    for _, tags, _ in channels.keeps:
-        live[classes[tags.reshape(-1)]] = True
-    _grow(channels, live)
-    kept = live.clone()
-    for tags in _axes(channels):
-        if not bool(kept[classes[tags]].any()):
-            kept[classes[tags[0]]] = True
-    return Cut(classes, live, kept)
-
-
 def refusals(program: Program) -> list[Change]:
     """Return the operators of a program around which every channel stays, and why."""
     channels = analyse(program)
@@ -112,41 +83,6 @@ def refusals(program: Program) -> list[Change]:
         Change(where(node), f"all channels around it stay: {reason}")
         for node, reason in channels.barriers.items()
     ]
-
-
-def _grow(channels: Channels, live: Tensor) -> None:
-    classes = channels.classes
-    reads = [
-        (classes[read.outputs], classes[read.inputs], read.pattern, ~read.foldable)
-        for _, read in reversed(channels.reads)
-    ]
-    seen = [-1] * len(reads)
-    changed = True
-    while changed:
-        changed = False
-        for place, (outputs, inputs, pattern, solid) in enumerate(reads):
-            alive = live[outputs]
-            count = int(alive.sum())
-            if count == seen[place]:
-                continue
-            seen[place] = count
-            if count == 0:
-                continue
-            needed = solid if pattern is None else solid & pattern[alive].any(0)
-            new = inputs[needed]
-            if not bool(live[new].all()):
-                live[new] = True
-                changed = True
-
-
-def _axes(channels: Channels) -> list[Tensor]:
-    """Return the tags of every tensor and every cut axis of a parameter: none may be emptied."""
-    found = [value.tags.reshape(-1) for value in channels.tensors()]
-    for state in channels.states.values():
-        found.extend(state.axes.values())
-        if state.whole is not None:
-            found.append(state.whole.reshape(-1))
-    return [tags for tags in found if len(tags)]
 
 
 class _Forward:
@@ -179,7 +115,9 @@ class _Forward:
             if self.seen.alias[node] in self.overwritten:
                 value = pytree.tree_map_only((Value, State), self._fix, value)
             self.found.values[node] = value
-        self._close_boxes()
+        wide = [value.tags for value in self.found.tensors()]
+        wide += [s.whole for s in self.found.states.values() if s.whole is not None]
+        self.found.classes = close_boxes(self.table, wide)
         return self.found
 
     def _visit(self, node: fx.Node) -> Any:
@@ -299,41 +237,6 @@ class _Forward:
                     ):
                         unsafe.add(group)
         return unsafe
-
-    def _close_boxes(self) -> None:
-        """Tie channels until every tensor's vary along one axis: what remains will be a box."""
-        self.found.classes = self.table.classes()
-        wide = [value.tags for value in self.found.tensors() if len(varying_axes(value.tags)) > 1]
-        wide += [
-            state.whole
-            for state in self.found.states.values()
-            if state.whole is not None and len(varying_axes(state.whole)) > 1
-        ]
-        while wide:
-            rest: list[Tensor] = []
-            for tags in wide:
-                axis = _free_axis(self.found.classes[tags])
-                if axis is None:
-                    continue
-                front = tags.movedim(axis, 0).reshape(tags.shape[axis], -1)
-                self.table.tie(front[:, :1], front[:, 1:])
-                rest.append(tags)
-            if not rest:
-                return
-            wide = rest
-            self.found.classes = self.table.classes()
-
-
-def _free_axis(classes: Tensor) -> int | None:
-    """Return the axis to keep apart, the one of most classes; None if classes vary along one."""
-    axes = [
-        axis
-        for axis in varying_axes(classes)
-        if not torch.equal(classes, classes.narrow(axis, 0, 1).expand(classes.shape))
-    ]
-    if len(axes) < 2:
-        return None
-    return max(axes, key=lambda axis: classes.shape[axis])
 
 
 def _zero(value: Value) -> Value:

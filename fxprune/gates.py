@@ -7,12 +7,12 @@ all its depth sites, so that a penalty, the clipping and the traffic between mac
 kernels whatever the depth, and sites on one residual stream share their units.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx
 
 from fxprune.errors import GateError
@@ -136,13 +136,22 @@ def binarize(gate: Tensor) -> Tensor:
 
 def width_gate(value: Tensor, gate: Tensor) -> Tensor:
     """Return w'·value; ∂/∂w' = value, so that a removed unit can come back."""
+    if isinstance(value, fx.Proxy):
+        return _whole(value, width_gate, value, gate)
     return value * gate.to(value.dtype)
 
 
 def linear_gate(value: Tensor, activated: Tensor, gate: Tensor) -> Tensor:
     """Return d'·value + (1 − d')·activated, exactly one of the two; ∂/∂d' = Σ value − activated."""
+    if isinstance(value, fx.Proxy):
+        return _whole(value, linear_gate, value, activated, gate)
     result: Any = _Select.apply(value, activated, gate)
     return result
+
+
+def _whole(proxy: fx.Proxy, gate: Callable[..., Tensor], *args: Any) -> Any:
+    """Put a gate into a graph as one node: torch.fx traces a model again when it is unpickled."""
+    return proxy.tracer.create_proxy("call_function", gate, args, {})
 
 
 class _Select(torch.autograd.Function):

@@ -15,15 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from fxprune.channels import Channels, analyse, settle
+from fxprune.channels import Channels, analyse
 from fxprune.compiler import capture_any, find_gates, gated_model, inputs_for
+from fxprune.cuts import Cut
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import UNGATED, Gates, WidthSite, linear_gate, width_gate
+from fxprune.liveness import settle
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.penalties import gates_of
 from fxprune.program import Program
-from fxprune.rules import Cut, Value, rule_for
+from fxprune.rules import rule_for
+from fxprune.values import Value
 
 
 @dataclass(frozen=True)

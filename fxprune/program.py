@@ -5,7 +5,6 @@ nothing the user holds is ever modified.
 """
 
 import copy
-import operator
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -245,62 +244,3 @@ def describe(inputs: Any) -> str:
         for leaf in leaves
     ]
     return "(" + ", ".join(parts) + ")"
-
-
-def sole_modules(program: Program) -> dict[fx.Node, nn.Module]:
-    """Return the modules that may be edited, by calling node: no one else uses their tensors."""
-    held: dict[fx.Node, set[int]] = {}
-    users: dict[int, int] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_module":
-            module = program.module.get_submodule(str(node.target))
-            held[node] = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        elif node.op == "get_attr":
-            held[node] = {id(_attribute(program.module, str(node.target)))}
-        for key in held.get(node, ()):
-            users[key] = users.get(key, 0) + 1
-    return {
-        node: module
-        for node, keys in held.items()
-        if node.op == "call_module"
-        and all(users[key] == 1 for key in keys)
-        and not (module := program.module.get_submodule(str(node.target)))._forward_hooks
-        and not module._forward_pre_hooks
-    }
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(owner), name, None)
-
-
-def make_out_of_place(node: fx.Node, module: fx.GraphModule) -> None:
-    """Let an activation leave its input alone, as something else is going to read it."""
-    owner: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if hasattr(owner, "inplace"):
-        owner.inplace = False
-    if node.op == "call_method" and (twin := _method_out_of_place(str(node.target))):
-        node.target = twin
-    if node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
-    if node.op == "call_function" and (twin := _out_of_place(node.target)):
-        node.target = twin
-
-
-def _method_out_of_place(name: str) -> str | None:
-    """Return the method that does the same without overwriting; `copy_` and `zero_` have none."""
-    twin = name.removesuffix("_")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return twin if in_place and callable(getattr(Tensor, twin, None)) else None
-
-
-def _out_of_place(function: Any) -> Any:
-    """Return the function that does the same as an in-place one without overwriting."""
-    name = getattr(function, "__name__", "")
-    if getattr(function, "__module__", "") == "_operator" and name.startswith("i"):
-        twins = (getattr(operator, name[1:] + end, None) for end in ("", "_"))  # and is a keyword
-        return next((twin for twin in twins if twin is not None), None)
-    if not name.endswith("_") or name.endswith("__"):
-        return None
-    spaces = (torch, torch.nn.functional)
-    return next((f for s in spaces if (f := getattr(s, name[:-1], None)) is not None), None)

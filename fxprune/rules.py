@@ -8,102 +8,16 @@ after its parameters were cut. An operator without a rule is a barrier: all chan
 and outputs stay.
 """
 
-import zlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.observation import TensorSpec
-from fxprune.tags import FIXED, TagTable, align, varying_axes
-
-
-class Barrier(Exception):
-    """Raised by a rule for a form of its operator it does not understand; says why."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """What is known of a tensor.
-
-    tags: int64, broadcastable to `shape`, of size 1 where they do not vary.
-    constants: float64, of the shape of `tags`; the value a channel has everywhere, NaN if unknown.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    tags: Tensor
-    constants: Tensor
-
-    def along(self, axis: int) -> "Along":
-        """Return the channels along `axis`; `Barrier` if they lie along other axes only.
-
-        Where tags vary along other axes too (sub-pixels), those of one channel must be tied.
-        """
-        others = [a for a in varying_axes(self.tags) if a != axis % len(self.shape)]
-        if others and self.tags.shape[axis] == 1:
-            raise Barrier("its input's channels lie along another axis than the one it works on")
-        lead = self.tags
-        for other in others:
-            lead = lead.narrow(other, 0, 1)
-        size = self.shape[axis]
-        constants = align(self.constants, lead).reshape(-1).expand(size)
-        ties = [(self.tags, lead)] if others else []
-        return Along(lead.reshape(-1).expand(size), constants, ties)
-
-
-@dataclass(frozen=True)
-class Along:
-    """A value's channels along one axis: tags and constants (size,), and what has to be tied."""
-
-    tags: Tensor
-    constants: Tensor
-    ties: list[tuple[Tensor, Tensor]]
-
-
-@dataclass
-class State:
-    """A parameter or buffer, and the tags of its axes, which every operator that uses it shares."""
-
-    name: str
-    tensor: Tensor
-    table: TagTable
-    generic: bool = False
-    axes: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    whole: Tensor | None = None
-
-    def axis(self, axis: int) -> Tensor:
-        """Return the tags along one axis, for an operator that knows what its axes mean."""
-        if axis not in self.axes:
-            self.axes[axis] = self.table.fresh(self.tensor.shape[axis])
-            if self.whole is not None:
-                self.table.tie(self.axes[axis], torch.zeros_like(self.axes[axis]))
-                self.table.tie(self.whole, torch.zeros_like(self.whole))
-        return self.axes[axis]
-
-    def value(self) -> Value:
-        """Return the tensor as an operand like any other, with a tag for every element."""
-        shape = tuple(self.tensor.shape)
-        if self.whole is None:
-            long = [axis for axis, size in enumerate(shape) if size > 1]
-            self.whole = self.table.fresh(self.tensor.numel()).reshape(shape)
-            if len(long) == 1 and not self.axes:
-                self.axes[long[0]] = self.whole.reshape(-1)
-            elif self.axes:
-                for tags in self.axes.values():
-                    self.table.tie(tags, torch.zeros_like(tags))
-                self.table.tie(self.whole, torch.zeros_like(self.whole))
-        return Value(shape, self.tensor.dtype, self.whole, self.known())
-
-    def known(self) -> Tensor:
-        """Return its numbers in float64; random ones for a parameter if facts are generic."""
-        if self.generic and isinstance(self.tensor, nn.Parameter):
-            seed = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
-            return torch.rand(self.tensor.shape, generator=seed, dtype=torch.float64) + 0.5
-        return self.tensor.detach().cpu().double()
+from fxprune.values import Barrier, State, Value, as_value, fixed, flatten, map_values, unknown
 
 
 @dataclass(frozen=True)
@@ -191,75 +105,6 @@ class Call:
         return execute(self.node, self.module, args, kwargs)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Which tags stay. `kept` is what remains in the tensors, `live` what somebody needs."""
-
-    classes: Tensor
-    live: Tensor
-    kept: Tensor
-
-    def keep(self, tags: Tensor) -> Tensor:
-        """Return a bool tensor, of the shape of `tags`: which of them remain."""
-        return self.kept[self.classes[tags]]
-
-    def alive(self, tags: Tensor) -> Tensor:
-        """Return a bool tensor, of the shape of `tags`: which of them anything live reads."""
-        return self.live[self.classes[tags]]
-
-    def indices(self, value: Value) -> tuple[int, Tensor] | None:
-        """Return axis and kept positions (int64) of a value that shrinks, None if it does not."""
-        keep = self.keep(value.tags)
-        if bool(keep.all()):
-            return None
-        axes = varying_axes(keep)
-        along = [a for a in axes if not torch.equal(keep, keep.narrow(a, 0, 1).expand(keep.shape))]
-        if len(along) != 1:
-            raise Barrier("what remains of a tensor would not be a box")
-        flat = keep.movedim(along[0], 0).reshape(keep.shape[along[0]], -1)[:, 0]
-        return along[0], flat.nonzero().reshape(-1)
-
-    def shape(self, value: Value) -> tuple[int, ...]:
-        """Return the shape that remains of a value."""
-        cut = self.indices(value)
-        if cut is None:
-            return value.shape
-        return tuple(len(cut[1]) if a == cut[0] else size for a, size in enumerate(value.shape))
-
-
-class ShapeOf(tuple[int, ...]):
-    """The shape of a value, which knows whose shape it is."""
-
-    value: Value
-
-    def __new__(cls, value: Value) -> "ShapeOf":
-        """Return the shape of `value`."""
-        self = super().__new__(cls, value.shape)
-        self.value = value
-        return self
-
-    def shrinks(self, axis: int, cut: Cut) -> bool:
-        """Tell whether the value gets smaller along `axis`."""
-        found = cut.indices(self.value)
-        return found is not None and found[0] == axis % len(self)
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What `OpRule.rewrite` answers: the new arguments of a node, and its new function if any."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    function: Callable[..., Any] | None = None
-
-
-@dataclass(frozen=True)
-class Literal:
-    """What `OpRule.rewrite` answers for a node that must stay the number it was."""
-
-    value: Any
-
-
 def _nothing(call: Call, cut: Cut) -> None:
     return None
 
@@ -314,38 +159,7 @@ def execute(node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> 
     return target(*args, **kwargs)
 
 
-def as_value(argument: Any) -> Any:
-    """Return a parameter or buffer as the operand it is; anything else unchanged."""
-    return argument.value() if isinstance(argument, State) else argument
-
-
-def flatten(structure: Any) -> list[Any]:
-    """Return the leaves of nested arguments; `Value` and `State` are leaves."""
-    return pytree.tree_leaves(structure)
-
-
-def map_values(replace: Callable[[Any], Any], structure: Any) -> Any:
-    """Replace every `Value` and `State` of nested arguments."""
-    return pytree.tree_map_only((Value, State), replace, structure)
-
-
-def unknown(tags: Tensor) -> Tensor:
-    """Return constants of which none is known."""
-    return torch.full(tags.shape, torch.nan, dtype=torch.float64)
-
-
-def fixed(spec: TensorSpec) -> Value:
-    """Return a value all of whose channels stay and of which nothing is known."""
-    tags = torch.full((1,) * len(spec.shape), FIXED)
-    return Value(spec.shape, spec.dtype, tags, unknown(tags))
-
-
 def barrier_flow(call: Call, reason: str) -> Flow:
     """Return the flow of an operator nothing is known of."""
     outputs = pytree.tree_map_only(TensorSpec, fixed, call.spec)
     return Flow(outputs, keeps=[(value.tags, reason) for value in call.values()])
-
-
-def broadcast_to(tensors: Sequence[Tensor], rank: int) -> list[Tensor]:
-    """Give tensors leading axes of size 1 until they have `rank` axes."""
-    return [tensor.reshape((1,) * (rank - tensor.dim()) + tensor.shape) for tensor in tensors]

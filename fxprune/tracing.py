@@ -8,6 +8,7 @@ in training and once in evaluation mode: a flag that torch.fx would have frozen
 
 import functools
 import inspect
+import operator
 import os
 import sys
 from collections import OrderedDict
@@ -34,6 +35,7 @@ class ModelTracer(fx.Tracer):
         super().__init__()
         self.given = given
         self.leaves: dict[str, str] = {}
+        self.evaluation_only = False
         self._parameter_proxies: dict[str, fx.Proxy] = {}
 
     def create_args_for_root(
@@ -70,7 +72,15 @@ class ModelTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Create a node that remembers which line of the user's code asked for it."""
+        """Create a node that remembers which line of the user's code asked for it.
+
+        A graph knows no `torch.no_grad`. A submodule that uses it is kept whole; where the model
+        itself does, the graph is good for evaluation only.
+        """
+        if not torch.is_grad_enabled():
+            if self.module_stack:
+                raise TraceError("it switches gradients off, which no graph does")
+            self.evaluation_only = True
         node = super().create_node(*args, **kwargs)
         node.meta["source"] = _user_line(sys._getframe(1))
         return node
@@ -123,9 +133,9 @@ def trace(root: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
             module.training = flag
     same_in_both_modes = _same_structure(root, training, evaluation)
     if same_in_both_modes:
-        _thaw_training_flags(training, evaluation)
+        _thaw_modes(training, evaluation)
     module = fx.GraphModule(root, evaluation, type(root).__name__)
-    module.meta["evaluation_only"] = not same_in_both_modes
+    module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
     for name, part in module.named_modules():
         part.training = flags[root.get_submodule(name)]
     for node in module.graph.nodes:
@@ -160,7 +170,8 @@ def _trace_in_mode(
     root.train(training)
     tracer = ModelTracer(given)
     try:
-        graph = tracer.trace(root)
+        with torch.enable_grad():
+            graph = tracer.trace(root)
     except Exception as error:
         raise TraceError(
             f"{type(root).__name__} cannot be traced: {type(error).__name__}: {_first_line(error)}"
@@ -173,7 +184,7 @@ def _trace_in_mode(
 
 
 def _same_structure(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bool:
-    """Tell whether both graphs run the same operators on the same arguments, flags apart."""
+    """Tell whether both graphs run the same operators on the same arguments, rates apart."""
     if len(training.nodes) != len(evaluation.nodes):
         return False
     twins = dict(zip(training.nodes, evaluation.nodes, strict=True))
@@ -199,7 +210,7 @@ def _same_target(root: nn.Module, yes: fx.Node, no: fx.Node) -> bool:
 
 
 def _alike(yes: Any, no: Any, twins: Mapping[fx.Node, fx.Node]) -> bool:
-    """Compare arguments of twin nodes: equal, or True in training and False in evaluation."""
+    """Compare arguments of twin nodes: equal, or flags and rates that follow the mode."""
     if isinstance(yes, fx.Node):
         return twins[yes] is no
     if isinstance(yes, slice) and isinstance(no, slice):
@@ -209,24 +220,28 @@ def _alike(yes: Any, no: Any, twins: Mapping[fx.Node, fx.Node]) -> bool:
         return len(yes) == len(no) and all(_alike(a, b, twins) for a, b in pairs)
     if isinstance(yes, Mapping) and isinstance(no, Mapping):
         return yes.keys() == no.keys() and all(_alike(yes[key], no[key], twins) for key in yes)
-    return _is_flag(yes, no) or yes is no or (type(yes) is type(no) and yes == no)
+    return _follows_mode(yes, no) or yes is no or (type(yes) is type(no) and yes == no)
 
 
-def _is_flag(yes: Any, no: Any) -> bool:
-    return yes is True and no is False
+def _follows_mode(yes: Any, no: Any) -> bool:
+    """Tell whether two constants are a flag or a rate that differs; sizes must not."""
+    types = {type(yes), type(no)}
+    return (types == {bool} or (float in types and types <= {int, float})) and yes != no
 
 
-def _thaw_training_flags(training: fx.Graph, evaluation: fx.Graph) -> None:
-    """Turn constants that are True in training and False in evaluation into reads of the flag."""
+def _thaw_modes(training: fx.Graph, evaluation: fx.Graph) -> None:
+    """Turn flags and rates that differ between the modes into reads of the training flag."""
     for in_training, node in list(zip(training.nodes, evaluation.nodes, strict=True)):
         stack = node.meta.get("nn_module_stack") or {"": ("", None)}
         owner = list(stack.values())[-1][0]
         flag_name = f"{owner}.training" if owner else "training"
 
         def thaw(yes: Any, no: Any, at: fx.Node = node, name: str = flag_name) -> Any:
-            if _is_flag(yes, no):
+            if _follows_mode(yes, no):
                 with evaluation.inserting_before(at):
                     flag = evaluation.get_attr(name)
+                    if (yes, no) != (True, False):
+                        flag = evaluation.call_function(operator.getitem, ((no, yes), flag))
                 flag.meta["source"] = at.meta["source"]
                 return flag
             if isinstance(no, (tuple, list)):

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from fxprune.observation import TensorSpec, observe
 from fxprune.pipeline import Change
-from fxprune.program import Program, sole_modules
+from fxprune.program import Program
+from fxprune.sharing import sole_modules
 
 LAYERS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),

@@ -11,12 +11,15 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from fxprune.channels import Channels, analyse, settle
+from fxprune.channels import Channels, analyse
+from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.errors import where
+from fxprune.liveness import settle
 from fxprune.observation import observe
 from fxprune.pipeline import Change
 from fxprune.program import Program
-from fxprune.rules import Arguments, Barrier, Cut, Literal, State, rule_for
+from fxprune.rules import rule_for
+from fxprune.values import Barrier, State
 
 _Plan = dict[fx.Node, Arguments | Literal]
 

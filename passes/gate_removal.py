@@ -64,7 +64,7 @@ def _resolve_width(module: fx.GraphModule, gates: Gates, node: fx.Node) -> list[
         with node.graph.inserting_before(node):
             buffer = node.graph.get_attr(name)
             product = node.graph.call_function(torch.mul, (value, buffer))
-        product.meta.update(node.meta)
+        product.meta["source"] = node.meta.get("source")
         node.replace_all_uses_with(product)
         node.graph.erase_node(node)
     gated = sum(unit != UNGATED for unit in site.units)

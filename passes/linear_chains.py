@@ -10,7 +10,8 @@ float64.
 from torch import fx, nn
 
 from fxprune.pipeline import Change
-from fxprune.program import Program, sole_modules
+from fxprune.program import Program
+from fxprune.sharing import sole_modules
 
 
 def fold_linear_chains(program: Program) -> list[Change]:

@@ -95,6 +95,7 @@ def test_the_forward_pass_is_the_papers_formula_on_binary_gates(
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=8))
 def test_gates_are_exactly_zero_or_one_in_the_forward_pass(values: list[float]) -> None:
     hard = binarize(torch.tensor(values))

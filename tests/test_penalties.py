@@ -180,7 +180,7 @@ def test_units_of_linear_layers_are_free_of_lambda_3() -> None:
 
 
 def test_gates_an_optimizer_took_out_of_the_interval_count_as_clipped() -> None:
-    model = gated([-0.5, 1.5, 0.0, 1.0], [-0.5, 1.5])
+    model = gated([-0.25, 1.5, 0.0, 1.0], [-0.5, 1.5])
     close(WidthBinary(1).forward(model.gates), 0.0)
     close(Width(1).forward(model.gates), 2.0)
     close(Depth(1).forward(model.gates), 1.0)

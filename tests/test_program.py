@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, prune
 
 from fxprune.errors import ExampleInputError, ModelError, TraceError
+from fxprune.out_of_place import make_out_of_place
 from fxprune.program import (
     Program,
     capture,
@@ -25,11 +26,10 @@ from fxprune.program import (
     describe,
     device_of,
     evaluating,
-    make_out_of_place,
     model_inputs,
     same,
-    sole_modules,
 )
+from fxprune.sharing import sole_modules
 from tests.conftest import randomise
 
 
@@ -443,6 +443,7 @@ def without_empties(structure: Any) -> Any:
     return {key: part for key, part in parts.items() if part != {}}
 
 
+@settings(deadline=None)
 @given(structures, structures)
 def test_structures_are_the_same_exactly_if_they_hold_the_same_in_the_same_places(
     left: Any, right: Any

@@ -54,6 +54,7 @@ def least_of_component(count: int, edges: list[tuple[int, int]]) -> list[int]:
     return [least[vertex] for vertex in range(count)]
 
 
+@settings(deadline=None)
 @given(graphs)
 def test_components_are_those_of_networkx(graph: tuple[int, list[tuple[int, int]]]) -> None:
     count, edges = graph
@@ -149,6 +150,7 @@ def test_ties_after_a_question_join_those_before_it() -> None:
     assert table.classes().tolist() == [0, 1, 1, 1, 1, 1]
 
 
+@settings(deadline=None)
 @given(broadcast_tensors())
 def test_compression_loses_nothing_and_leaves_only_axes_that_vary(full: Tensor) -> None:
     small = compress(full)
@@ -157,6 +159,7 @@ def test_compression_loses_nothing_and_leaves_only_axes_that_vary(full: Tensor) 
         assert not torch.equal(small, small.narrow(axis, 0, 1).expand(small.shape))
 
 
+@settings(deadline=None)
 @given(broadcast_tensors(), st.data())
 def test_compression_keeps_unknowns_where_they_are(full: Tensor, data: st.DataObject) -> None:
     mask = data.draw(

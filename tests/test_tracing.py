@@ -223,17 +223,48 @@ def test_constant_tensors_do_not_make_the_modes_differ() -> None:
     assert module.meta["evaluation_only"] is False
 
 
+FOLLOW_THE_MODE: dict[str, Callable[[Model, Tensor], Any]] = {
+    "a flag": lambda m, x: F.dropout(m.layer(x), 0.5, m.training),
+    "a flag the other way round": lambda m, x: F.dropout(m.layer(x), 0.5, not m.training),
+    "a rate": lambda m, x: F.dropout(m.layer(x), 0.5 if m.training else 0.0, training=True),
+    "a rate that is the integer 0": lambda m, x: F.dropout(m.layer(x), 0.5 if m.training else 0),
+    "a factor": lambda m, x: m.layer(x) * (2.0 if m.training else 1.0),
+    "a flag in a list": lambda m, x: _scaled_by(m.layer(x), [2.0, m.training]),
+    "nothing, beside a size": lambda m, x: F.dropout(x.view(torch.Size([4, 2])), 0.5, m.training),
+}
+
+
+@fx.wrap
+def _scaled_by(x: Tensor, factors: list[float]) -> Tensor:
+    for factor in factors:
+        x = x * factor
+    return x
+
+
+@pytest.mark.parametrize("what", FOLLOW_THE_MODE)
+def test_flags_and_rates_follow_the_mode(what: str) -> None:
+    model, x = Model(FOLLOW_THE_MODE[what]), torch.randn(2, 4)
+    module = traced(model)
+    module.graph.lint()
+    assert module.meta["evaluation_only"] is False
+    for training in (True, False, True):
+        torch.manual_seed(1)
+        expected = model.train(training)(x)
+        torch.manual_seed(1)
+        assert torch.equal(module.train(training)(x), expected)
+
+
 MODES_DIFFER: dict[str, Callable[[Model, Tensor], Any]] = {
     "an operator": lambda m, x: m.layer(x) if m.training else m.layer(x).neg(),
     "one more operator": lambda m, x: m.layer(x).neg().neg() if m.training else m.layer(x),
     "an auxiliary output": lambda m, x: (m.layer(x), x) if m.training else m.layer(x),
     "a main output alone": lambda m, x: m.layer(x) if m.training else (m.layer(x), x),
     "a number": lambda m, x: m.layer(x) * (2 if m.training else 1),
-    "a rate": lambda m, x: F.dropout(m.layer(x), 0.5 if m.training else 0.0, training=True),
-    "a flag the other way round": lambda m, x: F.dropout(m.layer(x), 0.5, training=not m.training),
     "a longer list": lambda m, x: torch.cat([m.layer(x), x] if m.training else [m.layer(x)]),
     "a slice": lambda m, x: m.layer(x)[:, : 3 if m.training else 4],
     "an operand": lambda m, x: m.layer(x).neg() + (x if m.training else x.neg().neg()),
+    "a number for an operand": lambda m, x: m.layer(x) * (2.0 if m.training else x),
+    "an operand for a number": lambda m, x: m.layer(x) * (x if m.training else 2.0),
     "a key": lambda m, x: {("a" if m.training else "b"): m.layer(x)},
     "a constant tensor": lambda m, x: m.layer(x) * torch.tensor(2.0 if m.training else 1.0),
 }
@@ -310,6 +341,46 @@ def test_nothing_of_an_attempt_that_failed_stays_in_the_graph() -> None:
     module.graph.lint()
     assert [str(n.target) for n in module.graph.nodes][:3] == ["x", "branches", "weight"]
     assert torch.equal(module(x), model(x))
+
+
+class Silent(nn.Module):
+    """A layer that no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.layer(x)
+
+
+def test_a_submodule_that_switches_gradients_off_is_kept_whole() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Silent()), nn.Linear(4, 2))
+    module = traced(model, "input")
+    assert calls(module) == ["0", "1.0", "2"]
+    [leaf] = module.graph.find_nodes(op="call_module", target="1.0")
+    assert "switches gradients off" in leaf.meta["leaf_because"]
+    module(torch.randn(3, 4)).sum().backward()
+    trained = {name for name, p in module.named_parameters() if p.grad is not None}
+    assert trained == {"2.weight", "2.bias"}
+
+
+def test_a_model_that_switches_gradients_off_is_of_evaluation_only() -> None:
+    model, x = Silent(), torch.randn(3, 4)
+    module = traced(model)
+    assert module.meta["evaluation_only"] is True
+    assert torch.equal(module(x), model(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_trace_is_the_same_where_gradients_are_off_anyway(mode: Any) -> None:
+    model = nn.Sequential(Silent(), Dropped())
+    with mode():
+        module = traced(model, "input")
+    assert module.meta["evaluation_only"] is False
+    assert calls(module) == calls(traced(model, "input"))
+    assert calls(module)[0] == "0"
 
 
 def test_a_module_made_on_the_fly_makes_a_leaf_of_who_makes_it() -> None:

@@ -14,20 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.rules import (
-    Barrier,
-    Call,
-    Flow,
-    OpRule,
-    Read,
-    State,
-    Value,
-    as_value,
-    broadcast_to,
-    flatten,
-    register,
-)
+from fxprune.rules import Call, Flow, OpRule, Read, register
 from fxprune.tags import FIXED, align, varying_axes
+from fxprune.values import Barrier, State, Value, as_value, broadcast_to, flatten
 
 
 def elementwise_flow(call: Call) -> Flow:

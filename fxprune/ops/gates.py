@@ -1,7 +1,9 @@
 """Gates, as inspection meets them in a model that is still being trained: they pass channels on."""
 
+from fxprune.cuts import Cut
 from fxprune.gates import linear_gate, width_gate
-from fxprune.rules import Barrier, Call, Cut, Flow, OpRule, Value, register, unknown
+from fxprune.rules import Call, Flow, OpRule, register
+from fxprune.values import Barrier, Value, unknown
 
 
 def gate_flow(call: Call) -> Flow:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.rules import Barrier, Call, Flow, OpRule, register
+from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
+from fxprune.values import Barrier
 
 
 def glu_flow(call: Call) -> Flow:

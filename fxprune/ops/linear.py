@@ -6,55 +6,22 @@ kernel) to the bias, exactly, unless zero padding makes the channel something el
 depthwise convolution does not mix: its outputs are tied to its inputs.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.rules import (
-    Along,
-    Arguments,
-    Barrier,
-    Call,
-    Cut,
-    Flow,
-    OpRule,
-    Read,
-    State,
-    Value,
-    register,
+from fxprune.cuts import Arguments, Cut
+from fxprune.ops.mixing import (
+    CONV_FUNCTIONS,
+    GROUPS,
+    LINEAR_FUNCTIONS,
+    TRANSPOSED_FUNCTIONS,
+    Mixing,
+    read_call,
 )
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """One reading of all forms of linear layer: weight (O, I, kernel…), or (I, O, kernel…)."""
-
-    value: Value
-    axis: int
-    weight: State
-    bias: State | None
-    groups: int
-    border: bool
-    out_axis: int
-
-    @property
-    def in_axis(self) -> int:
-        """The axis of the weight along which its input channels lie."""
-        return 1 - self.out_axis
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether every group has one input channel."""
-        return self.groups > 1 and self.groups == self.value.shape[self.axis]
-
-    def matrix(self, tensor: Tensor) -> Tensor:
-        """Return weights as (groups, O / groups, I / groups, kernel size)."""
-        flat = tensor.reshape(*tensor.shape[:2], -1)
-        grouped = flat.unflatten(0, (self.groups, -1))
-        return grouped if self.out_axis == 0 else grouped.transpose(1, 2)
+from fxprune.rules import Call, Flow, OpRule, Read, register
+from fxprune.values import Along, Value
 
 
 def mixing_flow(call: Call) -> Flow:
@@ -100,15 +67,15 @@ def absorb_constants(call: Call, cut: Cut) -> None:
 
 def rewrite_groups(call: Call, cut: Cut) -> Arguments | None:
     """Give a functional depthwise convolution the number of groups that remain."""
-    if call.module is not None or call.node.target in _LINEAR_FUNCTIONS:
+    if call.module is not None or call.node.target in LINEAR_FUNCTIONS:
         return None
     mixing = read_call(call)
     if not mixing.depthwise:
         return None
     groups = int(cut.keep(mixing.value.along(mixing.axis).tags).sum())
     args = list(call.node.args)
-    if len(args) > _GROUPS:
-        args[_GROUPS] = groups
+    if len(args) > GROUPS:
+        args[GROUPS] = groups
         return Arguments(tuple(args), dict(call.node.kwargs))
     return Arguments(tuple(args), {**call.node.kwargs, "groups": groups})
 
@@ -129,49 +96,6 @@ def resize_module(call: Call) -> None:
         return
     module.groups = first // (module.out_channels // module.groups) if depthwise else module.groups
     module.out_channels, module.in_channels = first, second * module.groups
-
-
-def read_call(call: Call) -> Mixing:
-    """Read a module or function call as `Mixing`; `Barrier` where its weight is computed."""
-    value = call.value()
-    if call.module is not None:
-        weight, bias = call.state("weight"), call.state("bias")
-    else:
-        weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
-    if not isinstance(weight, State) or not (bias is None or isinstance(bias, State)):
-        raise Barrier("its weight or bias is computed")
-    if isinstance(call.module, nn.Linear) or call.node.target in _LINEAR_FUNCTIONS:
-        return Mixing(value, len(value.shape) - 1, weight, bias, 1, False, 0)
-    if call.module is not None:
-        return _read_conv_module(call.module, value, weight, bias)
-    return _read_conv_function(call, value, weight, bias)
-
-
-def _read_conv_module(module: Any, value: Value, weight: State, bias: State | None) -> Mixing:
-    axis = len(value.shape) - weight.tensor.dim() + 1
-    border = bool(module.transposed) or (
-        module.padding_mode == "zeros" and _pads(module.padding, weight.tensor.shape[2:])
-    )
-    return Mixing(value, axis, weight, bias, module.groups, border, int(module.transposed))
-
-
-def _read_conv_function(call: Call, value: Value, weight: State, bias: State | None) -> Mixing:
-    axis = len(value.shape) - weight.tensor.dim() + 1
-    groups = call.argument(_GROUPS, "groups", 1)
-    if call.node.target in _TRANSPOSED_FUNCTIONS:
-        return Mixing(value, axis, weight, bias, groups, True, 1)
-    padding = call.argument(4, "padding", 0)
-    border = _pads(padding, weight.tensor.shape[2:])
-    return Mixing(value, axis, weight, bias, groups, border, 0)
-
-
-def _pads(padding: Any, kernel: tuple[int, ...]) -> bool:
-    if padding == "valid":
-        return False
-    if padding == "same":
-        return any(size > 1 for size in kernel)
-    sizes = padding if isinstance(padding, (tuple, list)) else (padding,)
-    return any(size != 0 for size in sizes)
 
 
 def _weight_tags(mixing: Mixing, inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -281,16 +205,11 @@ def _output(call: Call, mixing: Mixing, tags: Tensor, constants: Tensor) -> Valu
     return call.output(tags.reshape(shape), constants.reshape(shape))
 
 
-_GROUPS = 6  # the position of `groups` in torch's functional convolutions, transposed or not
-_CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-_LINEAR_FUNCTIONS = (F.linear,)
-
 register(
     OpRule("mixing", mixing_flow, absorb_constants, rewrite_groups, resize_module),
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *_LINEAR_FUNCTIONS,
-    *_CONV_FUNCTIONS,
-    *_TRANSPOSED_FUNCTIONS,
+    *LINEAR_FUNCTIONS,
+    *CONV_FUNCTIONS,
+    *TRANSPOSED_FUNCTIONS,
 )

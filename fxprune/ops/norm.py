@@ -6,11 +6,14 @@ A constant channel c becomes the constant a·c + t; with γ = 0 any channel beco
 Instance norm takes its statistics from each map by itself.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.rules import Barrier, Call, Flow, OpRule, State, register
+from fxprune.rules import Call, Flow, OpRule, register
+from fxprune.values import Barrier, State
 
 _NAMES = ("running_mean", "running_var", "weight", "bias")
 
@@ -88,10 +91,9 @@ def instance_norm_flow(call: Call) -> Flow:
 
 def resize_instance_norm(call: Call) -> None:
     """Tell the module how many channels it has left."""
-    module = call.module
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        held = module.weight if module.weight is not None else module.running_mean
-        module.num_features = module.num_features if held is None else held.numel()
+    module: Any = call.module
+    held: Any = module.weight if module.weight is not None else module.running_mean
+    module.num_features = held.numel()
 
 
 register(

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.observation import TensorSpec
-from fxprune.rules import Barrier, Call, Flow, OpRule, Value, flatten, register, unknown
+from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
+from fxprune.values import Barrier, Value, flatten, unknown
 
 
 def pool_flow(call: Call, *, rank: int) -> Flow:

@@ -6,8 +6,9 @@ The weights sum to 1, so a constant stays what it is; nearest neighbours only mo
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.rules import Barrier, Call, Flow, OpRule, register
+from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
+from fxprune.values import Barrier
 
 
 def resample_flow(call: Call) -> Flow:

@@ -1,7 +1,7 @@
 """Questions about a tensor's size, rank, type and place.
 
 A size asked of an axis that shrinks stays the number it was (it may scale an attention, or build a
-constant); where it named the size of a view, `movement` has already put the new size there.
+constant); where it named the size of a view, `rewriting` has already put the new size there.
 """
 
 import operator
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.rules import Barrier, Call, Cut, Flow, Literal, OpRule, ShapeOf, register
+from fxprune.cuts import Cut, Literal
+from fxprune.rules import Call, Flow, OpRule, register
+from fxprune.values import Barrier, ShapeOf
 
 _HARMLESS = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}
 
@@ -49,7 +51,7 @@ def rewrite_size(call: Call, cut: Cut) -> Literal | None:
     """Freeze the size of an axis that shrinks at what it was."""
     if not isinstance(call.spec, int):
         return None
-    shrinks = ShapeOf(call.value()).shrinks(call.argument(1, "dim"), cut)
+    shrinks = cut.shrinks(call.value(), call.argument(1, "dim"))
     return Literal(call.spec) if shrinks else None
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.rules import Barrier, Call, Flow, OpRule, register
+from fxprune.rules import Call, Flow, OpRule, register
+from fxprune.values import Barrier
 
 
 def refuse_normalisation(call: Call) -> Flow:

@@ -136,7 +136,7 @@ MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
     nn.Softmax2d: (nn.Softmax2d, Sample(shrinks=False)),
     **{
         norm: (
-            lambda norm=norm: norm(8, affine=True, track_running_stats=stats),
+            lambda norm=norm, stats=stats: norm(8, affine=True, track_running_stats=stats),
             Sample(shape=shape),
         )
         for norm, stats, shape in (

@@ -51,3 +51,23 @@ def test_memory_read_again_keeps_its_form() -> None:
     expected = before.run()
     assert make_functional(before) == []
     assert error(expected, before.run()) == 0
+
+
+class SharedStatement(nn.Module):
+    """One module called twice, once only for what it does to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.relu = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.relu(self.a(x)))
+        self.relu(x)
+        return self.b(x)
+
+
+def test_a_module_keeps_its_flag_if_one_call_needs_it() -> None:
+    before = program(SharedStatement(), 5, 4)
+    expected = before.run()
+    assert make_functional(before) == []
+    assert error(expected, before.run()) == 0

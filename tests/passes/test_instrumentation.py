@@ -1,5 +1,6 @@
 """Where gates go, where not, and that they change nothing until they are trained."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -136,8 +137,9 @@ def test_linearity_gates_stand_only_where_merging_pays() -> None:
         *(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.Tanh()),
         *(nn.Linear(16, 2), nn.ReLU(), nn.Linear(2, 16)),
     )
-    program, _ = instrumented(model, 3, 16)
+    program, changes = instrumented(model, 3, 16)
     assert [site.name for site in gates_in(program).depth_sites] == ["1", "3"]
+    assert any(c.where == "5" and "no linearity gate: merged" in c.what for c in changes)
 
 
 def test_a_trained_verdict_becomes_zeros_and_bypasses(golden: Golden) -> None:
@@ -180,3 +182,17 @@ def test_a_neuron_comes_back() -> None:
         optimizer.step()
     assert bool((gates.width[1:] >= 0.5).any())
     assert float(F.mse_loss(program.module(x), y).detach()) < 0.1 * float(y.var())
+
+
+def test_a_pickled_model_keeps_its_gates() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    program, _ = instrumented(model, 3, 6)
+    stream = io.BytesIO()
+    torch.save(program.module, stream)
+    stream.seek(0)
+    again = torch.load(stream, weights_only=False)
+    for module in (program.module, again):
+        module(*program.inputs()[0]).square().sum().backward()
+    for name in ("width", "linear"):
+        grads = [getattr(module.gates, name).grad for module in (program.module, again)]
+        assert torch.equal(grads[0], grads[1]) and bool((grads[0] != 0).any())

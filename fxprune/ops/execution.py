@@ -1,0 +1,127 @@
+"""Operators that only move data, asked by execution: run the operator itself on the tags.
+
+So channel shuffles, NHWC flattens and concatenations are right by construction, and so is what
+becomes of them: the rewritten operator, run on the tags that remain, must give the remaining tags
+of its outputs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils import _pytree as pytree
+
+from fxprune.cuts import Arguments, Cut
+from fxprune.observation import TensorSpec
+from fxprune.rules import Call, Flow, execute
+from fxprune.tags import align, compress, move
+from fxprune.values import Barrier, Value, as_value, flatten
+
+
+def movement_flow(call: Call) -> Flow:
+    """Run the operator on the tags, and on the constants."""
+    values = call.values()
+    if not values:
+        raise Barrier("it moves no tensor")
+    tags = [compress(t).long() for t in _run(call, values, [v.tags for v in values])]
+    specs = [spec for spec in flatten(call.spec) if isinstance(spec, TensorSpec)]
+    if [len(spec.shape) for spec in specs] != [t.dim() for t in tags]:
+        raise Barrier("its outputs are not what the example inputs gave")
+    constants = _constants(call, values, tags)
+    moved = iter(
+        Value(spec.shape, spec.dtype, t, c)
+        for spec, t, c in zip(specs, tags, constants, strict=True)
+    )
+    return Flow(pytree.tree_map_only(TensorSpec, lambda _: next(moved), call.spec))
+
+
+def checked_arguments(
+    call: Call,
+    cut: Cut,
+    args: list[Any],
+    kwargs: dict[str, Any],
+    function: Callable[..., Any] | None = None,
+) -> Arguments:
+    """Return the arguments of the rewritten operator, once `check` has passed them."""
+    check(call, cut, args, kwargs, function)
+    return Arguments(tuple(args), kwargs, function)
+
+
+def check(
+    call: Call, cut: Cut, args: Any, kwargs: Any, function: Callable[..., Any] | None = None
+) -> None:
+    """Run the rewritten operator on the tags that remain; `Barrier` unless they fall in place."""
+    known = _node_values(call)
+
+    def remaining(argument: Any) -> Any:
+        found = as_value(known[argument]) if isinstance(argument, fx.Node) else argument
+        return _remaining(found, cut) if isinstance(found, Value) else found
+
+    actual_args: Any = map_aggregate(tuple(args), remaining)
+    actual_kwargs: Any = map_aggregate(dict(kwargs), remaining)
+    try:
+        if function is None:
+            result = execute(call.node, call.module, actual_args, actual_kwargs)
+        else:
+            result = function(*actual_args, **actual_kwargs)
+    except Exception as error:
+        raise Barrier(f"it cannot follow the removal of channels: {error}") from error
+    outputs = [v for v in flatten(movement_flow(call).outputs) if isinstance(v, Value)]
+    expected = [_remaining(v, cut) for v in outputs]
+    actual = [t for t in flatten(result) if isinstance(t, Tensor)]
+    if len(actual) != len(expected) or not all(map(torch.equal, actual, expected)):
+        raise Barrier("it cannot follow the removal of channels")
+
+
+def _run(call: Call, values: list[Value], tensors: list[Tensor]) -> list[Tensor]:
+    def operate(full: list[Tensor]) -> Any:
+        stream = iter(full)
+        return flatten(call.execute(lambda _: next(stream)))
+
+    try:
+        return move(operate, tensors, [v.shape for v in values])
+    except RuntimeError as error:
+        raise Barrier(f"it does not run on channel tags: {error}") from error
+
+
+def _constants(call: Call, values: list[Value], tags: list[Tensor]) -> list[Tensor]:
+    if all(bool(torch.isnan(v.constants).all()) for v in values):
+        return [torch.full(t.shape, torch.nan, dtype=torch.float64) for t in tags]
+    moved = _run(call, values, [v.constants for v in values])
+    return [align(c, t) for c, t in zip(moved, tags, strict=True)]
+
+
+def _node_values(call: Call) -> dict[fx.Node, Any]:
+    """Return what each node among the arguments stands for: a `Value`, a `State` or a number."""
+    known = dict(zip(_nodes(call.node.args), _leaves(call.args, call.node.args), strict=True))
+    return known | dict(
+        zip(_nodes(call.node.kwargs), _leaves(call.kwargs, call.node.kwargs), strict=True)
+    )
+
+
+def _nodes(structure: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg(structure, lambda node: found.append(node))
+    return found
+
+
+def _leaves(values: Any, raw: Any) -> list[Any]:
+    """Return what stands in `values` where `raw` has a node."""
+    if isinstance(raw, fx.Node):
+        return [values]
+    if isinstance(raw, slice):
+        pairs = ((getattr(values, k), getattr(raw, k)) for k in ("start", "stop", "step"))
+        return [leaf for v, r in pairs for leaf in _leaves(v, r)]
+    if isinstance(raw, dict):
+        return [leaf for key, r in raw.items() for leaf in _leaves(values[key], r)]
+    if isinstance(raw, (tuple, list)):
+        return [leaf for v, r in zip(values, raw, strict=True) for leaf in _leaves(v, r)]
+    return []
+
+
+def _remaining(value: Value, cut: Cut) -> Tensor:
+    full = value.tags.double().expand(value.shape)
+    found = cut.indices(value)
+    return full if found is None else full.index_select(found[0], found[1])

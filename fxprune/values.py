@@ -1,0 +1,146 @@
+"""What the channel analysis knows of a tensor.
+
+A `Value` carries, for every element, the tag of its channel and the constant it always is, if it is
+one. A `State` is a parameter or buffer, whose axes have tags of their own. What nothing can be said
+of is a `Barrier`: the channels around it stay.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.observation import TensorSpec
+from fxprune.tags import FIXED, TagTable, align, varying_axes
+
+
+class Barrier(Exception):
+    """Raised by a rule for a form of its operator it does not understand; says why."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a tensor.
+
+    tags: int64, broadcastable to `shape`, of size 1 where they do not vary.
+    constants: float64, of the shape of `tags`; the value a channel has everywhere, NaN if unknown.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tags: Tensor
+    constants: Tensor
+
+    def along(self, axis: int) -> "Along":
+        """Return the channels along `axis`; `Barrier` if they lie along other axes only.
+
+        Where tags vary along other axes too (sub-pixels), those of one channel must be tied.
+        """
+        others = [a for a in varying_axes(self.tags) if a != axis % len(self.shape)]
+        if others and self.tags.shape[axis] == 1:
+            raise Barrier("its input's channels lie along another axis than the one it works on")
+        lead = self.tags
+        for other in others:
+            lead = lead.narrow(other, 0, 1)
+        size = self.shape[axis]
+        constants = align(self.constants, lead).reshape(-1).expand(size)
+        ties = [(self.tags, lead)] if others else []
+        return Along(lead.reshape(-1).expand(size), constants, ties)
+
+
+@dataclass(frozen=True)
+class Along:
+    """A value's channels along one axis: tags and constants (size,), and what has to be tied."""
+
+    tags: Tensor
+    constants: Tensor
+    ties: list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class State:
+    """A parameter or buffer, and the tags of its axes, which every operator that uses it shares."""
+
+    name: str
+    tensor: Tensor
+    table: TagTable
+    generic: bool = False
+    axes: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    whole: Tensor | None = None
+
+    def axis(self, axis: int) -> Tensor:
+        """Return the tags along one axis, for an operator that knows what its axes mean."""
+        if axis not in self.axes:
+            self.axes[axis] = self.table.fresh(self.tensor.shape[axis])
+            if self.whole is not None:
+                self.table.tie(self.axes[axis], torch.zeros_like(self.axes[axis]))
+                self.table.tie(self.whole, torch.zeros_like(self.whole))
+        return self.axes[axis]
+
+    def value(self) -> Value:
+        """Return the tensor as an operand like any other, with a tag for every element."""
+        shape = tuple(self.tensor.shape)
+        if self.whole is None:
+            long = [axis for axis, size in enumerate(shape) if size > 1]
+            self.whole = self.table.fresh(self.tensor.numel()).reshape(shape)
+            if len(long) == 1 and not self.axes:
+                self.axes[long[0]] = self.whole.reshape(-1)
+            elif self.axes:
+                for tags in self.axes.values():
+                    self.table.tie(tags, torch.zeros_like(tags))
+                self.table.tie(self.whole, torch.zeros_like(self.whole))
+        return Value(shape, self.tensor.dtype, self.whole, self.known())
+
+    def known(self) -> Tensor:
+        """Return its numbers in float64; random ones for a parameter if facts are generic."""
+        if self.generic and isinstance(self.tensor, nn.Parameter):
+            seed = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+            return torch.rand(self.tensor.shape, generator=seed, dtype=torch.float64) + 0.5
+        return self.tensor.detach().cpu().double()
+
+
+class ShapeOf(tuple[int, ...]):
+    """The shape of a value, which knows whose shape it is."""
+
+    value: Value
+
+    def __new__(cls, value: Value) -> "ShapeOf":
+        """Return the shape of `value`."""
+        self = super().__new__(cls, value.shape)
+        self.value = value
+        return self
+
+
+def unknown(tags: Tensor) -> Tensor:
+    """Return constants of which none is known."""
+    return torch.full(tags.shape, torch.nan, dtype=torch.float64)
+
+
+def fixed(spec: TensorSpec) -> Value:
+    """Return a value all of whose channels stay and of which nothing is known."""
+    tags = torch.full((1,) * len(spec.shape), FIXED)
+    return Value(spec.shape, spec.dtype, tags, unknown(tags))
+
+
+def as_value(argument: Any) -> Any:
+    """Return a parameter or buffer as the operand it is; anything else unchanged."""
+    return argument.value() if isinstance(argument, State) else argument
+
+
+def flatten(structure: Any) -> list[Any]:
+    """Return the leaves of nested arguments; `Value` and `State` are leaves."""
+    return pytree.tree_leaves(structure)
+
+
+def map_values(replace: Callable[[Any], Any], structure: Any) -> Any:
+    """Replace every `Value` and `State` of nested arguments."""
+    return pytree.tree_map_only((Value, State), replace, structure)
+
+
+def broadcast_to(tensors: Sequence[Tensor], rank: int) -> list[Tensor]:
+    """Give tensors leading axes of size 1 until they have `rank` axes."""
+    return [tensor.reshape((1,) * (rank - tensor.dim()) + tensor.shape) for tensor in tensors]
