@@ -18,13 +18,17 @@ Data = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: batch size, epochs, learning rates (weights' falls as a cosine), the seed."""
+    """How to train: batch size, epochs, learning rates (weights' falls as a cosine), the seed.
+
+    settle: the part of the steps after which the gates are frozen and only weights train on.
+    """
 
     epochs: int = 5
     batch: int = 100
     lr: float = 0.02
     gate_lr: float = 0.1
     momentum: float = 0.9
+    settle: float = 0.7
     seed: int = 0
 
 
@@ -60,6 +64,8 @@ def train(gated: nn.Module, data: Data, recipe: Recipe, console: Console) -> His
                 total.backward()
                 optimizer.step()
                 step += 1
+                if step == round(recipe.settle * steps):
+                    fxprune.freeze(gated)
                 if step % 50 == 0:
                     right = float((logits.argmax(1) == labels[picked]).float().mean())
                     state = _note(gated, history, step, float(loss.detach()), right)
