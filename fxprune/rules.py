@@ -128,7 +128,10 @@ RULES: dict[Hashable, OpRule] = {}
 
 
 def register(rule: OpRule, *targets: Hashable) -> None:
-    """Give module types, functions and method names their rule; a second rule for one raises."""
+    """Give module types, functions and method names their rule; a second rule for one raises.
+
+    What is not torch's own is named in full, `package.module.name`, and need not be installed.
+    """
     for target in targets:
         if target in RULES:
             raise ValueError(f"{target!r} has the rule {RULES[target].name!r} already")
@@ -136,8 +139,10 @@ def register(rule: OpRule, *targets: Hashable) -> None:
 
 
 def key_of(node: fx.Node, module: nn.Module | None) -> Hashable:
-    """Return what a node's rule is registered under."""
-    return type(module) if node.op == "call_module" else node.target
+    """Return what a node's rule is registered under: its operator, or the full name of it."""
+    operator: Any = type(module) if node.op == "call_module" else node.target
+    name = f"{getattr(operator, '__module__', '')}.{getattr(operator, '__qualname__', '')}"
+    return name if name in RULES else operator
 
 
 def rule_for(node: fx.Node, module: nn.Module | None) -> OpRule:

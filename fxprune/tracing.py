@@ -8,7 +8,6 @@ in training and once in evaluation mode: a flag that torch.fx would have frozen
 
 import functools
 import inspect
-import operator
 import os
 import sys
 from collections import OrderedDict
@@ -18,9 +17,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxprune.errors import ExampleInputError, TraceError
+from fxprune.modes import same_structure, thaw_modes
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
@@ -131,9 +131,9 @@ def trace(root: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
     finally:
         for module, flag in flags.items():
             module.training = flag
-    same_in_both_modes = _same_structure(root, training, evaluation)
+    same_in_both_modes = same_structure(root, training, evaluation)
     if same_in_both_modes:
-        _thaw_modes(training, evaluation)
+        thaw_modes(training, evaluation)
     module = fx.GraphModule(root, evaluation, type(root).__name__)
     module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
     for name, part in module.named_modules():
@@ -181,77 +181,6 @@ def _trace_in_mode(
     # Unpickling a graph module calls its tracer's class; torch.fx's own has all that takes.
     graph._tracer_cls = None
     return graph, tracer
-
-
-def _same_structure(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bool:
-    """Tell whether both graphs run the same operators on the same arguments, rates apart."""
-    if len(training.nodes) != len(evaluation.nodes):
-        return False
-    twins = dict(zip(training.nodes, evaluation.nodes, strict=True))
-    return all(
-        yes.op == no.op
-        and _same_target(root, yes, no)
-        and _alike(yes.args, no.args, twins)
-        and _alike(yes.kwargs, no.kwargs, twins)
-        for yes, no in twins.items()
-    )
-
-
-def _same_target(root: nn.Module, yes: fx.Node, no: fx.Node) -> bool:
-    """Compare targets; torch.fx gives a constant tensor another name in every trace."""
-    if yes.target == no.target:
-        return True
-    if yes.op != "get_attr":
-        return False
-    left, right = (getattr(root, str(node.target), None) for node in (yes, no))
-    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
-        return False
-    return left.dtype == right.dtype and torch.equal(left, right)
-
-
-def _alike(yes: Any, no: Any, twins: Mapping[fx.Node, fx.Node]) -> bool:
-    """Compare arguments of twin nodes: equal, or flags and rates that follow the mode."""
-    if isinstance(yes, fx.Node):
-        return twins[yes] is no
-    if isinstance(yes, slice) and isinstance(no, slice):
-        return _alike((yes.start, yes.stop, yes.step), (no.start, no.stop, no.step), twins)
-    if isinstance(yes, (tuple, list)) and isinstance(no, (tuple, list)):
-        pairs = zip(yes, no, strict=False)
-        return len(yes) == len(no) and all(_alike(a, b, twins) for a, b in pairs)
-    if isinstance(yes, Mapping) and isinstance(no, Mapping):
-        return yes.keys() == no.keys() and all(_alike(yes[key], no[key], twins) for key in yes)
-    return _follows_mode(yes, no) or yes is no or (type(yes) is type(no) and yes == no)
-
-
-def _follows_mode(yes: Any, no: Any) -> bool:
-    """Tell whether two constants are a flag or a rate that differs; sizes must not."""
-    types = {type(yes), type(no)}
-    return (types == {bool} or (float in types and types <= {int, float})) and yes != no
-
-
-def _thaw_modes(training: fx.Graph, evaluation: fx.Graph) -> None:
-    """Turn flags and rates that differ between the modes into reads of the training flag."""
-    for in_training, node in list(zip(training.nodes, evaluation.nodes, strict=True)):
-        stack = node.meta.get("nn_module_stack") or {"": ("", None)}
-        owner = list(stack.values())[-1][0]
-        flag_name = f"{owner}.training" if owner else "training"
-
-        def thaw(yes: Any, no: Any, at: fx.Node = node, name: str = flag_name) -> Any:
-            if _follows_mode(yes, no):
-                with evaluation.inserting_before(at):
-                    flag = evaluation.get_attr(name)
-                    if (yes, no) != (True, False):
-                        flag = evaluation.call_function(operator.getitem, ((no, yes), flag))
-                flag.meta["source"] = at.meta["source"]
-                return flag
-            if isinstance(no, (tuple, list)):
-                return type(no)(thaw(a, b) for a, b in zip(yes, no, strict=True))
-            if isinstance(no, Mapping):
-                return {key: thaw(yes[key], no[key]) for key in no}
-            return no
-
-        node.args = thaw(in_training.args, node.args)
-        node.kwargs = thaw(in_training.kwargs, node.kwargs)
 
 
 def _user_line(frame: FrameType | None) -> str | None:

@@ -13,13 +13,22 @@ from torch import Tensor, fx, nn
 from fxprune.observation import observe
 from fxprune.pipeline import Change
 from fxprune.program import Program
+from fxprune.rules import key_of
 
 _IDENTITIES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
-_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
-_FUNCTIONS |= {F.feature_alpha_dropout}
+# Where each takes the flag that switches it off.
+_FLAGS: dict[Any, int] = {
+    F.dropout: 2,
+    F.dropout1d: 2,
+    F.dropout2d: 2,
+    F.dropout3d: 2,
+    F.alpha_dropout: 2,
+    F.feature_alpha_dropout: 2,
+    "torchvision.ops.stochastic_depth.stochastic_depth": 3,
+}
 
 
 def remove_no_ops(program: Program) -> list[Change]:
@@ -50,14 +59,15 @@ def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) 
         return type(module) in _IDENTITIES and not module._forward_hooks
     if node.op != "call_function":
         return False
-    if node.target in _FUNCTIONS:
-        return _follows_training_flag(node)
+    place = _FLAGS.get(key_of(node, None))
+    if place is not None:
+        return _follows_training_flag(node, place)
     return node.target is torch.mul and _multiplies_ones(node, program)
 
 
-def _follows_training_flag(node: fx.Node) -> bool:
+def _follows_training_flag(node: fx.Node, place: int) -> bool:
     """Tell whether a functional dropout is off in evaluation: by the module's flag, or always."""
-    flag: Any = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+    flag: Any = node.kwargs.get("training", node.args[place] if len(node.args) > place else True)
     if isinstance(flag, fx.Node):
         return flag.op == "get_attr" and str(flag.target).split(".")[-1] == "training"
     return flag is False

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gates",),
     ("tags",),
     ("penalties",),
+    ("modes",),
     ("tracing",),
     ("program",),
     ("sharing", "out_of_place"),

@@ -220,6 +220,7 @@ register(
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *("contiguous", "clone", "detach", "float", "double", "half", "bfloat16"),
     *(torch.clone, torch.detach),
+    "torchvision.ops.stochastic_depth.stochastic_depth",
 )
 register(
     OpRule("prelu", prelu_flow, resize=resize_prelu),

@@ -5,6 +5,7 @@
 
 import copy
 import operator
+import pkgutil
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,6 +256,9 @@ def sample_for(key: Hashable) -> tuple[nn.Module, Sample]:
     """Return an operator that calls what a key of the registry stands for."""
     if isinstance(key, type):
         return module_sample(key)
+    if isinstance(key, str) and "." in key:
+        sample = Sample((0.5, "row", False))
+        return Function(pkgutil.resolve_name(key), sample), sample
     name = name_of(key).strip("_")
     if name in EXPRESSIONS:
         return EXPRESSIONS[name]

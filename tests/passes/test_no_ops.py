@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
 
 from fxprune.passes.no_ops import remove_no_ops
 from fxprune.program import Program, capture
@@ -26,7 +27,8 @@ class NoOps(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.same(self.dropout(self.linear(x)))
         x = torch.mul(x, self.ones)
-        return F.dropout(x, 0.3, training=self.training)
+        x = F.dropout(x, 0.3, training=self.training)
+        return stochastic_depth(x, 0.5, "row", self.training)
 
 
 def test_no_ops_go(golden: Golden) -> None:
