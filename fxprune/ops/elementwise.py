@@ -186,8 +186,9 @@ NONLINEARITIES = frozenset(
 
 def preserves_zero(call: Call) -> bool:
     """Tell whether the operator maps 0 to 0, by running it."""
-    if any(isinstance(leaf, State) for leaf in flatten((call.args, call.kwargs))):
-        return True  # a PReLU whose slopes are an argument
+    slopes = any(isinstance(leaf, State) for leaf in flatten((call.args, call.kwargs)))
+    if slopes or isinstance(call.module, nn.PReLU):
+        return True  # whatever the slopes; they would want as many channels as they are
     result = call.execute(lambda _: torch.zeros(1, 1, dtype=call.tensor_spec().dtype))
     return bool((result == 0).all())
 

@@ -1,0 +1,192 @@
+"""Small models, each with one thing that could go wrong: exact, or refused with a reason."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+import fxprune
+from fxprune.testing import close_half, error, spread
+from tests.conftest import randomise
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].flip(1)
+
+
+class Micro(nn.Module):
+    """Two convolutions with ReLUs, something in between, a head; parts for the something."""
+
+    def __init__(self, middle: Callable[[Any, Tensor], Any], *, headless: bool) -> None:
+        super().__init__()
+        self.middle, self.headless = middle, headless
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.inner, self.pointwise = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.doubling, self.up = nn.Conv2d(8, 16, 1), nn.ConvTranspose2d(8, 8, 2, 2, groups=2)
+        self.group_norm, self.bn = nn.GroupNorm(2, 8), nn.BatchNorm2d(8)
+        self.instance_norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+        self.prelu, self.map = nn.PReLU(8), nn.Parameter(torch.randn(1, 8, 6, 6))
+        self.vector, self.matrix = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8, 8))
+        self.reduce, self.expand = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+        self.spatial = nn.Conv2d(2, 1, 3, padding=1)
+        self.wide = nn.Conv2d(16, 8, 1)
+        self.order: Tensor
+        self.scale: Tensor
+        self.register_buffer("order", torch.randperm(8))
+        self.register_buffer("scale", torch.rand(1, 8, 1, 1) + 0.5)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.first(x))
+        x = self.middle(self, x)
+        return x if self.headless else self.head(x.mean((2, 3)))
+
+
+def cbam(m: Any, x: Tensor) -> Tensor:
+    pooled = x.mean((2, 3), keepdim=True)
+    x = x * m.expand(F.relu(m.reduce(pooled))).sigmoid()
+    maps = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+    return x * m.spatial(maps).sigmoid()
+
+
+def attention(m: Any, x: Tensor) -> Tensor:
+    tokens = F.relu(m.doubling(x)).flatten(2).transpose(1, 2)
+    query, key = tokens.chunk(2, -1)
+    mixed = F.scaled_dot_product_attention(query, key, key)
+    return mixed.transpose(1, 2).reshape(x.shape)
+
+
+def grouped_queries(m: Any, x: Tensor) -> Tensor:
+    few = F.relu(m.second(x))[:, :4]
+    return x * few.repeat_interleave(2, 1)
+
+
+def without_gradient(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = F.relu(m.second(x)).sigmoid()
+    return x * gate
+
+
+def dead_norm(m: Any, x: Tensor) -> Tensor:
+    return m.inner(F.relu(m.bn(m.second(x))))
+
+
+def c2f(m: Any, x: Tensor) -> Tensor:
+    a, b = F.silu(m.pointwise(x)).chunk(2, 1)
+    c = F.silu(m.second(torch.cat([a, b], 1)))
+    return m.wide(torch.cat([a, b, c], 1))
+
+
+CASES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "flip": lambda m, x: m.second(x.flip(1)),
+    "roll": lambda m, x: m.second(x.roll(3, 1)),
+    "roll over space": lambda m, x: m.second(x.roll(2, 2)),
+    "channel shuffle": lambda m, x: m.second(F.channel_shuffle(x, 2)),
+    "channel shuffle by views": lambda m, x: m.second(
+        x.view(x.size(0), 2, 4, 6, 6).transpose(1, 2).flatten(1, 2)
+    ),
+    "channels last": lambda m, x: m.second(F.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+    "custom function": lambda m, x: m.second(Reverse.apply(x)),
+    "detached skip": lambda m, x: F.relu(m.second(x)) + x.detach(),
+    "sort": lambda m, x: m.second(x.sort(1)[0]),
+    "cumsum": lambda m, x: m.second(x.cumsum(1)),
+    "softmax": lambda m, x: m.second(x.softmax(1)),
+    "mean subtracted": lambda m, x: m.second(x - x.mean(1, keepdim=True)),
+    "group norm": lambda m, x: m.second(F.relu(m.group_norm(x))),
+    "instance norm with statistics": lambda m, x: m.second(F.relu(m.instance_norm(m.inner(x)))),
+    "attention": attention,
+    "permuted by a buffer": lambda m, x: m.second(x.index_select(1, m.order)),
+    "indexed by a buffer": lambda m, x: m.second(x[:, m.order]),
+    "scaled by a buffer": lambda m, x: m.second(x * m.scale),
+    "scaled by a vector": lambda m, x: m.second(F.relu(x * m.vector.view(1, -1, 1, 1))),
+    "slice": lambda m, x: m.second(F.relu(m.doubling(x))[:, :8]),
+    "slice with a step": lambda m, x: m.second(F.relu(m.doubling(x))[:, ::2]),
+    "einsum": lambda m, x: F.relu(torch.einsum("bchw,cd->bdhw", x, m.matrix)),
+    "grouped transposed": lambda m, x: F.relu(m.up(x)),
+    "grouped queries": grouped_queries,
+    "without gradient": without_gradient,
+    "padded shortcut": lambda m, x: m.wide(
+        F.relu(F.pad(x, (0, 0, 0, 0, 4, 4)) + F.relu(m.doubling(x)))
+    ),
+    "pixel shuffle": lambda m, x: m.expand(F.relu(F.pixel_shuffle(m.pointwise(x), 2))),
+    "attention over channels and space": cbam,
+    "glu": lambda m, x: m.second(F.glu(F.relu(m.doubling(x)), 1)),
+    "a map as parameter": lambda m, x: m.second(F.relu(x + m.map)),
+    "prelu": lambda m, x: m.second(m.prelu(m.inner(x))),
+    "dead norm": dead_norm,
+    "computed weight": lambda m, x: F.relu(
+        F.conv2d(x, m.second.weight * m.scale.view(8, 1, 1, 1), None, padding=1)
+    ),
+    "two outputs": lambda m, x: (m.second(x).mean((2, 3)), {"map": m.pointwise(x)}),
+    "an output on the way": lambda m, x: [x, m.second(x)],
+    "block of chunks": c2f,
+    "summed to a number": lambda m, x: x * x.sum((1, 2, 3), keepdim=True).tanh(),
+    "scaled by its size": lambda m, x: m.second(x / x.shape[1] ** 0.5),
+    "where": lambda m, x: m.second(torch.where(x > 0.3, x, torch.zeros_like(x))),
+    "max over channels": lambda m, x: x * x.amax(1, keepdim=True).sigmoid(),
+    "outer product": lambda m, x: m.second(
+        F.relu(x.mean((2, 3)).unsqueeze(2) * m.vector).mean(2)[:, :, None, None] * x
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_or_refused(name: str) -> None:
+    model: Any = randomise(Micro(CASES[name], headless="output" in name)).eval()
+    if name == "dead norm":
+        model.bn.weight.data[2:6] = 0
+    x = torch.randn(3, 3, 6, 6)
+    try:
+        gated = fxprune.instrument(model, x)
+    except fxprune.NothingToDoError as refusal:
+        assert ":" in str(refusal) and "test_micro.py" in str(refusal)
+        return
+    with torch.no_grad():
+        assert torch.equal(_first(gated.eval()(x)), _first(model(x)))
+        assert close_half(gated) > 0
+        small = fxprune.finalize(gated)
+        expected = gated(x)
+        assert error(expected, small(x)) < 2e-5
+        assert spread(expected) > 1e-4
+    assert small.report.verification is not None
+    assert small.report.verification.verdict == "equal"
+    assert small.report.after is not None and small.report.before is not None
+    assert small.report.after.parameters < small.report.before.parameters
+
+
+def _first(outputs: Any) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+class Language(nn.Module):
+    """An embedding whose weight is the head's too, with a hidden layer in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+def test_a_tied_embedding_stays_tied() -> None:
+    model = randomise(Language())
+    gated = fxprune.instrument(model, torch.randint(20, (2, 5)))
+    assert close_half(gated) == 8
+    small: Any = fxprune.finalize(gated)
+    assert small.up.out_features == 8
+    assert small.head.weight is small.embedding.weight
+    assert small.report.verification.verdict == "equal"
