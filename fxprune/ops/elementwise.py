@@ -130,7 +130,7 @@ def _as_operand(argument: Any) -> Tensor:
 def _product_constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
     constants = _constants(call, operands, tags)
     for operand in operands:
-        zero = _fit(torch.where(operand.constants == 0, 0.0, torch.nan), tags)
+        zero = _fit(torch.where(operand.constants == 0, operand.constants, torch.nan), tags)
         constants = torch.where(zero == 0, 0.0, constants)
     return constants
 

@@ -32,7 +32,7 @@ def average_flow(call: Call, *, rank: int) -> Flow:
         padding = call.argument(3, "padding", 0)
     sizes: Any = padding if isinstance(padding, (tuple, list)) else (padding,)
     if any(size != 0 for size in sizes) or _divides(call):
-        return _spatial(call, rank, lambda c: torch.where(c == 0, 0.0, torch.nan))
+        return _spatial(call, rank, lambda c: torch.where(c == 0, c, torch.nan))
     return _spatial(call, rank, lambda constants: constants)
 
 
@@ -43,7 +43,7 @@ def mean_flow(call: Call) -> Flow:
 
 def sum_flow(call: Call) -> Flow:
     """Pass channels through a sum over axes that hold no channels; only 0 stays a constant."""
-    return _reduce(call, lambda c: torch.where(c == 0, 0.0, torch.nan))
+    return _reduce(call, lambda c: torch.where(c == 0, c, torch.nan))
 
 
 def _divides(call: Call) -> bool:

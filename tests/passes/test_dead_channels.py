@@ -65,6 +65,14 @@ def test_a_constant_channel_goes_into_the_next_bias() -> None:
     assert at(after, "2").bias is not None
 
 
+def test_a_silent_channel_passes_an_average_over_a_padded_border() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.AvgPool2d(3, 1, 1), nn.Conv2d(6, 4, 1))
+    before = program(model, 2, 3, 7, 7)
+    silent(at(before, "0"), 2, 4)
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert at(after, "2").in_channels == 4
+
+
 def test_a_constant_before_a_padded_border_stays() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3, padding=1))
     before = program(model, 2, 3, 7, 7)
