@@ -175,10 +175,12 @@ class _Forward:
         ):
             state = self._state(f"{node.target}.{name}")
             if state is not None:
-                self._fix(state)
+                state.freeze()
 
     def _fix(self, value: Value | State) -> Value:
-        value = value.value() if isinstance(value, State) else value
+        if isinstance(value, State):
+            value.freeze()
+            value = value.value()
         self.table.tie(value.tags, torch.zeros_like(value.tags))
         return Value(
             value.shape, value.dtype, value.tags, torch.full_like(value.constants, torch.nan)

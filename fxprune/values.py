@@ -69,31 +69,42 @@ class State:
     tensor: Tensor
     table: TagTable
     generic: bool = False
+    frozen: bool = False
     axes: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     whole: Tensor | None = None
 
     def axis(self, axis: int) -> Tensor:
         """Return the tags along one axis, for an operator that knows what its axes mean."""
         if axis not in self.axes:
-            self.axes[axis] = self.table.fresh(self.tensor.shape[axis])
             if self.whole is not None:
-                self.table.tie(self.axes[axis], torch.zeros_like(self.axes[axis]))
-                self.table.tie(self.whole, torch.zeros_like(self.whole))
+                self.freeze()  # somebody else takes its elements one by one
+            size = self.tensor.shape[axis]
+            self.axes[axis] = torch.full((size,), FIXED) if self.frozen else self.table.fresh(size)
         return self.axes[axis]
 
     def value(self) -> Value:
         """Return the tensor as an operand like any other, with a tag for every element."""
         shape = tuple(self.tensor.shape)
         if self.whole is None:
-            long = [axis for axis, size in enumerate(shape) if size > 1]
-            self.whole = self.table.fresh(self.tensor.numel()).reshape(shape)
-            if len(long) == 1 and not self.axes:
-                self.axes[long[0]] = self.whole.reshape(-1)
-            elif self.axes:
-                for tags in self.axes.values():
-                    self.table.tie(tags, torch.zeros_like(tags))
-                self.table.tie(self.whole, torch.zeros_like(self.whole))
-        return Value(shape, self.tensor.dtype, self.whole, self.known())
+            if self.axes:
+                self.freeze()
+            self.whole = self._elements(shape)
+        return Value(shape, self.tensor.dtype, self.whole, align(self.known(), self.whole))
+
+    def freeze(self) -> None:
+        """Let no channel of it go."""
+        self.frozen = True
+        for tags in (*self.axes.values(), *([] if self.whole is None else [self.whole])):
+            self.table.tie(tags, torch.zeros_like(tags))
+
+    def _elements(self, shape: tuple[int, ...]) -> Tensor:
+        if self.frozen:
+            return torch.full((1,) * len(shape), FIXED)
+        whole = self.table.fresh(self.tensor.numel()).reshape(shape)
+        long = [axis for axis, size in enumerate(shape) if size > 1]
+        if len(long) == 1:
+            self.axes[long[0]] = whole.reshape(-1)
+        return whole
 
     def known(self) -> Tensor:
         """Return its numbers in float64; random ones for a parameter if facts are generic."""
