@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.comparison import output_leaves
 from fxprune.errors import one_line
-from fxprune.program import Inputs, device_of, tensors_of
+from fxprune.program import Inputs, device_of, quiet, tensors_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Run:
     mode = float64 if dtype == torch.float64 else nullcontext()
     start = time.perf_counter()
     try:
-        with torch.no_grad(), full_precision(), mode:
+        with torch.no_grad(), full_precision(), quiet(), mode:
             outputs = output_leaves(model(*args, **kwargs))
     except Exception as error:
         return Run({}, one_line(error), 0.0, time.perf_counter() - start)

@@ -6,8 +6,9 @@ nothing the user holds is ever modified.
 
 import copy
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, is_dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Program:
     def run(self) -> Any:
         """Return the module's outputs for the example inputs, without gradients."""
         args, kwargs = self.inputs()
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             return self.module(*args, **kwargs)
 
     def check(self) -> None:
@@ -168,6 +169,13 @@ def _bake_masks(root: nn.Module) -> None:
         hooks = list(module._forward_pre_hooks.values())
         for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:
             prune.remove(module, name)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Keep torch.fx from printing the code around an error, which says all there is to say."""
+    with redirect_stderr(StringIO()):
+        yield
 
 
 @contextmanager

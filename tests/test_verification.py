@@ -118,3 +118,18 @@ def test_results_are_json_and_a_table() -> None:
     lines = str(found).splitlines()
     assert lines[0].startswith("inconclusive")
     assert len(lines) == 1 + len(found.checks)
+
+
+def test_a_size_the_model_rejects_makes_no_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Parameter(torch.randn(3, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.map + x.mean()
+
+    model = torch.fx.symbolic_trace(Fixed())
+    found = verify(model, model, torch.randn(2, 3, 8, 8))
+    assert {c.verdict for c in found.checks if c.name.startswith("size")} == {"skipped"}
+    assert capsys.readouterr().err == ""
