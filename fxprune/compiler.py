@@ -114,6 +114,7 @@ def instrument(
             program, width_init=width_init, linear_init=linear_init, penalties=penalties
         )
 
+    insertion.__name__ = insert_gates.__name__
     report.passes = run(program, (insertion,))
     with evaluating(program.module):
         if not same(expected, program.run()):

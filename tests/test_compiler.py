@@ -155,7 +155,7 @@ def test_an_unknown_operator_is_a_barrier_and_is_named() -> None:
     gated = fxprune.instrument(model, torch.randn(2, 3, 14, 14))
     sites = fxprune.architecture(gated)
     assert len(sites) == 2
-    assert any("_mirror" in str(change) for change in gated.report.passes["insertion"])
+    assert any("_mirror" in str(change) for change in gated.report.passes["insert_gates"])
     close_half(gated)
     small = fxprune.finalize(gated)
     assert small.get_submodule("b").out_channels == 8
