@@ -13,14 +13,14 @@ from fxprune.channels import refusals
 from fxprune.costs import count_costs
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
-from fxprune.gates import Gates
+from fxprune.gates import Gates, gate_owners
 from fxprune.passes.batch_norm import fold_batch_norm
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.in_place import make_functional
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.linear_chains import fold_linear_chains
-from fxprune.passes.no_ops import remove_no_ops
+from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
 from fxprune.pipeline import Change, Pass, run
 from fxprune.program import (
     Inputs,
@@ -63,9 +63,11 @@ CUT: tuple[Pass, ...] = (
     # Units go before anything is folded: a merged layer no longer has them.
     eliminate_dead_channels,
     # Gates that kept all they still have are products with ones by now.
-    remove_no_ops,
+    remove_products_with_ones,
 )
 FOLD: tuple[Pass, ...] = (
+    # Only now: a model that is not folded may be trained on, with its dropout.
+    remove_no_ops,
     # A batch norm between two layers would keep them apart.
     fold_batch_norm,
     fold_linear_chains,
@@ -95,7 +97,7 @@ def instrument(
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `NothingToDoError` with the reasons
     if no gate can go anywhere. After Srinivas & Babu, BMVC 2016.
     """
-    if find_gates(model) is not None:
+    if gate_owners(model):
         raise GateError(f"{type(model).__name__} is instrumented already; finalize it first")
     inputs = inputs_for(model, example_inputs)
     program = capture(model, inputs, make_masks_permanent=False)
@@ -162,18 +164,10 @@ def finalize(
     return cast(PlainModel, program.module)
 
 
-def find_gates(model: nn.Module) -> nn.Module | None:
-    """Return the module, the model or one inside it, that holds gates; None if there is none."""
-    for module in model.modules():
-        if isinstance(getattr(module, "gates", None), Gates):
-            return module
-    return None
-
-
 def gated_model(model: nn.Module) -> nn.Module:
     """Unwrap an instrumented model from DDP or torch.compile; a model without gates is returned."""
-    owner = find_gates(model)
-    if owner is None or owner is model:
+    owners = gate_owners(model).values()
+    if not owners or model in owners:
         return model
     wrapped = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
     if wrapped is not None:
@@ -191,14 +185,14 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
     remembered = getattr(model, "meta", {}).get("fxprune")
     if remembered is not None:
         return remembered["example_inputs"]
-    if find_gates(model) is not None:
+    if gate_owners(model):
         raise ExampleInputError("the gated model has lost its example inputs; pass example_inputs=")
     return infer_example_inputs(model)
 
 
 def capture_any(model: nn.Module, inputs: Inputs) -> Program:
     """Copy an instrumented model, which is traced already; capture any other, masks and all."""
-    if not isinstance(model, fx.GraphModule) or find_gates(model) is None:
+    if not isinstance(model, fx.GraphModule) or not gate_owners(model):
         return capture(model, inputs, make_masks_permanent=True)
     check_parameters(model)
     args, kwargs = to_device(inputs, device_of(model))

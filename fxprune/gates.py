@@ -129,6 +129,18 @@ class Gates(nn.Module):
         return live[torch.tensor(site.units)]
 
 
+def gate_owners(model: nn.Module) -> dict[Gates, nn.Module]:
+    """Return the gates in a model, each with the module that holds them."""
+    found: dict[Gates, nn.Module] = {}
+    for module in model.modules():
+        gates = module._modules.get(
+            "gates"
+        )  # a wrapper may pass on the attributes of what it wraps
+        if isinstance(gates, Gates):
+            found.setdefault(gates, module)
+    return found
+
+
 def binarize(gate: Tensor) -> Tensor:
     """Return [gate ≥ ½] in the gate's dtype; its gradient passes straight through (equation 4)."""
     return (gate >= HALF).to(gate.dtype) + (gate - gate.detach())

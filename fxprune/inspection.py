@@ -16,10 +16,10 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from fxprune.channels import Channels, analyse
-from fxprune.compiler import capture_any, find_gates, gated_model, inputs_for
+from fxprune.compiler import capture_any, gated_model, inputs_for
 from fxprune.cuts import Cut
 from fxprune.errors import NothingToDoError, where
-from fxprune.gates import UNGATED, Gates, WidthSite, linear_gate, width_gate
+from fxprune.gates import HALF, UNGATED, Gates, WidthSite, gate_owners, linear_gate, width_gate
 from fxprune.liveness import settle
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.instrumentation import insert_gates
@@ -88,7 +88,7 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     model = gated_model(model)
     program = capture_any(model, inputs_for(model, example_inputs))
     plain = program.clone()
-    if find_gates(model) is None:
+    if not gate_owners(model):
         with suppress(NothingToDoError):  # the rows say why
             insert_gates(program)
     else:
@@ -123,7 +123,7 @@ def freeze(gated: nn.Module) -> None:
     with torch.no_grad():
         for gate in (gates.width, gates.linear):
             if gate is not None:
-                gate.copy_((gate >= 0.5).to(gate.dtype))
+                gate.copy_((gate >= HALF).to(gate.dtype))
                 gate.requires_grad_(False)
                 gate.grad = None
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxprune.errors import GateError
-from fxprune.gates import Gates
+from fxprune.gates import Gates, gate_owners
 
 
 class Penalty(nn.Module):
@@ -140,11 +140,7 @@ def gates_of(model: nn.Module) -> Gates:
 
 
 def _owners(model: nn.Module) -> dict[Gates, nn.Module]:
-    """Return the gates in a model with the module that holds them; a wrapper may pretend to."""
-    found: dict[Gates, nn.Module] = {}
-    for module in model.modules():
-        if isinstance(gates := getattr(module, "gates", None), Gates):
-            found.setdefault(gates, module)
+    found = gate_owners(model)
     if not found:
         raise GateError(
             f"{type(model).__name__} has no gates; call fxprune.instrument(model) first and train "

@@ -92,8 +92,14 @@ class Call:
         return self.spec
 
     def output(self, tags: Tensor, constants: Tensor | None = None) -> Value:
-        """Build the value of its one output; with no constants given, none are known."""
+        """Build the value of its one output; with no constants given, none are known.
+
+        `Barrier` if the tags are not broadcastable to it: the operator was then misread.
+        """
         spec = self.tensor_spec()
+        pairs = zip(tags.shape, spec.shape, strict=False)
+        if tags.dim() != len(spec.shape) or any(have not in (1, size) for have, size in pairs):
+            raise Barrier("its output is not of the shape its arguments say")
         return Value(
             spec.shape, spec.dtype, tags, unknown(tags) if constants is None else constants
         )

@@ -4,6 +4,7 @@ Neutral also means safe to forward: where something writes into the result in pl
 stays, as its input would be overwritten instead.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +32,27 @@ _FLAGS: dict[Any, int] = {
 }
 
 
+def remove_products_with_ones(program: Program) -> list[Change]:
+    """Bypass what is the identity in training too: gates that kept every channel they have."""
+    changes = _bypass(program, lambda node: _multiplies_ones(node, program), "it multiplies by 1")
+    program.module.delete_all_unused_submodules()
+    _drop_unused_tensors(program)
+    return changes
+
+
 def remove_no_ops(program: Program) -> list[Change]:
     """Bypass operators that are the identity in evaluation; drop dead code and unused modules."""
     modules = dict(program.module.named_modules())
+    changes = _bypass(
+        program, lambda node: _is_neutral(node, modules, program), "it does nothing in evaluation"
+    )
+    program.module.delete_all_unused_submodules()
+    _drop_unused_tensors(program)
+    return changes
+
+
+def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -> list[Change]:
+    """Let users of neutral operators use their inputs, then drop dead code."""
     seen = observe(program)
     written = {node for nodes in seen.mutated.values() for node in nodes}
     changes: list[Change] = []
@@ -41,15 +60,13 @@ def remove_no_ops(program: Program) -> list[Change]:
         source = node.args[0] if node.args else None
         if node in written or not isinstance(source, fx.Node):
             continue
-        if seen.values[node] != seen.values[source] or not _is_neutral(node, modules, program):
+        if seen.values[node] != seen.values[source] or not is_neutral(node):
             continue
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
         name = str(node.target) if node.op == "call_module" else node.name
-        changes.append(Change(name, "removed: it does nothing in evaluation"))
+        changes.append(Change(name, f"removed: {why}"))
     program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
-    program.module.delete_all_unused_submodules()
-    _drop_unused_tensors(program)
     return changes
 
 
@@ -62,7 +79,7 @@ def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) 
     place = _FLAGS.get(key_of(node, None))
     if place is not None:
         return _follows_training_flag(node, place)
-    return node.target is torch.mul and _multiplies_ones(node, program)
+    return _multiplies_ones(node, program)
 
 
 def _follows_training_flag(node: fx.Node, place: int) -> bool:
@@ -75,7 +92,7 @@ def _follows_training_flag(node: fx.Node, place: int) -> bool:
 
 def _multiplies_ones(node: fx.Node, program: Program) -> bool:
     """Tell whether a product is with a buffer of ones: a gate whose units all stayed."""
-    mask = node.args[1] if len(node.args) > 1 else None
+    mask = node.args[1] if node.target is torch.mul and len(node.args) > 1 else None
     if not isinstance(mask, fx.Node) or mask.op != "get_attr":
         return False
     buffer = program.module._buffers.get(str(mask.target))

@@ -182,6 +182,35 @@ def test_a_linearised_mlp_becomes_shallower() -> None:
     assert [tuple(layer.weight.shape) for layer in layers] == [(64, 12), (5, 64)]
 
 
+def test_without_folding_what_training_needs_is_kept() -> None:
+    model = nn.Sequential(
+        *(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4)),
+    )
+    gated = fxprune.instrument(randomise(model), torch.randn(3, 6))
+    close_half(gated)
+    small = fxprune.finalize(gated, fold=False)
+    kinds = [type(module).__name__ for _, module in small.named_children()]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear"]
+    assert not torch.equal(small.train()(torch.ones(3, 6)), small(torch.ones(3, 6)))
+    folded = fxprune.finalize(gated)
+    assert [type(m).__name__ for _, m in folded.named_children()] == ["Linear", "ReLU", "Linear"]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, torch.compile], ids=["a wrapper", "torch.compile"])
+def test_a_wrapped_model_is_finalised(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    gated = fxprune.instrument(randomise(LeNet()), torch.randn(2, 1, 28, 28))
+    close_half(gated)
+    small = fxprune.finalize(wrap(gated))
+    assert small.get_submodule("conv1").out_channels == 10
+    assert fxprune.inspect(wrap(gated)).rows[0].live == 10
+
+
 def test_a_net_dead_end_to_end_stays_a_net() -> None:
     gated = fxprune.instrument(randomise(LeNet()), torch.randn(2, 1, 28, 28))
     gates: Any = gated.gates

@@ -87,6 +87,11 @@ def c2f(m: Any, x: Tensor) -> Tensor:
     return m.wide(torch.cat([a, b, c], 1))
 
 
+def numpy_names(m: Any, x: Any) -> Tensor:
+    mean = x.mean(axis=(2, 3), keepdims=True)
+    return m.second(x * (mean + x.sum(axis=3).mean(dim=[1, 2]).view(-1, 1, 1, 1)))
+
+
 CASES: dict[str, Callable[[Any, Tensor], Any]] = {
     "flip": lambda m, x: m.second(x.flip(1)),
     "roll": lambda m, x: m.second(x.roll(3, 1)),
@@ -132,6 +137,7 @@ CASES: dict[str, Callable[[Any, Tensor], Any]] = {
     "block of chunks": c2f,
     "summed to a number": lambda m, x: x * x.sum((1, 2, 3), keepdim=True).tanh(),
     "scaled by its size": lambda m, x: m.second(x / x.shape[1] ** 0.5),
+    "means named after NumPy": numpy_names,
     "where": lambda m, x: m.second(torch.where(x > 0.3, x, torch.zeros_like(x))),
     "max over channels": lambda m, x: x * x.amax(1, keepdim=True).sigmoid(),
     "outer product": lambda m, x: m.second(

@@ -72,7 +72,7 @@ def _reduce(call: Call, through: Callable[[Tensor], Tensor]) -> Flow:
     axes = _axes(call, value)
     if any(axis in axes for axis in varying_axes(value.tags)):
         raise Barrier("it reduces over channels")
-    keep = bool(call.argument(2, "keepdim", False))
+    keep = bool(call.argument(2, "keepdim", call.kwargs.get("keepdims", False)))
     tags, constants = value.tags, through(value.constants)
     for axis in sorted(axes, reverse=True):
         tags = tags if keep else tags.squeeze(axis)
@@ -82,7 +82,7 @@ def _reduce(call: Call, through: Callable[[Tensor], Tensor]) -> Flow:
 
 def _axes(call: Call, value: Value) -> set[int]:
     rank = len(value.shape)
-    given = call.argument(1, "dim", None)
+    given = call.argument(1, "dim", call.kwargs.get("axis"))  # NumPy's spelling is accepted
     if given is None:
         return set(range(rank))
     dims: Any = given if isinstance(given, (tuple, list)) else (given,)
