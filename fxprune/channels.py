@@ -18,7 +18,6 @@ from fxprune import ops as ops
 from fxprune.boxes import close_boxes
 from fxprune.errors import where
 from fxprune.observation import Observation, TensorSpec, observe
-from fxprune.pipeline import Change
 from fxprune.program import Program
 from fxprune.rules import Call, Flow, Read, barrier_flow, rule_for
 from fxprune.tags import TagTable
@@ -74,15 +73,6 @@ def analyse(
     taken to be 0 in every channel. barriers: nodes to treat as unknown operators, and why.
     """
     return _Forward(program, generic, zeroed, barriers or {}, observation).run()
-
-
-def refusals(program: Program) -> list[Change]:
-    """Return the operators of a program around which every channel stays, and why."""
-    channels = analyse(program)
-    return [
-        Change(where(node), f"all channels around it stay: {reason}")
-        for node, reason in channels.barriers.items()
-    ]
 
 
 class _Forward:

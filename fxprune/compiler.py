@@ -9,8 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.channels import refusals
-from fxprune.costs import count_costs
+from fxprune.costs import costs_of
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
@@ -55,11 +54,13 @@ if TYPE_CHECKING:
 else:  # at run time both are what they are: the result needs no class of ours
     GatedModel = PlainModel = fx.GraphModule
 
-CUT: tuple[Pass, ...] = (
+PLAIN: tuple[Pass, ...] = (
     # What the gates decided becomes zeros, which all later passes understand.
     remove_gates,
     # Bypassing operators is safe once none of them overwrites its input.
     make_functional,
+)
+CUT: tuple[Pass, ...] = (
     # Units go before anything is folded: a merged layer no longer has them.
     eliminate_dead_channels,
     # Gates that kept all they still have are products with ones by now.
@@ -83,6 +84,7 @@ def instrument(
     width_init: float = 0.75,
     linear_init: float = 0.25,
     penalties: nn.ModuleDict | None = None,
+    check: bool = True,
 ) -> GatedModel:
     """Return a copy of `model` with tri-state gates at its nonlinearities, computing the same.
 
@@ -92,7 +94,8 @@ def instrument(
     model: any `nn.Module`; it is not modified. example_inputs: a tensor, a tuple of arguments or a
     dict of keyword arguments the model runs on; guessed from the first layer if not given.
     width_init, linear_init: where the real gates start, in [½, 1] and [0, ½). penalties: the
-    regularisers, `fxprune.paper_penalties()` if not given.
+    regularisers, `fxprune.paper_penalties()` if not given. check: run model, trace and gated model
+    on the example inputs and require the same bits; without it nothing but shapes is looked at.
 
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `NothingToDoError` with the reasons
     if no gate can go anywhere. After Srinivas & Babu, BMVC 2016.
@@ -100,15 +103,14 @@ def instrument(
     if gate_owners(model):
         raise GateError(f"{type(model).__name__} is instrumented already; finalize it first")
     inputs = inputs_for(model, example_inputs)
-    program = capture(model, inputs, make_masks_permanent=False)
+    program = capture(model, inputs, make_masks_permanent=False, check=check)
     if program.module.meta["evaluation_only"] and model.training:
         raise TraceError(
             f"{type(model).__name__} runs other operators in training than in evaluation "
             "(auxiliary heads?); switch them off, or call model.eval() first to instrument the "
             "model as it is in evaluation"
         )
-    with evaluating(program.module):
-        expected = program.run()
+    expected = _outputs(program) if check else None
     report = Report("instrument", type(model).__name__, {})
 
     def insertion(program: Program) -> list[Change]:
@@ -118,11 +120,10 @@ def instrument(
 
     insertion.__name__ = insert_gates.__name__
     report.passes = run(program, (insertion,))
-    with evaluating(program.module):
-        if not same(expected, program.run()):
-            raise VerificationError(
-                f"the gates changed the outputs of {type(model).__name__}; this is a bug in fxprune"
-            )
+    if check and not same(expected, _outputs(program)):
+        raise VerificationError(
+            f"the gates changed the outputs of {type(model).__name__}; this is a bug in fxprune"
+        )
     _remember(program, inputs, report)
     return cast(GatedModel, program.module)
 
@@ -142,24 +143,29 @@ def finalize(
 
     model: it is not modified. example_inputs: as in `instrument`, which remembers them for its
     models. fold: also fold batch norms and chains of linear layers; without it the result can be
-    trained on. check: prove the result, in float64 to 1e-9 and in the model's dtype to 1e-4.
+    trained on. check: prove trace and result, in float64 to 1e-9 and in the model's dtype to 1e-4.
 
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
     not the same function.
     """
     reference = gated_model(model)
     inputs = inputs_for(reference, example_inputs)
-    source = capture_any(reference, inputs)
-    source.module.eval()
-    name = str(source.module.meta.get("fxprune", {}).get("model", type(model).__name__))
+    program = capture_any(reference, inputs, check=check)
+    program.module.eval()
+    source = program.clone() if check else None
+    name = str(program.module.meta.get("fxprune", {}).get("model", type(model).__name__))
+    report = Report("finalize", name, run(program, PLAIN))
+    report.before = costs_of(program, reference)
     passes = (*CUT, *FOLD) if fold else CUT
-    program = source.clone()
-    report = Report("finalize", name, run(program, passes))
+    report.passes |= run(program, passes)
     program.module.delete_all_unused_submodules()
-    report.refused = refusals(program)
-    report.before, report.after = _costs(reference, inputs), _costs(program.module, inputs)
-    if check:
-        report.verification = _prove(reference, source, program, passes)
+    report.after = costs_of(program)
+    report.refused = [
+        Change(place, f"all channels around it stay: {reason}")
+        for place, reason in program.barriers.items()
+    ]
+    if source is not None:
+        report.verification = _prove(reference, source, program, (*PLAIN, *passes))
     _remember(program, inputs, report)
     return cast(PlainModel, program.module)
 
@@ -190,17 +196,18 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
     return infer_example_inputs(model)
 
 
-def capture_any(model: nn.Module, inputs: Inputs) -> Program:
+def capture_any(model: nn.Module, inputs: Inputs, *, check: bool = True) -> Program:
     """Copy an instrumented model, which is traced already; capture any other, masks and all."""
     if not isinstance(model, fx.GraphModule) or not gate_owners(model):
-        return capture(model, inputs, make_masks_permanent=True)
+        return capture(model, inputs, make_masks_permanent=True, check=check)
     check_parameters(model)
     args, kwargs = to_device(inputs, device_of(model))
     return Program(copy_model(model), args, kwargs)
 
 
-def _costs(model: nn.Module, inputs: Inputs) -> Any:
-    return count_costs(model, to_device(inputs, device_of(model)))
+def _outputs(program: Program) -> Any:
+    with evaluating(program.module):
+        return program.run()
 
 
 def _prove(

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from fxprune.errors import ExampleInputError
 from fxprune.gates import Gates
-from fxprune.program import Inputs, describe, device_of, leading_size, to_device
+from fxprune.macs import MacCounter
+from fxprune.observation import observe
+from fxprune.program import Inputs, Program, describe, device_of, leading_size, to_device
 
 WARM_UP = 3
 
@@ -43,12 +43,26 @@ def count_costs(module: nn.Module, example_inputs: Inputs) -> Costs:
     example_inputs: (args, kwargs); the MACs of their run are divided by their batch size, dim 0 of
     the first tensor that has one. Raises `ExampleInputError` if the module does not run on them.
     """
+    return _costs(module, _macs(module, example_inputs))
+
+
+def costs_of(program: Program, module: nn.Module | None = None) -> Costs:
+    """Return what `count_costs` would, from what is known of a program's last run.
+
+    module: the one whose parameters and bytes count, if not the program's own.
+    """
+    macs = sum(observe(program).macs.values())
+    batch = leading_size((program.args, program.kwargs)) or 1
+    return _costs(program.module if module is None else module, macs // batch)
+
+
+def _costs(module: nn.Module, macs: int) -> Costs:
     parts = [part for part in module.modules() if not isinstance(part, Gates)]
     parameters = {p for part in parts for p in part.parameters(recurse=False)}
     buffers = {b for part in parts for b in part.buffers(recurse=False)}
     return Costs(
         parameters=sum(parameter.numel() for parameter in parameters),
-        macs=_macs(module, example_inputs),
+        macs=macs,
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in parameters | buffers),
     )
 
@@ -72,7 +86,7 @@ def _macs(module: nn.Module, example_inputs: Inputs) -> int:
     args, kwargs = pytree.tree_map_only(
         Tensor, Tensor.clone, to_device(example_inputs, device_of(module))
     )
-    counter = _FlopCounter()
+    counter = MacCounter()
     try:
         for part in flags:
             part.training = False
@@ -86,31 +100,7 @@ def _macs(module: nn.Module, example_inputs: Inputs) -> int:
     finally:
         for part, flag in flags.items():
             part.training = flag
-    # A multiply-accumulate is two floating-point operations.
-    return counter.flops // (2 * (leading_size(example_inputs) or 1))
-
-
-class _FlopCounter(TorchDispatchMode):
-    """What torch's FlopCounterMode counts, without its bookkeeping by module: twice as fast."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # to skip it, torch would import it, which takes seconds
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **kwargs or {})
-        formula = flop_registry.get(getattr(func, "_overloadpacket", func))
-        if formula is not None:
-            self.flops += formula(*args, **kwargs or {}, out_val=result)
-        return result
+    return counter.macs // (leading_size(example_inputs) or 1)
 
 
 def _timed(function: Callable[[], Any]) -> float:

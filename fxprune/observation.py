@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExampleInputError, where
+from fxprune.macs import MacCounter
 from fxprune.program import Program, evaluating
 
 
@@ -31,17 +32,44 @@ class Observation:
     values: every tensor replaced by its `TensorSpec`, everything else as it was.
     mutated: the nodes whose tensor a node wrote into.
     alias: a representative of the nodes that share memory with a node.
+    macs: the multiply-accumulates of a node that has any, for the whole batch.
     """
 
     values: dict[fx.Node, Any]
     mutated: dict[fx.Node, list[fx.Node]]
     alias: dict[fx.Node, fx.Node]
+    macs: dict[fx.Node, int]
+
+    def restricted(self, graph: fx.Graph) -> "Observation | None":
+        """Return what it holds of a graph's nodes; None if there are others than it knows."""
+        nodes = dict.fromkeys(graph.nodes)
+        if any(node not in self.values for node in nodes):
+            return None
+        if len(nodes) == len(self.values):
+            return self
+        return Observation(
+            {node: self.values[node] for node in nodes},
+            {
+                writer: [node for node in written if node in nodes]
+                for writer, written in self.mutated.items()
+                if writer in nodes
+            },
+            {node: self.alias[node] for node in nodes},
+            {node: count for node, count in self.macs.items() if node in nodes},
+        )
 
 
 def observe(program: Program) -> Observation:
-    """Run the program once in evaluation mode, without gradients, and write down what happened."""
-    with evaluating(program.module):
-        return _Observer(program).observe()
+    """Run the program once in evaluation mode, without gradients, and write down what happened.
+
+    What was written down before is returned while no pass has changed a shape since.
+    """
+    known = program.seen and program.seen.restricted(program.graph)
+    if known is None:
+        with evaluating(program.module):
+            known = _Observer(program).observe()
+    program.seen = known
+    return known
 
 
 class _Observer(fx.Interpreter):
@@ -49,18 +77,20 @@ class _Observer(fx.Interpreter):
         super().__init__(program.module)
         self.extra_traceback = False  # the error raised here says where
         self.program = program
-        self.seen = Observation({}, {}, {})
+        self.seen = Observation({}, {}, {}, {})
+        self.counter = MacCounter()
         self.attributes: dict[int, fx.Node] = {}
 
     def observe(self) -> Observation:
         args, kwargs = self.program.inputs()
-        with torch.no_grad():
+        with torch.no_grad(), self.counter:
             self.run(*_positional(self.program.graph, args, kwargs))
         return self.seen
 
     def run_node(self, n: fx.Node) -> Any:
         inputs = {node: self.env[node] for node in n.all_input_nodes}
         before = {node: [t._version for t in _tensors(value)] for node, value in inputs.items()}
+        counted = self.counter.macs
         try:
             result = super().run_node(n)
         except Exception as error:
@@ -74,6 +104,8 @@ class _Observer(fx.Interpreter):
         ]
         if written:
             self.seen.mutated[n] = written
+        if self.counter.macs > counted:
+            self.seen.macs[n] = self.counter.macs - counted
         self.seen.values[n] = pytree.tree_map_only(
             Tensor, lambda tensor: TensorSpec(tuple(tensor.shape), tensor.dtype), result
         )

@@ -24,18 +24,35 @@ Pass = Callable[[Program], list[Change]]
 """Edits the program in place; what it returns is the log, and empty means it did nothing."""
 
 
+def keeps_shapes(one: Pass) -> Pass:
+    """Mark a pass after which every node that is left computes a tensor of the shape it had.
+
+    It adds no nodes, so that what a run showed before the pass still holds after it.
+    """
+    one.__dict__["keeps_shapes"] = True
+    return one
+
+
 def run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
-    """Run passes in order and return their changes, by the name of the pass."""
+    """Run passes in order and return their changes, by the name of the pass.
+
+    The graph is checked after every pass that changed it; the module's code is made anew at the
+    end, so that a pass that calls the module, instead of observing it, recompiles it first.
+    """
     done: dict[str, list[Change]] = {}
     for one in passes:
         name = getattr(one, "__name__", repr(one))
         try:
             changes = one(program)
-            program.check()
+            if changes:
+                program.graph.lint()
         except Exception as error:
             error.add_note(f"while running the pass {name}, after {', '.join(done) or 'none'}")
             raise
+        if changes and not getattr(one, "keeps_shapes", False):
+            program.seen = None
         done[name] = [*done.get(name, []), *changes]
+    program.module.recompile()
     return done
 
 

@@ -73,9 +73,10 @@ def plan_sites(program: Program, candidates: Sequence[Candidate], seen: Observat
     while True:
         plan = _try(program, candidates, barriers, seen)
         needed = [site for site in plan.sites if _reaches_reader(site, plan)]
-        fewer = _try(program, needed, barriers, seen)
-        if torch.equal(fewer.freed, plan.freed):
-            plan = Plan(plan.channels, plan.freed, fewer.sites)
+        if len(needed) < len(plan.sites):
+            fewer = _try(program, needed, barriers, seen)
+            if torch.equal(fewer.freed, plan.freed):
+                plan = Plan(plan.channels, plan.freed, fewer.sites)
         refusals = _rehearse(plan)
         if not refusals:
             return plan

@@ -143,8 +143,26 @@ def as_value(argument: Any) -> Any:
 
 
 def flatten(structure: Any) -> list[Any]:
-    """Return the leaves of nested arguments; `Value` and `State` are leaves."""
-    return pytree.tree_leaves(structure)
+    """Return the leaves of nested arguments; `Value` and `State` are leaves.
+
+    What arguments nearly always are is flattened here: pytree takes ten times as long.
+    """
+    leaves: list[Any] = []
+    pending = [structure]
+    while pending:
+        part = pending.pop()
+        if type(part) in (tuple, list):
+            pending.extend(reversed(part))
+        elif type(part) is dict:
+            pending.extend(reversed(part.values()))
+        elif isinstance(part, _LEAVES):
+            leaves.append(part)
+        else:
+            leaves.extend(pytree.tree_leaves(part))
+    return leaves
+
+
+_LEAVES = (Value, State, ShapeOf, TensorSpec, int, float, str, slice, type(None), torch.dtype)
 
 
 def map_values(replace: Callable[[Any], Any], structure: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.observation import TensorSpec, observe
-from fxprune.pipeline import Change
+from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.sharing import sole_modules
 
@@ -24,6 +24,7 @@ LAYERS = (
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+@keeps_shapes
 def fold_batch_norm(program: Program) -> list[Change]:
     """Fold every batch norm whose input is a layer nobody else reads or shares."""
     sole = sole_modules(program)

@@ -27,6 +27,7 @@ _Plan = dict[fx.Node, Arguments | Literal]
 def eliminate_dead_channels(program: Program) -> list[Change]:
     """Cut every unit that is dead: unread, or a constant its readers can absorb."""
     channels, cut, plan = _plan(program)
+    program.barriers = {where(node): reason for node, reason in channels.barriers.items()}
     for node, call in channels.calls.items():
         if node not in channels.barriers and call.module is not None:
             rule_for(node, call.module).absorb(call, cut)
@@ -40,6 +41,7 @@ def eliminate_dead_channels(program: Program) -> list[Change]:
             rule_for(node, call.module).resize(call)
     for node, answer in plan.items():
         _apply(node, answer)
+    program.seen = None
     return changes
 
 

@@ -5,14 +5,17 @@ overwrites its input. An operator whose input somebody still reads afterwards ke
 the channel analysis keeps all that shares that memory.
 """
 
+from typing import Any
+
 from torch import fx
 
 from fxprune.observation import observe
 from fxprune.out_of_place import make_out_of_place
-from fxprune.pipeline import Change
+from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 
 
+@keeps_shapes
 def make_functional(program: Program) -> list[Change]:
     """Turn in-place activations and arithmetic into their ordinary forms."""
     seen = observe(program)
@@ -29,9 +32,14 @@ def make_functional(program: Program) -> list[Change]:
     needed = [writer for writer in seen.mutated if is_read_again(writer)]
     # A module has one flag for all its calls.
     stay = {node.target for node in needed if node.op == "call_module"}
-    return [
-        Change(writer.name, "no longer overwrites its input")
-        for writer in seen.mutated
-        if writer not in needed and (writer.op != "call_module" or writer.target not in stay)
-        if make_out_of_place(writer, program.module)
-    ]
+    changes: list[Change] = []
+    turned: set[Any] = set()
+    for writer in list(seen.mutated):
+        if writer in needed or (writer.op == "call_module" and writer.target in stay):
+            continue
+        if make_out_of_place(writer, program.module):
+            changes.append(Change(writer.name, "no longer overwrites its input"))
+            turned.add(writer.target if writer.op == "call_module" else writer)
+        if writer in turned or writer.target in turned:
+            del seen.mutated[writer]
+    return changes

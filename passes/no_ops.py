@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.observation import observe
-from fxprune.pipeline import Change
+from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.rules import key_of
 
@@ -32,6 +32,7 @@ _FLAGS: dict[Any, int] = {
 }
 
 
+@keeps_shapes
 def remove_products_with_ones(program: Program) -> list[Change]:
     """Bypass what is the identity in training too: gates that kept every channel they have."""
     changes = _bypass(program, lambda node: _multiplies_ones(node, program), "it multiplies by 1")
@@ -40,6 +41,7 @@ def remove_products_with_ones(program: Program) -> list[Change]:
     return changes
 
 
+@keeps_shapes
 def remove_no_ops(program: Program) -> list[Change]:
     """Bypass operators that are the identity in evaluation; drop dead code and unused modules."""
     modules = dict(program.module.named_modules())

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("gates",),
+    ("macs",),
     ("tags",),
     ("penalties",),
     ("modes",),

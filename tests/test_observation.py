@@ -146,7 +146,7 @@ def test_an_augmented_assignment_is_seen_to_write() -> None:
     program, _ = seen(Model(lambda m, x: m.layer(x) + x))
     [add] = program.graph.find_nodes(op="call_function", target=operator.add)
     add.target = operator.iadd
-    program.check()
+    program.seen = None
     assert mutations(observe(program)) == {"add": ["layer"]}
 
 
@@ -272,6 +272,17 @@ def test_sparse_inputs_are_observed() -> None:
 
 def test_a_node_that_fails_is_named_with_its_line() -> None:
     program, _ = seen(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    program.args = (torch.randn(2, 5),)
+    program.args, program.seen = (torch.randn(2, 5),), None
     with pytest.raises(ExampleInputError, match=r"^_0 \(call_module 0\) .* fails .* shapes"):
         observe(program)
+
+
+def test_what_was_seen_is_kept_and_follows_removals() -> None:
+    program, found = seen(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)))
+    assert observe(program) is found
+    relu = next(node for node in program.graph.nodes if node.target == "1")
+    relu.replace_all_uses_with(relu.all_input_nodes[0])
+    program.graph.erase_node(relu)
+    fewer = observe(program)
+    assert relu not in fewer.values and not fewer.mutated
+    assert sum(fewer.macs.values()) == sum(found.macs.values()) == 2 * (4 * 4 + 4 * 2)

@@ -128,7 +128,7 @@ def _pattern(mixing: Mixing) -> Tensor | None:
 def _constant_outputs(
     mixing: Mixing, constants: Tensor, unknown: Tensor, pattern: Tensor | None
 ) -> Tensor:
-    weights = mixing.matrix(mixing.weight.tensor.detach().cpu().double()).sum(-1)
+    weights = mixing.matrix(mixing.weight.tensor.detach()).sum(-1, dtype=torch.float64).cpu()
     known = torch.where(unknown, 0.0, constants).reshape(mixing.groups, -1)
     result = torch.einsum("goi,gi->go", weights, known).reshape(-1)
     if mixing.bias is not None:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.channels import refusals
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.program import Program, capture
 from fxprune.testing import check_rewrite
@@ -271,8 +270,8 @@ def test_an_unknown_operator_keeps_all_channels_around_it() -> None:
     before = program(Read(lambda x: _reverse(x)), 2, 3, 6, 6)
     silent(at(before, "conv"), 1, 2)
     assert eliminate_dead_channels(before) == []
-    (barrier,) = refusals(before)
-    assert "_reverse" in barrier.where and "unknown operator" in barrier.what
+    ((place, reason),) = before.barriers.items()
+    assert "_reverse" in place and "unknown operator" in reason
 
 
 def test_memory_written_to_behind_a_view_is_left_alone() -> None:

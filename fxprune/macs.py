@@ -1,0 +1,38 @@
+"""Multiply-accumulates, counted while a model runs, where operators mix channels.
+
+The formulas are torch's own. Its `FlopCounterMode` also keeps books by module, which takes as long
+again as small models do.
+"""
+
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class MacCounter(TorchDispatchMode):
+    """Count what runs while it is active."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    @property
+    def macs(self) -> int:
+        """The multiply-accumulates so far; each is two floating-point operations."""
+        return self.flops // 2
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import it, which takes seconds
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        formula = flop_registry.get(getattr(func, "_overloadpacket", func))
+        if formula is not None:
+            self.flops += formula(*args, **kwargs or {}, out_val=result)
+        return result
