@@ -28,7 +28,8 @@ from fxprune.values import Barrier, ShapeOf, State, Value, as_value, fixed, flat
 class Channels:
     """What the forward analysis found.
 
-    values: what each node stands for (`Value`, `State`, plain Python, nested).
+    values: what each node stands for (`Value`, `State`, plain Python, nested). uses: the names of
+    the parameters and buffers a node uses.
     classes: the class of every tag, int64 (tags,). barriers: why a node's channels must stay.
     """
 
@@ -40,10 +41,12 @@ class Channels:
     reads: list[tuple[fx.Node, Read]]
     keeps: list[tuple[fx.Node, Tensor, str]]
     barriers: dict[fx.Node, str]
+    uses: dict[fx.Node, list[str]]
 
-    def tensors(self) -> list[Value]:
-        """Return every tensor value of the program, parameters used as operands among them."""
-        return [leaf for leaf in flatten(list(self.values.values())) if isinstance(leaf, Value)]
+    def tensors(self, without: Collection[fx.Node] = ()) -> list[Value]:
+        """Return every tensor value of the program but those of some nodes."""
+        found = [value for node, value in self.values.items() if node not in without]
+        return [leaf for leaf in flatten(found) if isinstance(leaf, Value)]
 
     def blocked(self) -> dict[int, str]:
         """Return, for every class no gate could free, the first reason found."""
@@ -90,7 +93,7 @@ class _Forward:
         self.forced = barriers
         self.seen = observation or observe(program)
         self.table = TagTable()
-        self.found = Channels({}, {}, {}, {}, torch.empty(0), [], [], {})
+        self.found = Channels({}, {}, {}, {}, torch.empty(0), [], [], {}, {})
         self.tensors: dict[int, str] = {}
         self.users: dict[str, int] = {}
         self.modules = dict(program.module.named_modules())
@@ -204,6 +207,7 @@ class _Forward:
                 used = [state.name]
             else:
                 continue
+            self.found.uses[node] = used
             for name in used:
                 self.users[name] = self.users.get(name, 0) + 1
 

@@ -14,6 +14,7 @@ from fxprune.errors import ExampleInputError, GateError, TraceError, Verificatio
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
 from fxprune.passes.batch_norm import fold_batch_norm
+from fxprune.passes.constant_branches import remove_constant_branches
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.in_place import make_functional
@@ -61,6 +62,8 @@ PLAIN: tuple[Pass, ...] = (
     make_functional,
 )
 CUT: tuple[Pass, ...] = (
+    # A branch that nothing is left of would keep a unit, and the stream it joins from shrinking.
+    remove_constant_branches,
     # Units go before anything is folded: a merged layer no longer has them.
     eliminate_dead_channels,
     # Gates that kept all they still have are products with ones by now.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.tags import varying_axes
 from fxprune.values import Barrier, Value
@@ -17,11 +17,15 @@ from fxprune.values import Barrier, Value
 
 @dataclass(frozen=True)
 class Cut:
-    """Which tags stay. `kept` is what remains in the tensors, `live` what somebody needs."""
+    """Which tags stay. `kept` is what remains in the tensors, `live` what somebody needs.
+
+    gone: the nodes of which nothing remains, not even one channel.
+    """
 
     classes: Tensor
     live: Tensor
     kept: Tensor
+    gone: frozenset[fx.Node] = frozenset()
 
     def keep(self, tags: Tensor) -> Tensor:
         """Return a bool tensor, of the shape of `tags`: which of them remain."""
@@ -37,6 +41,8 @@ class Cut:
         if bool(keep.all()):
             return None
         axes = varying_axes(keep)
+        if len(axes) == 1 and not bool(keep.any()):
+            return axes[0], torch.empty(0, dtype=torch.int64)
         along = [a for a in axes if not torch.equal(keep, keep.narrow(a, 0, 1).expand(keep.shape))]
         if len(along) != 1:
             raise Barrier("what remains of a tensor would not be a box")

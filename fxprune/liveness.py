@@ -2,15 +2,18 @@
 
 A class of tags is live if something live reads it where it is not a foldable constant. `settle` is
 optimistic: all are dead but what must stay, and what lives grows until nothing changes, as in
-aggressive dead-code elimination. A tensor all of whose channels are dead still keeps one.
+aggressive dead-code elimination. A tensor all of whose channels are dead still keeps one, unless
+all that is made of it is a part of a concatenation: then it goes, with what computed it.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.channels import Channels
 from fxprune.cuts import Cut
+from fxprune.rules import rule_for
 from fxprune.tags import FIXED
+from fxprune.values import State, Value, flatten
 
 
 def settle(channels: Channels) -> Cut:
@@ -21,11 +24,18 @@ def settle(channels: Channels) -> Cut:
     for _, tags, _ in channels.keeps:
         live[classes[tags.reshape(-1)]] = True
     _grow(channels, live)
-    kept = live.clone()
-    for tags in _axes(channels):
-        if not bool(kept[classes[tags]].any()):
-            kept[classes[tags[0]]] = True
-    return Cut(classes, live, kept)
+    gone = _superfluous(channels, live)
+    while True:
+        kept = live.clone()
+        for tags in _axes(channels, gone):
+            if not bool(kept[classes[tags]].any()):
+                kept[classes[tags[0]]] = True
+        calls = [node for node in gone if node.op != "get_attr"]
+        staying = {node for node in calls if _is_any(kept, channels, node)}
+        if not staying:
+            return Cut(classes, live, kept, frozenset(gone))
+        # What a tensor that stays is tied to stays with it, and so does what it is computed from.
+        gone = _superfluous(channels, live, candidates=gone - staying)
 
 
 def _grow(channels: Channels, live: Tensor) -> None:
@@ -53,11 +63,56 @@ def _grow(channels: Channels, live: Tensor) -> None:
                 changed = True
 
 
-def _axes(channels: Channels) -> list[Tensor]:
+def _superfluous(
+    channels: Channels, live: Tensor, candidates: set[fx.Node] | None = None
+) -> set[fx.Node]:
+    """Return the nodes of which nothing is live and nothing is made but parts to be left out."""
+    gone: set[fx.Node] = set()
+    for node in reversed(channels.values):
+        if not node.users or (candidates is not None and node not in candidates):
+            continue
+        if node.op != "get_attr" and not _is_dead(channels, live, node):
+            continue
+        if all(user in gone or _may_leave_out(channels, live, user) for user in node.users):
+            gone.add(node)
+    return gone
+
+
+def _is_dead(channels: Channels, live: Tensor, node: fx.Node) -> bool:
+    known = node in channels.calls and node not in channels.barriers
+    return known and not _is_any(live, channels, node)
+
+
+def _may_leave_out(channels: Channels, live: Tensor, user: fx.Node) -> bool:
+    call = channels.calls.get(user)
+    if call is None or user in channels.barriers:
+        return False
+    is_parts = rule_for(user, call.module).name == "concatenation"
+    return is_parts and _is_any(live, channels, user)
+
+
+def _is_any(mask: Tensor, channels: Channels, node: fx.Node) -> bool:
+    """Tell whether any channel of a node's tensors is in the mask; so is what is no tensor."""
+    leaves = flatten(channels.values[node])
+    values = [leaf for leaf in leaves if isinstance(leaf, Value)]
+    if not values or len(values) < len(leaves):
+        return True
+    return any(bool(mask[channels.classes[value.tags]].any()) for value in values)
+
+
+def _axes(channels: Channels, gone: set[fx.Node]) -> list[Tensor]:
     """Return the tags of every tensor and every cut axis of a parameter: none may be emptied."""
-    found = [value.tags.reshape(-1) for value in channels.tensors()]
-    for state in channels.states.values():
+    found = [value.tags.reshape(-1) for value in channels.tensors(gone)]
+    for state in _states(channels, gone):
         found.extend(state.axes.values())
         if state.whole is not None:
             found.append(state.whole.reshape(-1))
     return [tags for tags in found if len(tags)]
+
+
+def _states(channels: Channels, gone: set[fx.Node]) -> list[State]:
+    """Return the parameters and buffers that anything uses that stays."""
+    if not gone:
+        return list(channels.states.values())
+    staying = {name for node, names in channels.uses.items() if node not in gone for name in names}
+    return [state for state in channels.states.values() if state.name in staying]

@@ -28,19 +28,25 @@ def eliminate_dead_channels(program: Program) -> list[Change]:
     """Cut every unit that is dead: unread, or a constant its readers can absorb."""
     channels, cut, plan = _plan(program)
     program.barriers = {where(node): reason for node, reason in channels.barriers.items()}
-    for node, call in channels.calls.items():
-        if node not in channels.barriers and call.module is not None:
+    followers = {
+        node: call
+        for node, call in channels.calls.items()
+        if node not in channels.barriers and node not in cut.gone
+    }
+    for node, call in followers.items():
+        if call.module is not None:
             rule_for(node, call.module).absorb(call, cut)
     changes = [
         change
         for state in channels.states.values()
         if (change := _cut_state(program.module, channels, state, cut)) is not None
     ]
-    for node, call in channels.calls.items():
-        if node not in channels.barriers and call.module is not None:
+    for node, call in followers.items():
+        if call.module is not None:
             rule_for(node, call.module).resize(call)
     for node, answer in plan.items():
         _apply(node, answer)
+    changes += _erase(program, cut)
     program.seen = None
     return changes
 
@@ -55,7 +61,7 @@ def _plan(program: Program) -> tuple[Channels, Cut, _Plan]:
         plan: _Plan = {}
         refused = False
         for node, call in channels.calls.items():
-            if node in channels.barriers:
+            if node in channels.barriers or node in cut.gone:
                 continue
             try:
                 answer = rule_for(node, call.module).rewrite(call, cut)
@@ -73,9 +79,21 @@ def _plan(program: Program) -> tuple[Channels, Cut, _Plan]:
             return channels, cut, plan
 
 
+def _erase(program: Program, cut: Cut) -> list[Change]:
+    """Erase the nodes of which nothing remains, the last first."""
+    found = [node for node in reversed(program.graph.nodes) if node in cut.gone]
+    for node in found:
+        program.graph.erase_node(node)
+    if found:
+        program.module.delete_all_unused_submodules()
+    return [Change(node.name, "removed: all its channels are dead") for node in reversed(found)]
+
+
 def _cut_state(module: fx.GraphModule, channels: Channels, state: State, cut: Cut) -> Change | None:
     tensor, before = state.tensor.detach(), tuple(state.tensor.shape)
     for axis, keep in _keeps(state, cut):
+        if not bool(keep.any()):
+            return None  # it goes with the nodes that use it
         if not bool(keep.all()):
             tensor = tensor.index_select(axis, keep.nonzero().reshape(-1).to(tensor.device))
     if tuple(tensor.shape) == before:

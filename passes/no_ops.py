@@ -59,8 +59,8 @@ def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -
     written = {node for nodes in seen.mutated.values() for node in nodes}
     changes: list[Change] = []
     for node in list(program.graph.nodes):
-        source = node.args[0] if node.args else None
-        if node in written or not isinstance(source, fx.Node):
+        source = _source(node)
+        if node in written or source is None:
             continue
         if seen.values[node] != seen.values[source] or not is_neutral(node):
             continue
@@ -72,12 +72,22 @@ def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -
     return changes
 
 
+def _source(node: fx.Node) -> fx.Node | None:
+    """Return what a node passes on if it is neutral: its first argument, or the only part of it."""
+    first: Any = node.args[0] if node.args else None
+    if isinstance(first, (list, tuple)) and len(first) == 1:
+        first = first[0]
+    return first if isinstance(first, fx.Node) else None
+
+
 def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) -> bool:
     if node.op == "call_module":
         module = modules[str(node.target)]
         return type(module) in _IDENTITIES and not module._forward_hooks
     if node.op != "call_function":
         return False
+    if node.target is torch.cat:
+        return node.args[0] == [_source(node)]
     place = _FLAGS.get(key_of(node, None))
     if place is not None:
         return _follows_training_flag(node, place)

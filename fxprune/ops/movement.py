@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.ops.execution import movement_flow
-from fxprune.ops.rewriting import rewrite_chunks, rewrite_getitem, rewrite_nothing, rewrite_sizes
+from fxprune.ops.rewriting import (
+    rewrite_chunks,
+    rewrite_concatenation,
+    rewrite_getitem,
+    rewrite_nothing,
+    rewrite_sizes,
+)
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.values import Barrier, State, Value, as_value, flatten
 
@@ -51,11 +57,15 @@ register(
     _SAME,
     *(nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle),
     *(torch.flatten, torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.t),
-    *(torch.squeeze, torch.unsqueeze, torch.flip, torch.roll, torch.concat),
-    *(torch.cat, torch.stack, torch.unbind),
+    *(torch.squeeze, torch.unsqueeze, torch.flip, torch.roll),
+    *(torch.stack, torch.unbind),
     *(F.pixel_shuffle, F.pixel_unshuffle),
     *("flatten", "permute", "transpose", "swapaxes", "movedim", "t", "squeeze", "unsqueeze"),
     *("flip", "roll", "unbind"),
+)
+register(
+    OpRule("concatenation", movement_flow, rewrite=rewrite_concatenation),
+    *dict.fromkeys((torch.cat, torch.concat, torch.concatenate)),
 )
 register(OpRule("like", like_flow, rewrite=rewrite_nothing), "expand_as", "view_as", "reshape_as")
 register(

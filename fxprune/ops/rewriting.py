@@ -23,6 +23,20 @@ def rewrite_nothing(call: Call, cut: Cut) -> Arguments | None:
     return None
 
 
+def rewrite_concatenation(call: Call, cut: Cut) -> Arguments | None:
+    """Leave out the parts of which nothing remains."""
+    if not _shrinks(call, cut):
+        return None
+    args, kwargs = list(call.node.args), dict(call.node.kwargs)
+    parts: Any = args[0] if args else kwargs["tensors"]
+    stay = [part for part in parts if part not in cut.gone]
+    if args:
+        args[0] = stay
+    else:
+        kwargs["tensors"] = stay
+    return checked_arguments(call, cut, args, kwargs)
+
+
 def rewrite_sizes(call: Call, cut: Cut) -> Arguments | None:
     """Replace the literal sizes of view, reshape and expand by what remains of the output."""
     if not _shrinks(call, cut):

@@ -1,0 +1,105 @@
+"""Replace branches that compute constants by the constants.
+
+    x + f(…) = x + c,   x · f(…) = x · c,   c of size 1 along every axis on which it does not vary
+
+A branch is constant where its gates or weights left nothing alive in it (Srinivas & Babu 2016: a
+residual block whose layers have no neurons is its shortcut). What meets the constant broadcasts it,
+so that no size of a map is frozen; a sum with 0 or a product with 1 is what it is combined with.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from fxprune.channels import Channels, analyse
+from fxprune.observation import Observation, TensorSpec, observe
+from fxprune.pipeline import Change
+from fxprune.program import Program, device_of
+from fxprune.rules import Call, rule_for
+from fxprune.values import Value
+
+_SUMS = (operator.add, torch.add, "add")
+_PRODUCTS = (operator.mul, torch.mul, "mul")
+_DIFFERENCES = (operator.sub, torch.sub, "sub")
+_QUOTIENTS = (operator.truediv, torch.div, "div")
+
+
+def remove_constant_branches(program: Program) -> list[Change]:
+    """Let elementwise operators meet a constant operand as a buffer, and drop what computed it."""
+    seen = observe(program)
+    channels = analyse(program, observation=seen)
+    changes: list[Change] = []
+    for node, call in channels.calls.items():
+        if (
+            node in channels.barriers
+            or node in seen.mutated
+            or _constant(channels, node) is not None
+        ):
+            continue
+        if rule_for(node, call.module).name not in ("elementwise", "product"):
+            continue
+        for operand in dict.fromkeys(node.all_input_nodes):
+            constant = _constant(channels, operand)
+            if constant is not None and _broadcasts(call, seen, operand, constant):
+                changes.append(_replace(program, seen, node, operand, constant))
+    if changes:
+        program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+        program.module.delete_all_unused_submodules()
+    return changes
+
+
+def _constant(channels: Channels, node: fx.Node) -> Tensor | None:
+    """Return what a computed tensor always is, float64, None if that is not known."""
+    value = channels.values.get(node)
+    if node not in channels.calls or not isinstance(value, Value):
+        return None
+    known = value.dtype.is_floating_point and bool(torch.isfinite(value.constants).all())
+    return value.constants if known else None
+
+
+def _broadcasts(call: Call, seen: Observation, operand: fx.Node, constant: Tensor) -> bool:
+    """Tell whether the result has the same shape if the operand is as small as its constant."""
+    specs = [seen.values[node] for node in call.node.all_input_nodes if node is not operand]
+    shapes = [spec.shape for spec in specs if isinstance(spec, TensorSpec)]
+    return torch.broadcast_shapes(constant.shape, *shapes) == call.tensor_spec().shape
+
+
+def _replace(
+    program: Program, seen: Observation, node: fx.Node, operand: fx.Node, constant: Tensor
+) -> Change:
+    other = _what_it_leaves(node, operand, constant)
+    if other is not None and seen.values[other] == seen.values[node]:
+        node.replace_all_uses_with(other)
+        return Change(node.name, f"{operand.name} is constant: {other.name} remains")
+    spec: TensorSpec = seen.values[operand]
+    name = f"{operand.name}_constant"
+    if not hasattr(program.module, name):
+        constant = constant.to(device_of(program.module), spec.dtype)
+        program.module.register_buffer(name, constant)
+    with node.graph.inserting_before(node):
+        buffer = node.graph.get_attr(name)
+
+    def put(argument: fx.Node) -> fx.Node:
+        return buffer if argument is operand else argument
+
+    node.args, node.kwargs = map_arg(node.args, put), map_arg(node.kwargs, put)
+    return Change(node.name, f"{operand.name} is constant: a buffer stands for it")
+
+
+def _what_it_leaves(node: fx.Node, operand: fx.Node, constant: Tensor) -> fx.Node | None:
+    """Return the operand that a sum with 0, or a product with 1, is."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    target: Any = node.target
+    neutral = 0.0 if target in (*_SUMS, *_DIFFERENCES) else 1.0
+    if not bool((constant == neutral).all()):
+        return None
+    if second is operand and target in (*_SUMS, *_DIFFERENCES, *_PRODUCTS, *_QUOTIENTS):
+        return first if isinstance(first, fx.Node) else None
+    if first is operand and target in (*_SUMS, *_PRODUCTS):
+        return second if isinstance(second, fx.Node) else None
+    return None

@@ -1,0 +1,119 @@
+"""Branches that compute constants: gone, and the same numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.passes.constant_branches import remove_constant_branches
+from fxprune.program import Program, capture
+from fxprune.testing import check_rewrite, spread
+from tests.conftest import randomise
+
+
+class Block(nn.Module):
+    """A stem, a branch whose middle layer falls silent, what they are joined by, a head."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor], *, shift: bool = True) -> None:
+        super().__init__()
+        self.join = join
+        self.stem, self.inner = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.inner_norm = nn.BatchNorm2d(6)
+        self.outer = nn.Conv2d(6, 8, 3, padding=1, bias=False)
+        self.outer_norm = nn.BatchNorm2d(8) if shift else nn.Identity()
+        self.head = nn.Conv2d(8, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        inner = self.inner_norm(self.inner(x)).relu() * 1.0
+        return self.head(self.join(x, self.outer_norm(self.outer(inner))).relu())
+
+
+def silent(model: Block) -> Program:
+    """Let the branch's inner activations be 0 whatever comes."""
+    model = randomise(model).double().eval()
+    assert model.inner_norm.weight is not None and model.inner_norm.bias is not None
+    model.inner_norm.weight.data.zero_()
+    model.inner_norm.bias.data.fill_(-0.5)
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    return capture(model, ((x,), {}), make_masks_permanent=False)
+
+
+JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda x, y: x + y,
+    "sum the other way": lambda x, y: torch.add(y, x, alpha=0.5),
+    "difference": lambda x, y: x - y,
+    "product": lambda x, y: x * y.sigmoid(),
+    "maximum": lambda x, y: torch.maximum(x, y),
+    "choice": lambda x, y: torch.where(x > 0.1, x, y),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_a_constant_operand_becomes_a_buffer(name: str) -> None:
+    before = silent(Block(JOINS[name]))
+    after = check_rewrite(remove_constant_branches, before)
+    assert not hasattr(after.module, "inner") and not hasattr(after.module, "outer_norm")
+    assert spread(after.run()) > 1e-3
+    sizes = [tuple(buffer.shape) for name, buffer in after.module.named_buffers(recurse=False)]
+    assert sizes == [(1, 8, 1, 1)]  # no size of a map is frozen
+
+
+def test_a_sum_with_nothing_is_its_other_operand() -> None:
+    before = silent(Block(lambda x, y: x + y, shift=False))
+    after = check_rewrite(remove_constant_branches, before)
+    assert not list(after.module.buffers()) and "add" not in after.text()
+
+
+def test_a_branch_that_still_says_something_stays() -> None:
+    before = silent(Block(lambda x, y: x + y))
+    before.module.get_submodule("inner_norm").bias.data[0] = 0.5
+    before.module.get_submodule("inner_norm").weight.data[0] = 1
+    assert remove_constant_branches(before) == []
+
+
+class Gated(nn.Module):
+    def __init__(self, join: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.join = join
+        self.stem, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()
+        self.inner, self.norm, self.inner_act = (
+            *(nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
+        )
+        self.outer, self.outer_norm = nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8)
+        self.last, self.wide = nn.Conv2d(8, 5, 3, padding=1), nn.Conv2d(14, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        return self.join(self, x, self.inner_act(self.norm(self.inner(x)))).relu()
+
+
+WHOLE: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "residual block": (lambda m, x, y: m.last((x + m.outer_norm(m.outer(y))).relu()), 8 * 5 * 9),
+    "concatenation": (lambda m, x, y: m.wide(torch.cat([x, y], 1)), 8 * 5 * 9),
+    "first of a concatenation": (lambda m, x, y: m.wide(torch.cat([y, x], 1)), 8 * 5 * 9),
+    "squeezed gate": (
+        lambda m, x, y: m.last(x * m.outer(y.mean((2, 3), keepdim=True)).sigmoid()),
+        8 * 5 * 9,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_branch_whose_gates_are_all_closed_goes(name: str) -> None:
+    join, weights = WHOLE[name]
+    model = randomise(Gated(join)).eval()
+    x = torch.randn(3, 3, 8, 8)
+    gated: Any = fxprune.instrument(model, x)
+    site = next(site for site in gated.gates.width_sites if site.name == "inner_act")
+    with torch.no_grad():
+        gated.gates.width[list(site.units)] = 0
+    small = fxprune.finalize(gated)
+    assert small.report.verification is not None
+    assert small.report.verification.verdict == "equal"
+    names = {name.partition(".")[0] for name, _ in small.named_parameters()}
+    assert names == {"stem", "wide" if "concatenation" in name else "last"}
+    assert sum(p.numel() for p in small.parameters()) == weights + 5 + 3 * 8 * 9 + 8
