@@ -9,7 +9,7 @@ import inspect
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,10 @@ PLAIN = (
 )
 # Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
 # a traced size as it is, so that they are called by node at once.
+_C: Any = torch._C
 _IN_C = tuple(
     function
-    for space in (torch._C._VariableFunctions, torch._C._nn)
+    for space in (_C._VariableFunctions, _C._nn)
     for name, function in inspect.getmembers(space, callable)
     if not name.startswith("_")
 )
@@ -41,7 +42,7 @@ class Askable(fx.Proxy):
 
     tracer: "AskedTracer"
 
-    def __getattr__(self, k: str) -> "Askable":
+    def __getattr__(self, k: str) -> Attribute:
         return AskableAttribute(self, k)
 
     def __len__(self) -> int:
@@ -51,7 +52,8 @@ class Askable(fx.Proxy):
         return int(self.tracer.number(self))
 
     def __index__(self) -> int:
-        return operator.index(self.tracer.number(self))
+        number: Any = self.tracer.number(self)
+        return operator.index(number)
 
     def __float__(self) -> float:
         return float(self.tracer.number(self))
@@ -111,7 +113,7 @@ class AskedTracer(fx.Tracer):
         self._assume(self._call(operator.eq, size, len(value)))
         return len(value)
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+    def iter(self, obj: Any) -> Iterator[Any]:
         """Answer a loop, or an unpacking with a star."""
         value = self._value(obj, tensors=True)
         if isinstance(value, (Tensor, Sequence)):
@@ -119,7 +121,7 @@ class AskedTracer(fx.Tracer):
         if isinstance(value, Mapping):
             return iter(self._keys(obj))
         if obj.node.target in ("keys", "values", "items"):
-            return self._entries(Askable(cast(fx.Node, obj.node.args[0]), self), obj.node.target)
+            return self._entries(self.proxy(obj.node.args[0]), obj.node.target)
         return super().iter(obj)
 
     def assume_value(self, obj: fx.Proxy, value: Any) -> None:
@@ -161,10 +163,12 @@ class AskedTracer(fx.Tracer):
         self._assume(self._call(operator.eq, self._call(list, obj), keys))
         return keys
 
-    def _entries(self, obj: fx.Proxy, kind: str) -> Iterator[Any]:
+    def _entries(self, obj: Any, kind: str) -> Iterator[Any]:
         keys = self._keys(obj)
         values = [] if kind == "keys" else [obj[key] for key in keys]
-        return iter({"keys": keys, "values": values}.get(kind, list(zip(keys, values, strict=False))))
+        return iter(
+            {"keys": keys, "values": values}.get(kind, list(zip(keys, values, strict=False)))
+        )
 
     def _assume(self, condition: fx.Proxy) -> None:
         """Assert a condition in the graph, once."""

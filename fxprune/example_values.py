@@ -32,13 +32,13 @@ class ExampleValues(fx.Interpreter):
         with FakeCopyMode(self.mode):
             fake_root = copy.deepcopy(root).eval()
         super().__init__(fake_root, garbage_collect_values=False, graph=graph)
-        self.root, self.inputs = root, inputs
+        self.growing, self.root, self.inputs = graph, root, inputs
         self.failures: dict[fx.Node, str] = {}
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of a node, its tensors fake; raise `UnknownValueError`."""
         with self.mode, torch.no_grad():
-            for one in reversed([*takewhile(self._is_new, reversed(self.graph.nodes))]):
+            for one in reversed([*takewhile(self._is_new, reversed(self.growing.nodes))]):
                 self._run(one)
         if node in self.failures:
             raise UnknownValueError(self.failures[node])

@@ -27,10 +27,10 @@ class Report:
     model: str
     passes: dict[str, list[Change]]
     refused: list[Change] = field(default_factory=list[Change])
-    assumptions: list[Change] = field(default_factory=list[Change])
     before: Costs | None = None
     after: Costs | None = None
     verification: Verification | None = None
+    assumptions: list[Change] = field(default_factory=list[Change])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""

@@ -13,6 +13,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -78,7 +79,7 @@ class ModelTracer(AskedTracer):
         return {name: self._specialised(proxies[name], value) for name, value in given.items()}
 
     def _specialised(self, proxy: fx.Proxy, value: Any) -> Any:
-        """Return an input as Python sees it: plain values and structure are those of the example."""
+        """Return an input as Python sees it: its plain values and structure are the example's."""
         if isinstance(value, PLAIN):
             self.assume_value(proxy, value)
             return value
@@ -88,6 +89,15 @@ class ModelTracer(AskedTracer):
         self.assume_structure(proxy, value)
         parts = [self._specialised(pytree.key_get(proxy, path), part) for path, part in paths]
         return pytree.tree_unflatten(parts, spec)
+
+    def create_arg(self, a: Any) -> Any:
+        """Lower an argument; a dict that is a dataclass too (a ModelOutput) stays what it is."""
+        if not isinstance(a, dict) or not is_dataclass(a):
+            return super().create_arg(a)
+        entries = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
+        if not entries.keys() >= a.keys():
+            raise TraceError(f"a {type(a).__name__} has entries besides its fields")
+        return self.create_node("call_function", type(a), (), entries)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Read a parameter, and remember where torch.fx remembers the node that does."""
@@ -230,7 +240,7 @@ def _flat_arguments(
 def _optional(signature: inspect.Signature, given: Mapping[str, Any]) -> set[str]:
     """Return the last inputs that may be left out: plain values that are their own defaults."""
     found: set[str] = set()
-    for name, value in reversed(given.items()):
+    for name, value in reversed([*given.items()]):
         default = signature.parameters[name].default if name in signature.parameters else None
         plain = isinstance(value, PLAIN) and type(value) is type(default)
         if not plain or name not in signature.parameters or value != default:

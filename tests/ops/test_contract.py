@@ -35,7 +35,8 @@ def listed(x: Any) -> Any:
     entries = (x, x.relu())
     if not isinstance(x, fx.Proxy):
         return list(entries)[1]
-    return x.tracer.create_proxy("call_function", list, (entries,), {})[1]
+    made: Any = x.tracer.create_proxy("call_function", list, (entries,), {})
+    return made[1]
 
 
 def double(x: Tensor) -> Tensor:
