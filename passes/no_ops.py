@@ -74,7 +74,7 @@ def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -
 
 
 def _drop_settled_assertions(program: Program) -> list[Change]:
-    """Remove assertions on literals alone, as sizes that were frozen are: they ran, so they hold."""
+    """Remove assertions on literals alone, as frozen sizes are: they ran, so they hold."""
     numbers: set[fx.Node] = set()
     changes: list[Change] = []
     for node in list(program.graph.nodes):
