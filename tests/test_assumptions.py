@@ -506,8 +506,11 @@ def test_arguments_of_all_kinds_go_all_the_way(what: str) -> None:
     assert torch.equal(gated(*args, **kwargs), untraced(model, *example))
     assert close_half(gated) > 0
     small = fxprune.finalize(gated)
-    assert verification(small).verdict == "equal"
-    assert fxprune.verify(gated.eval(), small, example).verdict == "equal"
+    # No case redraws or widens what a dataclass holds: its tensors are run as they are.
+    expected = "inconclusive" if what == "a dataclass" else "equal"
+    assert verification(small).verdict == expected
+    assert fxprune.verify(gated.eval(), small, example).verdict == expected
+    torch.testing.assert_close(small(*args, **kwargs), untraced(gated, *example))
 
 
 def test_plain_arguments_have_the_example_s_value_or_are_refused() -> None:
