@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.program import describe
+from fxprune.program import describe, opened
 
 # The part of integer outputs (argmax, comparisons) that rounding alone may flip.
 FLIPS = 1e-3
@@ -41,7 +41,7 @@ def output_leaves(output: Any) -> dict[str, Any]:
     """Flatten an output: its values by path (`output`, `output['logits']`), tensors on the CPU."""
     return {
         f"output{pytree.keystr(path)}": leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
-        for path, leaf in pytree.tree_flatten_with_path(output)[0]
+        for path, leaf in pytree.tree_flatten_with_path(opened(output))[0]
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.assumptions import assumptions
 from fxprune.costs import costs_of
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
@@ -236,6 +237,8 @@ def _prove(
 
 def _remember(program: Program, inputs: Inputs, report: Report) -> None:
     """Give the module what a user asks of it: its report, and inputs for what comes next."""
+    assumed = assumptions(program.graph)
+    report.assumptions = [Change(node.name, text) for node, text in assumed.items()]
     module: Any = program.module
     module.meta["fxprune"] = {
         "model": report.model,

@@ -17,6 +17,7 @@ from typing import Any
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxprune.cases import normalised_inputs
 from fxprune.comparison import FLIPS, Difference, differences
@@ -115,6 +116,11 @@ def _example_inputs(model: nn.Module, given: Any) -> Inputs:
 
 
 def _flatten(model: nn.Module, inputs: Inputs) -> Flat:
+    if len(tensors_of(inputs)) != sum(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
+        raise ExportError(
+            f"{type(model).__name__} takes a dataclass, whose tensors would be constants in the "
+            "file; wrap it in a module that takes them as arguments"
+        )
     what = f"{type(model).__name__} does not run on {describe(inputs)} on the CPU"
     with as_export_error(what, "pass example_inputs= that it accepts"), torch.no_grad():
         return Flat(copy_model(model).cpu().eval(), inputs).eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.cases import GROWTH, random_inputs, spatial_dims
-from fxprune.program import Inputs, leading_size, tensors_of
+from fxprune.program import Inputs, leading_size, opened, tensors_of
 
 # A dynamic batch is tried at 1, which torch.export treats apart, and at a size it did not see.
 BATCHES = (1, 3)
@@ -94,7 +94,7 @@ def _input_names(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
 
 def _output_names(outputs: Any, taken: Sequence[str]) -> tuple[str, ...]:
     names: list[str] = []
-    for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
+    for path, leaf in pytree.tree_flatten_with_path(opened(outputs))[0]:
         if not isinstance(leaf, Tensor):
             continue
         named = path and not isinstance(path[0], pytree.SequenceKey)

@@ -8,7 +8,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from io import StringIO
 from typing import Any
 
@@ -203,7 +203,18 @@ def model_inputs(example_inputs: Any) -> Inputs:
 
 def tensors_of(values: Any) -> list[Tensor]:
     """Return the tensors of a nested structure, in its order."""
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(opened(values)) if isinstance(leaf, Tensor)]
+
+
+def opened(structure: Any) -> Any:
+    """Return a nested structure with dicts in the place of dataclasses, which pytree sees whole."""
+
+    def entries(leaf: Any) -> Any:
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return opened({field.name: getattr(leaf, field.name) for field in fields(leaf)})
+
+    return pytree.tree_map(entries, structure)
 
 
 def leading_size(inputs: Any) -> int | None:
@@ -270,13 +281,20 @@ def same(left: Any, right: Any) -> bool:
     Structures are compared by keys and positions: a dict may stand for an OrderedDict.
     """
     flat_left, flat_right = _leaves(left), _leaves(right)
-    return flat_left.keys() == flat_right.keys() and all(
-        _same_leaf(leaf, flat_right[path]) for path, leaf in flat_left.items()
+    return (
+        _dataclasses(left) == _dataclasses(right)
+        and flat_left.keys() == flat_right.keys()
+        and all(_same_leaf(leaf, flat_right[path]) for path, leaf in flat_left.items())
     )
 
 
+def _dataclasses(structure: Any) -> list[type]:
+    return [type(leaf) for leaf in pytree.tree_leaves(structure) if is_dataclass(leaf)]
+
+
 def _leaves(structure: Any) -> dict[str, Any]:
-    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(structure)[0]}
+    leaves = pytree.tree_flatten_with_path(opened(structure))[0]
+    return {pytree.keystr(path): leaf for path, leaf in leaves}
 
 
 def _same_leaf(left: Any, right: Any) -> bool:
@@ -284,8 +302,6 @@ def _same_leaf(left: Any, right: Any) -> bool:
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, Tensor) or isinstance(right, Tensor):
         return False
-    if is_dataclass(left) and type(left) is type(right):
-        return same(vars(left), vars(right))
     return bool(left == right)
 
 

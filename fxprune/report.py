@@ -20,6 +20,7 @@ class Report:
     """The report of `instrument` or `finalize`.
 
     passes: the changes, by pass. refused: what could not be gated, removed or folded, and why.
+    assumptions: what Python asked of the example inputs; other inputs are refused at run time.
     """
 
     verb: str
@@ -29,6 +30,7 @@ class Report:
     before: Costs | None = None
     after: Costs | None = None
     verification: Verification | None = None
+    assumptions: list[Change] = field(default_factory=list[Change])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -37,6 +39,7 @@ class Report:
             "model": self.model,
             "passes": {name: [_plain(c) for c in changes] for name, changes in self.passes.items()},
             "refused": [_plain(change) for change in self.refused],
+            "assumptions": [_plain(change) for change in self.assumptions],
             "before": None if self.before is None else self.before.to_dict(),
             "after": None if self.after is None else self.after.to_dict(),
             "verification": None if self.verification is None else self.verification.to_dict(),
@@ -58,6 +61,7 @@ class Report:
         for name, changes in self.passes.items():
             lines += _section(name, changes)
         lines += _section("refused", self.refused)
+        lines += _section("assumptions", self.assumptions)
         if self.verification is not None:
             lines.append(str(self.verification))
         return "\n".join(lines)

@@ -1,7 +1,8 @@
 """From any module to a `torch.fx.GraphModule` that means the same in training and evaluation.
 
-Two rungs of a ladder: symbolic tracing; and, where a submodule cannot be traced, that submodule as
-a leaf, as small as possible, which the analysis then treats as a barrier. The model is traced once
+Three rungs of a ladder: symbolic tracing; where Python asks for a size, the example inputs' (see
+`assumptions`); and, where a submodule cannot be traced, that submodule as a leaf, as small as
+possible, which the analysis then treats as a barrier. The model is traced once
 in training and once in evaluation mode: a flag that torch.fx would have frozen
 (`F.dropout(x, training=self.training)`) becomes a read of the live flag instead.
 """
@@ -11,21 +12,24 @@ import inspect
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
+from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.modes import same_structure, thaw_modes
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
-class ModelTracer(fx.Tracer):
+class ModelTracer(AskedTracer):
     """torch.fx's tracer; it notes the user's source lines and retreats to leaves where it must."""
 
     # Arithmetic on buffers alone is part of the graph: they may change after tracing.
@@ -46,16 +50,16 @@ class ModelTracer(fx.Tracer):
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Make inputs of the given arguments; Python supplies the defaults of the others."""
         signature = inspect.signature(self.root.forward)
+        inputs = self._inputs(signature)
         bound = inspect.BoundArguments(signature, OrderedDict())
         for name, value in self.given.items():
             parameter = signature.parameters[name]
             if parameter.kind is parameter.VAR_POSITIONAL:
-                inputs = (self._input(f"{name}_{index}") for index in range(len(value)))
-                bound.arguments[name] = tuple(inputs)
+                bound.arguments[name] = tuple(inputs[f"{name}_{i}"] for i in range(len(value)))
             elif parameter.kind is parameter.VAR_KEYWORD:
-                bound.arguments[name] = {key: self._input(key) for key in value}
+                bound.arguments[name] = {key: inputs[key] for key in value}
             else:
-                bound.arguments[name] = self._input(name)
+                bound.arguments[name] = inputs[name]
 
         @functools.wraps(root_fn)
         def forward(*args: Any) -> Any:
@@ -63,11 +67,42 @@ class ModelTracer(fx.Tracer):
 
         return forward, [self.root, *bound.args]
 
-    def _input(self, name: str) -> fx.Proxy:
-        return self.create_proxy("placeholder", name, (), {})
+    def _inputs(self, signature: inspect.Signature) -> dict[str, Any]:
+        """Return what stands for every argument: a proxy, a structure of proxies, a constant."""
+        given = dict(_flat_arguments(signature, self.given))
+        optional = _optional(signature, given)
+        proxies = {
+            name: self.create_proxy("placeholder", name, (value,) if name in optional else (), {})
+            for name, value in given.items()
+        }
+        self.examples |= {proxy.node: given[name] for name, proxy in proxies.items()}
+        return {name: self._specialised(proxies[name], value) for name, value in given.items()}
+
+    def _specialised(self, proxy: fx.Proxy, value: Any) -> Any:
+        """Return an input as Python sees it: its plain values and structure are the example's."""
+        if isinstance(value, PLAIN):
+            self.assume_value(proxy, value)
+            return value
+        paths, spec = pytree.tree_flatten_with_path(value, is_leaf=lambda part: part is not value)
+        if spec.is_leaf():
+            return proxy
+        self.assume_structure(proxy, value)
+        parts = [self._specialised(pytree.key_get(proxy, path), part) for path, part in paths]
+        return pytree.tree_unflatten(parts, spec)
+
+    def create_arg(self, a: Any) -> Any:
+        """Lower an argument; a dict that is a dataclass too (a ModelOutput) stays what it is."""
+        if not isinstance(a, dict) or not is_dataclass(a):
+            return super().create_arg(a)
+        entries = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
+        if not entries.keys() >= a.keys():
+            raise TraceError(f"a {type(a).__name__} has entries besides its fields")
+        return self.create_node("call_function", type(a), (), entries)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Read a parameter, and remember where torch.fx remembers the node that does."""
+        if self.answering:
+            return attr_val
         self._parameter_proxies = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -93,6 +128,8 @@ class ModelTracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Trace into `m`, or make it a leaf if that fails."""
+        if self.answering:
+            return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -112,6 +149,7 @@ class ModelTracer(fx.Tracer):
         while (node := self._last_node()) is not None and node is not last:
             self.graph.erase_node(node)
             erased.add(node)
+        self.forget(erased)
         for name, proxy in list(self._parameter_proxies.items()):
             if proxy.node in erased:
                 del self._parameter_proxies[name]
@@ -178,9 +216,37 @@ def _trace_in_mode(
             f"{_place(error)}; move the data-dependent Python of its forward into a submodule of "
             "its own (a submodule that cannot be traced is kept whole), or instrument its parts"
         ) from error
+    for node in graph.nodes:  # marked to be wrapped when traced again, which needs no mark
+        node.meta.pop("is_wrapped", None)
     # Unpickling a graph module calls its tracer's class; torch.fx's own has all that takes.
     graph._tracer_cls = None
     return graph, tracer
+
+
+def _flat_arguments(
+    signature: inspect.Signature, given: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of every input; gathered arguments are inputs one by one."""
+    for name, value in given.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            yield from ((f"{name}_{index}", part) for index, part in enumerate(value))
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            yield from value.items()
+        else:
+            yield name, value
+
+
+def _optional(signature: inspect.Signature, given: Mapping[str, Any]) -> set[str]:
+    """Return the last inputs that may be left out: plain values that are their own defaults."""
+    found: set[str] = set()
+    for name, value in reversed([*given.items()]):
+        default = signature.parameters[name].default if name in signature.parameters else None
+        plain = isinstance(value, PLAIN) and type(value) is type(default)
+        if not plain or name not in signature.parameters or value != default:
+            break
+        found.add(name)
+    return found
 
 
 def _user_line(frame: FrameType | None) -> str | None:

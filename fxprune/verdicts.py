@@ -2,7 +2,7 @@
 
 A check that cannot fail is no check. Where the reference's outputs hardly vary over the inputs, or
 rounding moves the reference itself as far as the candidate is off, the verdict is "inconclusive";
-where the reference does not run, "skipped".
+where the reference does not run, or the candidate refuses what it was not traced for, "skipped".
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fxprune.assumptions import ASSUMES
 from fxprune.comparison import FLIPS, Difference, differences
 from fxprune.precision import Run, Runs
 from fxprune.program import Inputs, describe, leading_size
@@ -90,6 +91,9 @@ class _Evidence:
         if reference.failure:
             failed = Difference("", math.nan)
             return self._check("skipped", f"the reference fails: {reference.failure}", failed)
+        if ASSUMES in candidate.failure:
+            failed = Difference("", math.nan)
+            return self._check("skipped", f"the candidate refuses: {candidate.failure}", failed)
         if candidate.failure:
             failed = Difference("output", math.inf)
             return self._check("different", f"the candidate fails: {candidate.failure}", failed)

@@ -1,7 +1,7 @@
 """Remove what does nothing in evaluation: dropout, identities, products with ones, unused modules.
 
-Neutral also means safe to forward: where something writes into the result in place, the operator
-stays, as its input would be overwritten instead.
+Assertions that always hold go too. Neutral also means safe to forward: where something writes into
+the result in place, the operator stays, as its input would be overwritten instead.
 """
 
 from collections.abc import Callable
@@ -68,6 +68,7 @@ def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -
         node.graph.erase_node(node)
         name = str(node.target) if node.op == "call_module" else node.name
         changes.append(Change(name, f"removed: {why}"))
+    changes += _drop_settled_assertions(program)
     program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
     return changes
 
@@ -78,6 +79,21 @@ def _source(node: fx.Node) -> fx.Node | None:
     if isinstance(first, (list, tuple)) and len(first) == 1:
         first = first[0]
     return first if isinstance(first, fx.Node) else None
+
+
+def _drop_settled_assertions(program: Program) -> list[Change]:
+    """Remove assertions on literals alone, as frozen sizes are: they ran, so they hold."""
+    numbers: set[fx.Node] = set()
+    changes: list[Change] = []
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or not numbers.issuperset(node.all_input_nodes):
+            continue
+        if node.target is torch._assert:
+            changes.append(Change(node.name, "removed: it always holds"))
+            program.graph.erase_node(node)
+        elif getattr(node.target, "__module__", "") in ("_operator", "math", "builtins"):
+            numbers.add(node)
+    return changes
 
 
 def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) -> bool:

@@ -23,6 +23,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tags",),
     ("penalties",),
     ("modes",),
+    ("example_values", "expressions"),
+    ("assumptions",),
     ("tracing",),
     ("program",),
     ("sharing", "out_of_place"),

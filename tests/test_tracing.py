@@ -105,7 +105,7 @@ class Gathers(nn.Module):
 
 
 def traced(model: nn.Module, *names: str) -> fx.GraphModule:
-    return trace(model, dict.fromkeys(names or ("x",)))
+    return trace(model, dict.fromkeys(names or ("x",), torch.randn(2, 4)))
 
 
 def targets(module: fx.GraphModule, op: str) -> list[str]:

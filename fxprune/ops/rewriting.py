@@ -71,9 +71,10 @@ def rewrite_getitem(call: Call, cut: Cut) -> Arguments | Literal | None:
     """Move the bounds of contiguous slices by what went before them; freeze sizes that shrink."""
     value = as_value(call.args[0])
     if isinstance(value, ShapeOf):
-        axis = call.args[1]
-        frozen = isinstance(axis, int) and cut.shrinks(value.value, axis)
-        return Literal(call.spec) if frozen else None
+        picked: Any = range(len(value))[call.args[1]]
+        axes: Sequence[int] = [picked] if isinstance(picked, int) else picked
+        frozen = any(cut.shrinks(value.value, axis) for axis in axes)
+        return Literal(value[call.args[1]]) if frozen else None
     if not isinstance(value, Value) or not _shrinks(call, cut):
         return None
     found = cut.indices(value)

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxprune.cuts import Cut, Literal
 from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, ShapeOf
+from fxprune.values import Barrier, ShapeOf, Value, as_value
 
 _HARMLESS = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}
 
@@ -32,7 +32,7 @@ def size_flow(call: Call) -> Flow:
     value = call.value()
     if isinstance(call.spec, int):
         return Flow(call.spec)
-    if all(_picks_one(user) for user in call.node.users):
+    if all(_picks(user) for user in call.node.users):
         return Flow(ShapeOf(value))
     return Flow(call.spec, keeps=[(value.tags, "its whole shape is used")])
 
@@ -55,12 +55,26 @@ def rewrite_size(call: Call, cut: Cut) -> Literal | None:
     return Literal(call.spec) if shrinks else None
 
 
-def _picks_one(user: fx.Node) -> bool:
+def structure_flow(call: Call) -> Flow:
+    """Answer how many entries a tuple or dict has, or which: its tensors may have any size."""
+    if isinstance(as_value(call.args[0]), Value):
+        raise Barrier("it asks a tensor for its first size")
+    return Flow(call.execute(lambda entry: entry))
+
+
+def _picks(user: fx.Node) -> bool:
+    """Tell whether a shape is asked for its length, or for sizes at places known."""
     index: Any = user.args[1] if len(user.args) > 1 else None
-    return user.target is operator.getitem and isinstance(index, int)
+    if isinstance(index, slice):
+        places = (index.start, index.stop, index.step)
+        known = all(place is None or isinstance(place, int) for place in places)
+    else:
+        known = isinstance(index, int)
+    return user.target is len or (user.target is operator.getitem and known)
 
 
 register(OpRule("attribute", getattr_flow), getattr)
 register(OpRule("size", size_flow, rewrite=rewrite_size), "size")
 register(OpRule("count", count_flow), "numel", "nelement", torch.numel)
+register(OpRule("structure", structure_flow), len, list)
 register(OpRule("rank", rank_flow), "dim", "ndimension", "is_floating_point")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.gates import linear_gate, width_gate
 from fxprune.rules import RULES
@@ -28,6 +28,15 @@ def same(x: Any) -> Any:
 
 def positive(x: Tensor) -> Tensor:
     return x.abs() + 0.5
+
+
+def listed(x: Any) -> Any:
+    """Take the second entry of a list that a trace sees being made."""
+    entries = (x, x.relu())
+    if not isinstance(x, fx.Proxy):
+        return list(entries)[1]
+    made: Any = x.tracer.create_proxy("call_function", list, (entries,), {})
+    return made[1]
 
 
 def double(x: Tensor) -> Tensor:
@@ -244,6 +253,8 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
         ("numel", "nelement"), (Expression(lambda x: x * x.numel()), Sample(shrinks=False))
     ),
     **dict.fromkeys(("dim", "ndimension"), (Expression(lambda x: x * x.dim()), Sample())),
+    "len": (Expression(lambda x: x * len(x.shape)), Sample()),
+    "list": (Expression(listed), Sample()),
     "is_floating_point": (Expression(lambda x: x * x.is_floating_point()), Sample()),
 }
 
@@ -254,7 +265,7 @@ def name_of(key: Hashable) -> str:
 
 def sample_for(key: Hashable) -> tuple[nn.Module, Sample]:
     """Return an operator that calls what a key of the registry stands for."""
-    if isinstance(key, type):
+    if isinstance(key, type) and issubclass(key, nn.Module):
         return module_sample(key)
     if isinstance(key, str) and "." in key:
         sample = Sample((0.5, "row", False))

@@ -1,0 +1,193 @@
+"""Python that asks a traced value for a size is answered from the example inputs, and noted.
+
+`if h % 7:`, `range(len(x))`, `int(math.sqrt(n))`: Python needs the number there and then, and what
+it does next is true for that number only. So the answer becomes an assumption: a `torch._assert` in
+the graph, which outlives all passes and refuses other inputs. Numbers of tensors are never told.
+"""
+
+import inspect
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.proxy import Attribute
+from torch.fx.proxy import TraceError as FxTraceError
+
+from fxprune.example_values import ExampleValues, UnknownValueError
+from fxprune.expressions import expression
+
+ASSUMES = "this model assumes "
+# What an argument may be to have its value, rather than its shape, in the trace.
+PLAIN = (
+    *(type(None), bool, int, float, complex, str, Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.Size),
+)
+# Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
+# a traced size as it is, so that they are called by node at once.
+_C: Any = torch._C
+_IN_C = tuple(
+    function
+    for space in (_C._VariableFunctions, _C._nn)
+    for name, function in inspect.getmembers(space, callable)
+    if not name.startswith("_")
+)
+
+
+class Askable(fx.Proxy):
+    """A traced value that answers Python's questions for sizes."""
+
+    tracer: "AskedTracer"
+
+    def __getattr__(self, k: str) -> Attribute:
+        return AskableAttribute(self, k)
+
+    def __len__(self) -> int:
+        return self.tracer.length(self)
+
+    def __int__(self) -> int:
+        return int(self.tracer.number(self))
+
+    def __index__(self) -> int:
+        number: Any = self.tracer.number(self)
+        return operator.index(number)
+
+    def __float__(self) -> float:
+        return float(self.tracer.number(self))
+
+    def __round__(self, *digits: int) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
+    def __format__(self, format_spec: str) -> str:
+        return repr(self)
+
+
+class AskableAttribute(Askable, Attribute):
+    """An attribute of a traced value, or a method about to be called."""
+
+
+class AskedTracer(fx.Tracer):
+    """torch.fx's tracer, where its proxies know what they are on the example inputs."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=_IN_C)
+        self._autowrap_search += [torch, F]
+        self.examples: dict[fx.Node, Any] = {}
+        self.answering = False
+        self.assumptions: dict[str, fx.Node] = {}
+        self._values: ExampleValues | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Wrap a node in a proxy that answers."""
+        return Askable(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Answer `if`, `assert`, `and`, `not`."""
+        value = self._value(obj)
+        if isinstance(value, bool):
+            self._assume(obj if value else self._call(operator.not_, obj))
+        elif isinstance(value, (int, float)):
+            self._assume(self._call(operator.ne if value else operator.eq, obj, 0))
+        else:
+            self._assume(self._call(operator.truth if value else operator.not_, obj))
+        return bool(value)
+
+    def number(self, obj: fx.Proxy) -> int | float:
+        """Answer `int`, `float`, `range` and indexing."""
+        value = self._value(obj)
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"a number is needed, not {type(value).__name__}")
+        self._assume(self._call(operator.eq, obj, value))
+        return value
+
+    def length(self, obj: fx.Proxy) -> int:
+        """Answer `len`, which is a tensor's first size."""
+        value = self._value(obj, tensors=True)
+        if isinstance(value, Tensor):
+            size = self.create_proxy("call_method", "size", (obj, 0), {})
+        else:
+            size = self._call(len, obj)
+        self._assume(self._call(operator.eq, size, len(value)))
+        return len(value)
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """Answer a loop, or an unpacking with a star."""
+        value = self._value(obj, tensors=True)
+        if isinstance(value, (Tensor, Sequence)):
+            return iter([obj[place] for place in range(self.length(obj))])
+        if isinstance(value, Mapping):
+            return iter(self._keys(obj))
+        if obj.node.target in ("keys", "values", "items"):
+            return self._entries(self.proxy(obj.node.args[0]), obj.node.target)
+        return super().iter(obj)
+
+    def assume_value(self, obj: fx.Proxy, value: Any) -> None:
+        """Note that an input is what the example has."""
+        same = operator.is_ if value is None else operator.eq
+        self._assume(self._call(same, obj, value))
+
+    def assume_structure(self, obj: fx.Proxy, value: Any) -> None:
+        """Note that an input has the entries that the example has."""
+        if isinstance(value, Mapping):
+            self._keys(obj)
+        else:
+            self.length(obj)
+
+    def forget(self, erased: set[fx.Node]) -> None:
+        """Forget the assumptions of nodes that are no longer in the graph."""
+        self.assumptions = {k: node for k, node in self.assumptions.items() if node not in erased}
+
+    def _value(self, obj: fx.Proxy, *, tensors: bool = False) -> Any:
+        """Return what a node is on the example inputs; a tensor only where its shape is asked."""
+        node, self.answering = obj.node, True
+        refusal = "symbolically traced variables cannot be used as inputs to control flow"
+        try:
+            self._values = self._values or ExampleValues(self.root, self.graph, self.examples)
+            value = self._values.of(node)
+        except UnknownValueError as error:
+            raise FxTraceError(f"{refusal}: {error}") from error
+        finally:
+            self.answering = False
+        if isinstance(value, Tensor) and not tensors:
+            raise FxTraceError(f"{refusal}: {node.name} is a tensor")
+        return value
+
+    def _call(self, function: Any, *args: Any) -> fx.Proxy:
+        return self.create_proxy("call_function", function, args, {})
+
+    def _keys(self, obj: fx.Proxy) -> list[Any]:
+        keys = list(self._value(obj))
+        self._assume(self._call(operator.eq, self._call(list, obj), keys))
+        return keys
+
+    def _entries(self, obj: Any, kind: str) -> Iterator[Any]:
+        keys = self._keys(obj)
+        values = [] if kind == "keys" else [obj[key] for key in keys]
+        return iter(
+            {"keys": keys, "values": values}.get(kind, list(zip(keys, values, strict=False)))
+        )
+
+    def _assume(self, condition: fx.Proxy) -> None:
+        """Assert a condition in the graph, once."""
+        text = expression(condition.node)
+        if text in self.assumptions:
+            return
+        message = (
+            f"{ASSUMES}{text} (at {condition.node.meta.get('source')}), as on its example inputs; "
+            "run it on inputs like these, or trace the original model on others"
+        )
+        guard = self.create_proxy("call_function", torch._assert, (condition, message), {})
+        self.assumptions[text] = guard.node
+
+
+def assumptions(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Return what a traced graph assumes of its inputs, by the node that asserts it."""
+    found: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        message = node.args[1] if node.target is torch._assert and len(node.args) > 1 else None
+        if isinstance(message, str) and message.startswith(ASSUMES):
+            found[node] = message.removeprefix("this model ").partition(", as on its")[0]
+    return found

@@ -1,0 +1,68 @@
+"""What the nodes of a growing graph are on the example inputs: sizes and types, never numbers.
+
+They run on fake tensors, which have shapes and no data, in a fake copy of the model: so what
+depends on a tensor's numbers has no value here, by construction, and nothing of the user's changes.
+"""
+
+import copy
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import one_line
+
+
+class UnknownValueError(Exception):
+    """What a node is cannot be told from sizes and types; says why."""
+
+
+class ExampleValues(fx.Interpreter):
+    """The values of the nodes of `graph`, which is being made of `root`.
+
+    inputs: the example input of every placeholder.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, inputs: Mapping[fx.Node, Any]) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with FakeCopyMode(self.mode):
+            fake_root = copy.deepcopy(root).eval()
+        super().__init__(fake_root, garbage_collect_values=False, graph=graph)
+        self.growing, self.root, self.inputs = graph, root, inputs
+        self.failures: dict[fx.Node, str] = {}
+
+    def of(self, node: fx.Node) -> Any:
+        """Return the value of a node, its tensors fake; raise `UnknownValueError`."""
+        with self.mode, torch.no_grad():
+            for one in reversed([*takewhile(self._is_new, reversed(self.growing.nodes))]):
+                self._run(one)
+        if node in self.failures:
+            raise UnknownValueError(self.failures[node])
+        return self.env[node]
+
+    def _is_new(self, node: fx.Node) -> bool:
+        return node not in self.env and node not in self.failures
+
+    def _run(self, node: fx.Node) -> None:
+        causes = [self.failures[n] for n in node.all_input_nodes if n in self.failures]
+        if causes:
+            self.failures[node] = causes[0]
+            return
+        try:
+            given = node in self.inputs
+            self.env[node] = self._faked(self.inputs[node]) if given else self.run_node(node)
+        except Exception as error:  # whatever it is, this node has no value
+            self.failures[node] = f"{node.name}: {one_line(error)}"
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Read a parameter of the fake copy, or what the trace has added to the model since."""
+        if hasattr(self.root, target) and not hasattr(self.module, target):
+            return self._faked(getattr(self.root, target))
+        return super().get_attr(target, args, kwargs)
+
+    def _faked(self, value: Any) -> Any:
+        return pytree.tree_map_only(Tensor, self.mode.from_tensor, value)
