@@ -135,7 +135,15 @@ class _Forward:
         module = self.modules[str(node.target)] if node.op == "call_module" else None
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
         call = Call(
-            node, module, args, kwargs, spec, self._state, self.generic, self._sole_use(node)
+            node,
+            module,
+            args,
+            kwargs,
+            spec,
+            self._state,
+            self.table.fresh,
+            self.generic,
+            self._sole_use(node),
         )
         leaves = flatten((args, kwargs))
         if not any(isinstance(leaf, (Value, State, ShapeOf)) for leaf in leaves):
@@ -218,7 +226,10 @@ class _Forward:
         return all(self.users[self.tensors[id(t)]] == 1 for t in module.parameters())
 
     def _overwritten(self) -> set[fx.Node]:
-        """Return the alias groups of which a member is read after another was written to."""
+        """Return the alias groups of which a member is read after another was written to.
+
+        A buffer is read again when the model runs again.
+        """
         order = {node: place for place, node in enumerate(self.program.graph.nodes)}
         groups: dict[fx.Node, list[fx.Node]] = {}
         for node, group in self.seen.alias.items():
@@ -228,7 +239,9 @@ class _Forward:
             for node in written:
                 group = self.seen.alias[node]
                 for member in groups[group]:
-                    if order[member] < order[writer] and any(
+                    if member.op == "get_attr":
+                        unsafe.add(group)
+                    elif order[member] < order[writer] and any(
                         order[user] > order[writer] for user in member.users
                     ):
                         unsafe.add(group)

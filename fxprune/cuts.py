@@ -64,7 +64,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What `OpRule.rewrite` answers: the new arguments of a node, and its new function if any."""
+    """What `OpRule.rewrite` answers: the new arguments of a node, and its new function if any.
+
+    A tensor among them becomes a buffer of the program, this node's own.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

@@ -50,8 +50,9 @@ class Flow:
 class Call:
     """An operator in its place: a node with its arguments as `Value`, `State` or plain Python.
 
-    spec: its observed output, `TensorSpec` for each tensor. generic: only facts that hold for
-    whatever weights training may find. sole_use: no other node or module uses its parameters.
+    spec: its observed output, `TensorSpec` for each tensor. new_tags: hands out tags nobody has.
+    generic: only facts that hold for whatever weights training may find. sole_use: no other node
+    or module uses its parameters.
     """
 
     node: fx.Node
@@ -60,12 +61,20 @@ class Call:
     kwargs: dict[str, Any]
     spec: Any
     states: Callable[[str], State | None]
+    new_tags: Callable[[int], Tensor]
     generic: bool = False
     sole_use: bool = True
+    _made: Tensor | None = None
 
     def state(self, name: str) -> State | None:
         """Return a parameter or buffer of the called module, None if it has none."""
         return self.states(f"{self.node.target}.{name}")
+
+    def made_channels(self, count: int) -> Tensor:
+        """Return the tags of channels that begin at this operator, the same at every call."""
+        if self._made is None:
+            self._made = self.new_tags(count)
+        return self._made
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument given by position or by keyword."""

@@ -9,7 +9,7 @@ first edit; an operator that cannot follow becomes a barrier and the plan is mad
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from fxprune.channels import Channels, analyse
 from fxprune.cuts import Arguments, Cut, Literal
@@ -17,7 +17,7 @@ from fxprune.errors import where
 from fxprune.liveness import settle
 from fxprune.observation import observe
 from fxprune.pipeline import Change
-from fxprune.program import Program
+from fxprune.program import Program, device_of
 from fxprune.rules import rule_for
 from fxprune.values import Barrier, State
 
@@ -45,7 +45,7 @@ def eliminate_dead_channels(program: Program) -> list[Change]:
         if call.module is not None:
             rule_for(node, call.module).resize(call)
     for node, answer in plan.items():
-        _apply(node, answer)
+        _apply(program, node, answer)
     changes += _erase(program, cut)
     program.seen = None
     return changes
@@ -126,13 +126,28 @@ def _replace(module: nn.Module, names: list[str], old: Tensor, new: Tensor) -> N
         setattr(module.get_submodule(owner), attribute, value)
 
 
-def _apply(node: fx.Node, answer: Arguments | Literal) -> None:
+def _apply(program: Program, node: fx.Node, answer: Arguments | Literal) -> None:
     if isinstance(answer, Literal):
         _freeze(node, answer.value)
         return
     if answer.function is not None:
         node.op, node.target = "call_function", answer.function
-    node.args, node.kwargs = answer.args, answer.kwargs
+
+    def settle_tensor(argument: Any) -> Any:
+        return _buffer(program, node, argument) if isinstance(argument, Tensor) else argument
+
+    node.args = map_aggregate(answer.args, settle_tensor)
+    node.kwargs = map_aggregate(answer.kwargs, settle_tensor)
+
+
+def _buffer(program: Program, node: fx.Node, tensor: Tensor) -> fx.Node:
+    """Register a constant the program computes with from now on; return the node that reads it."""
+    name = f"{node.name}_index"
+    while hasattr(program.module, name):
+        name += "_"
+    program.module.register_buffer(name, tensor.to(device_of(program.module)))
+    with program.graph.inserting_before(node):
+        return program.graph.get_attr(name)
 
 
 def _freeze(node: fx.Node, value: Any) -> None:

@@ -24,6 +24,15 @@ class Reverse(torch.autograd.Function):
         return grads[0].flip(1)
 
 
+class Overwriting(nn.Module):
+    """Write one tensor into a part of another: no tracer looks inside."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, :8] = y
+        return x
+
+
 class Micro(nn.Module):
     """Two convolutions with ReLUs, something in between, a head; parts for the something."""
 
@@ -39,7 +48,9 @@ class Micro(nn.Module):
         self.vector, self.matrix = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8, 8))
         self.reduce, self.expand = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
         self.spatial = nn.Conv2d(2, 1, 3, padding=1)
-        self.wide = nn.Conv2d(16, 8, 1)
+        self.wide, self.wide_bn = nn.Conv2d(16, 8, 1), nn.BatchNorm2d(16)
+        self.strided = nn.Conv2d(8, 16, 3, 2, padding=1)
+        self.flat, self.overwriting = nn.Linear(32, 8), Overwriting()
         self.order: Tensor
         self.scale: Tensor
         self.register_buffer("order", torch.randperm(8))
@@ -85,6 +96,35 @@ def c2f(m: Any, x: Tensor) -> Tensor:
     a, b = F.silu(m.pointwise(x)).chunk(2, 1)
     c = F.silu(m.second(torch.cat([a, b], 1)))
     return m.wide(torch.cat([a, b, c], 1))
+
+
+def roll_of_a_repeated(m: Any, x: Tensor) -> Tensor:
+    return m.wide(m.wide_bn(x.repeat(1, 2, 1, 1)).roll(8, 1))
+
+
+def index_shared_by_two(m: Any, x: Tensor) -> Tensor:
+    return m.second(x[:, m.order]) + m.pointwise(F.relu(m.inner(x)).index_select(1, m.order))
+
+
+def nhwc_flatten(m: Any, x: Tensor) -> Tensor:
+    maps = F.adaptive_avg_pool2d(F.relu(m.inner(x)), 2).permute(0, 2, 3, 1)
+    return x * m.flat(maps.flatten(1))[:, :, None, None]
+
+
+def many_queries(m: Any, x: Tensor) -> Tensor:
+    few = F.relu(m.second(x))[:, :4]
+    n, c, h, w = few.shape
+    many = few[:, :, None].expand(n, c, 2, h, w).reshape(n, c * 2, h, w)
+    return m.inner(many)
+
+
+def option_a(m: Any, x: Tensor) -> Tensor:
+    shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0)
+    return m.wide(F.relu(shortcut + m.strided(x)))
+
+
+def cropped(m: Any, x: Tensor) -> Tensor:
+    return m.inner(F.pad(F.relu(m.doubling(x)), (0, 0, 0, 0, -3, -5)))
 
 
 def numpy_names(m: Any, x: Any) -> Tensor:
@@ -140,9 +180,44 @@ CASES: dict[str, Callable[[Any, Tensor], Any]] = {
     "means named after NumPy": numpy_names,
     "where": lambda m, x: m.second(torch.where(x > 0.3, x, torch.zeros_like(x))),
     "max over channels": lambda m, x: x * x.amax(1, keepdim=True).sigmoid(),
+    "roll of a repeated": roll_of_a_repeated,
+    "index shared by two": index_shared_by_two,
+    "overwritten part": lambda m, x: m.wide(m.overwriting(F.relu(m.doubling(x)), x)),
+    "channels last and flattened": nhwc_flatten,
+    "grouped queries by expand": many_queries,
+    "shortcut of option A": option_a,
+    "cropped": cropped,
+    "slice backwards": lambda m, x: m.second(x.flip(1)[:, 1::2].repeat_interleave(2, 1)),
+    "picked by a list": lambda m, x: m.second(F.relu(m.doubling(x))[:, [3, 1, 9, 4, 8, 15, 2, 5]]),
+    "picked by numbers": lambda m, x: m.second(x * x[:, 3, None]),
+    "filled like another": lambda m, x: m.second(torch.where(x > 0.1, x, torch.ones_like(x))),
     "outer product": lambda m, x: m.second(
         F.relu(x.mean((2, 3)).unsqueeze(2) * m.vector).mean(2)[:, :, None, None] * x
     ),
+}
+
+
+# The layers that must have lost parameters, where channels could go.
+SHRINKS: dict[str, tuple[str, ...]] = {
+    "roll": ("first", "second"),
+    "slice with a step": ("doubling", "second"),
+    "slice": ("doubling", "second"),
+    "indexed by a buffer": ("first", "second"),
+    "permuted by a buffer": ("first", "second"),
+    "index shared by two": ("first", "second", "inner", "pointwise"),
+    "roll of a repeated": ("first", "wide"),
+    "padded shortcut": ("first", "doubling", "wide"),
+    "shortcut of option A": ("first", "strided", "wide"),
+    "pixel shuffle": ("first", "pointwise"),
+    "block of chunks": ("first", "pointwise", "second", "wide"),
+    "grouped queries": ("second",),
+    "grouped queries by expand": ("second", "inner"),
+    "channels last and flattened": ("inner", "flat"),
+    "a map as parameter": ("first", "second", "map"),
+    "cropped": ("doubling", "inner"),
+    "picked by a list": ("doubling", "second"),
+    "slice backwards": ("first", "second"),
+    "filled like another": ("first", "second"),
 }
 
 
@@ -168,10 +243,63 @@ def test_exact_or_refused(name: str) -> None:
     assert small.report.verification.verdict == "equal"
     assert small.report.after is not None and small.report.before is not None
     assert small.report.after.parameters < small.report.before.parameters
+    for layer in SHRINKS.get(name, ()):
+        assert _size(small, layer) < _size(model, layer), f"{layer} has not shrunk"
+
+
+def _size(model: Any, name: str) -> int:
+    """Return how many numbers a layer or parameter holds."""
+    found = getattr(model, name)
+    if isinstance(found, nn.Module):
+        return sum(parameter.numel() for parameter in found.parameters())
+    return found.numel()
 
 
 def _first(outputs: Any) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+class Shortcut(nn.Module):
+    """The parameter-free shortcut of ResNets on CIFAR (He et al. 2016, option A)."""
+
+    def __init__(self, pad: int) -> None:
+        super().__init__()
+        self.pad = pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad), "constant", 0)
+
+
+class Block(nn.Module):
+    """A basic block of ResNets on CIFAR."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        wider = outputs > inputs
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, 2 if wider else 1, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.shortcut = Shortcut((outputs - inputs) // 2) if wider else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def test_a_resnet_with_padded_shortcuts_shrinks_everywhere() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        *(Block(8, 8), Block(8, 16), Block(16, 32)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+    randomise(model).eval()
+    gated = fxprune.instrument(model, torch.randn(2, 3, 16, 16))
+    assert close_half(gated) > 0
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    kept = {name: small.get_submodule(name).out_channels for name in layers}
+    assert all(kept[name] < layer.out_channels for name, layer in layers.items()), kept
 
 
 class Language(nn.Module):

@@ -123,7 +123,7 @@ def _constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
 def _as_operand(argument: Any) -> Tensor:
     """Return an operand's constants in the type it has; any number stands for what is unknown."""
     value: Value = as_value(argument)
-    numbers = torch.nan_to_num(value.constants, nan=1.0)
+    numbers = torch.where(torch.isnan(value.constants), 1.0, value.constants)
     return numbers.bool() if value.dtype == torch.bool else numbers
 
 
@@ -156,22 +156,49 @@ def _functions(module: Any, *names: str) -> list[Any]:
 
 
 UNARY = (
-    *("abs", "exp", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "square", "reciprocal"),
-    *("neg", "sign", "sin", "cos", "tanh", "sigmoid", "erf", "floor", "ceil", "round", "trunc"),
-    *("relu", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "logit", "atan", "sinh"),
+    *("abs", "absolute", "exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sqrt", "rsqrt"),
+    *("square", "reciprocal", "neg", "negative", "positive", "sign", "sgn", "signbit", "frac"),
+    *("sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "arcsin", "arccos"),
+    *("arctan", "asinh", "acosh", "atanh", "arcsinh", "arccosh", "arctanh", "deg2rad", "rad2deg"),
+    *("sigmoid", "logit", "erf", "erfc", "erfinv", "lgamma", "digamma", "sinc", "i0"),
+    *("floor", "ceil", "round", "trunc", "fix", "nan_to_num", "isnan", "isinf", "isfinite"),
+    *("isposinf", "isneginf", "logical_not", "bitwise_not"),
+    *("relu", "clamp", "clip", "clamp_min", "clamp_max"),
+)
+SPECIAL = (
+    *("digamma", "entr", "erf", "erfc", "erfcx", "erfinv", "exp2", "expit", "expm1", "gammaln"),
+    *("i0", "i0e", "i1", "i1e", "log1p", "log_ndtr", "logit", "ndtr", "ndtri", "psi", "round"),
+    *("sinc", "xlog1py", "xlogy"),
 )
 ACTIVATIONS = (
     *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
     *("hardtanh", "hardsigmoid", "softplus", "softsign", "tanhshrink", "logsigmoid", "softshrink"),
-    *("hardshrink", "threshold", "sigmoid", "tanh"),
+    *("hardshrink", "threshold", "sigmoid", "tanh", "rrelu"),
 )
 ACTIVATION_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink),
-    *(nn.LogSigmoid, nn.Softshrink, nn.Hardshrink, nn.Threshold, nn.Sigmoid, nn.Tanh),
+    *(nn.LogSigmoid, nn.Softshrink, nn.Hardshrink, nn.Threshold, nn.Sigmoid, nn.Tanh, nn.RReLU),
 )
-BINARY = ("add", "sub", "subtract", "rsub", "div", "divide", "true_divide", "pow", "maximum")
-COMPARISONS = ("minimum", "where", "eq", "ne", "lt", "le", "gt", "ge", "addcmul", "lerp")
+BINARY = (
+    *("add", "sub", "subtract", "rsub", "div", "divide", "true_divide", "floor_divide", "pow"),
+    *("float_power", "remainder", "fmod", "maximum", "minimum", "fmax", "fmin", "hypot", "atan2"),
+    *("arctan2", "copysign", "heaviside", "xlogy", "logaddexp", "logaddexp2"),
+    *("logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor"),
+)
+COMPARISONS = (
+    *("eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater"),
+    *("greater_equal", "isclose"),
+)
+TERNARY = ("where", "addcmul", "addcdiv", "lerp", "masked_fill")
+OPERATORS = (
+    *(operator.add, operator.sub, operator.truediv, operator.floordiv, operator.mod, operator.pow),
+    *(operator.neg, operator.pos, operator.abs, operator.invert),
+    *(operator.and_, operator.or_, operator.xor),
+    *(operator.iadd, operator.isub, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.iand, operator.ior, operator.ixor),
+    *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+)
 PRODUCTS = ("mul", "multiply")
 
 NONLINEARITIES = frozenset(
@@ -193,7 +220,7 @@ def preserves_zero(call: Call) -> bool:
     return bool((result == 0).all())
 
 
-_tensor_names = {name for name in (*UNARY, *ACTIVATIONS, *BINARY, *COMPARISONS)}
+_tensor_names = {name for name in (*UNARY, *ACTIVATIONS, *BINARY, *COMPARISONS, *TERNARY)}
 register(
     OpRule("elementwise", elementwise_flow),
     *ACTIVATION_MODULES,
@@ -201,9 +228,8 @@ register(
         [
             *_functions(torch, *_tensor_names),
             *_functions(F, *ACTIVATIONS),
-            *(operator.add, operator.sub, operator.truediv, operator.pow, operator.neg),
-            *(operator.iadd, operator.isub, operator.itruediv, operator.abs),
-            *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+            *_functions(torch.special, *SPECIAL),
+            *OPERATORS,
             *(n for name in _tensor_names for n in (name, name + "_") if hasattr(Tensor, n)),
         ]
     ),
@@ -219,8 +245,6 @@ register(
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
     nn.FeatureAlphaDropout,
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
-    *("contiguous", "clone", "detach", "float", "double", "half", "bfloat16"),
-    *(torch.clone, torch.detach),
     "torchvision.ops.stochastic_depth.stochastic_depth",
 )
 register(

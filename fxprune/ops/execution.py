@@ -5,6 +5,7 @@ becomes of them: the rewritten operator, run on the tags that remain, must give 
 of its outputs.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from fxprune.cuts import Arguments, Cut
 from fxprune.observation import TensorSpec
 from fxprune.rules import Call, Flow, execute
 from fxprune.tags import align, compress, move
-from fxprune.values import Barrier, Value, as_value, flatten
+from fxprune.values import Barrier, State, Value, as_value, flatten
 
 
 def movement_flow(call: Call) -> Flow:
@@ -25,9 +26,11 @@ def movement_flow(call: Call) -> Flow:
     values = call.values()
     if not values:
         raise Barrier("it moves no tensor")
+    if not all(map(_is_settled, numbers_among(call))):
+        raise Barrier("a number it takes is computed from data")
     tags = [compress(t).long() for t in _run(call, values, [v.tags for v in values])]
     specs = [spec for spec in flatten(call.spec) if isinstance(spec, TensorSpec)]
-    if [len(spec.shape) for spec in specs] != [t.dim() for t in tags]:
+    if len(specs) != len(tags) or not all(map(_fits, specs, tags)):
         raise Barrier("its outputs are not what the example inputs gave")
     constants = _constants(call, values, tags)
     moved = iter(
@@ -52,12 +55,15 @@ def checked_arguments(
 def check(
     call: Call, cut: Cut, args: Any, kwargs: Any, function: Callable[..., Any] | None = None
 ) -> None:
-    """Run the rewritten operator on the tags that remain; `Barrier` unless they fall in place."""
-    known = _node_values(call)
+    """Run the rewritten operator on the channels that remain; `Barrier` unless they fall in place.
+
+    What falls in place must be what the operator, as it was, would have put there.
+    """
+    known = node_values(call)
 
     def remaining(argument: Any) -> Any:
         found = as_value(known[argument]) if isinstance(argument, fx.Node) else argument
-        return _remaining(found, cut) if isinstance(found, Value) else found
+        return _remaining(_numbers(found), found, cut) if isinstance(found, Value) else found
 
     actual_args: Any = map_aggregate(tuple(args), remaining)
     actual_kwargs: Any = map_aggregate(dict(kwargs), remaining)
@@ -69,7 +75,8 @@ def check(
     except Exception as error:
         raise Barrier(f"it cannot follow the removal of channels: {error}") from error
     outputs = [v for v in flatten(movement_flow(call).outputs) if isinstance(v, Value)]
-    expected = [_remaining(v, cut) for v in outputs]
+    whole = [t for t in flatten(call.execute(_numbers)) if isinstance(t, Tensor)]
+    expected = [_remaining(t, v, cut) for t, v in zip(whole, outputs, strict=True)]
     actual = [t for t in flatten(result) if isinstance(t, Tensor)]
     if len(actual) != len(expected) or not all(map(torch.equal, actual, expected)):
         raise Barrier("it cannot follow the removal of channels")
@@ -82,7 +89,7 @@ def _run(call: Call, values: list[Value], tensors: list[Tensor]) -> list[Tensor]
 
     try:
         return move(operate, tensors, [v.shape for v in values])
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise Barrier(f"it does not run on channel tags: {error}") from error
 
 
@@ -93,12 +100,17 @@ def _constants(call: Call, values: list[Value], tags: list[Tensor]) -> list[Tens
     return [align(c, t) for c, t in zip(moved, tags, strict=True)]
 
 
-def _node_values(call: Call) -> dict[fx.Node, Any]:
+def node_values(call: Call) -> dict[fx.Node, Any]:
     """Return what each node among the arguments stands for: a `Value`, a `State` or a number."""
     known = dict(zip(_nodes(call.node.args), _leaves(call.args, call.node.args), strict=True))
     return known | dict(
         zip(_nodes(call.node.kwargs), _leaves(call.kwargs, call.node.kwargs), strict=True)
     )
+
+
+def numbers_among(call: Call) -> list[fx.Node]:
+    """Return the nodes among the arguments that stand for plain numbers."""
+    return [node for node, found in node_values(call).items() if isinstance(found, (int, float))]
 
 
 def _nodes(structure: Any) -> list[fx.Node]:
@@ -121,7 +133,38 @@ def _leaves(values: Any, raw: Any) -> list[Any]:
     return []
 
 
-def _remaining(value: Value, cut: Cut) -> Tensor:
-    full = value.tags.double().expand(value.shape)
+def _numbers(argument: Value | State) -> Tensor:
+    """Return numbers that tell channels apart: their tags, if no two share one, else one each."""
+    value: Value = as_value(argument)
+    tags = value.tags
+    if len(tags.unique()) < tags.numel():
+        tags = torch.arange(math.prod(value.shape)).reshape(value.shape)
+    return tags.double().expand(value.shape).contiguous()
+
+
+def _remaining(full: Tensor, value: Value, cut: Cut) -> Tensor:
     found = cut.indices(value)
     return full if found is None else full.index_select(found[0], found[1])
+
+
+def _fits(spec: TensorSpec, tags: Tensor) -> bool:
+    pairs = zip(tags.shape, spec.shape, strict=False)
+    return tags.dim() == len(spec.shape) and all(have in (1, size) for have, size in pairs)
+
+
+def _is_settled(node: fx.Node) -> bool:
+    """Tell whether a number is computed from sizes alone, whatever is in the input."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.op == "get_attr" or (node.op != "placeholder" and node.target in _SIZES):
+            continue
+        if getattr(node.target, "__module__", "") not in ("_operator", "math", "builtins"):
+            return False
+        pending.extend(node.all_input_nodes)
+    return True
+
+
+_SIZES = frozenset(
+    {getattr, len, torch.numel, "size", "dim", "ndimension", "numel", "nelement", "stride"}
+)

@@ -2,10 +2,9 @@
 
 All have one flow, the operator itself run on the tags (`execution`), and differ in how their
 arguments follow (`rewriting`). Here is what some ask for besides: shapes given by another tensor,
-groups to shuffle, and picking, from a tuple as often as from a tensor.
+and groups to shuffle.
 """
 
-import operator
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import (
     rewrite_chunks,
     rewrite_concatenation,
-    rewrite_getitem,
     rewrite_nothing,
     rewrite_sizes,
+    rewrite_unflatten,
 )
 from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, State, Value, as_value, flatten
 
 
 def like_flow(call: Call) -> Flow:
@@ -42,26 +40,20 @@ def shuffle_flow(call: Call) -> Flow:
     return flow
 
 
-def getitem_flow(call: Call) -> Flow:
-    """Pick from a tuple, or slice a tensor."""
-    container = as_value(call.args[0])
-    if isinstance(container, Value):
-        if any(isinstance(leaf, (Value, State)) for leaf in flatten(call.args[1])):
-            raise Barrier("its index is computed")
-        return movement_flow(call)
-    return Flow(container[call.args[1]])
-
-
-_SAME = OpRule("movement", movement_flow, rewrite=rewrite_nothing)
 register(
-    _SAME,
+    OpRule("movement", movement_flow, rewrite=rewrite_nothing),
     *(nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle),
-    *(torch.flatten, torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.t),
-    *(torch.squeeze, torch.unsqueeze, torch.flip, torch.roll),
-    *(torch.stack, torch.unbind),
     *(F.pixel_shuffle, F.pixel_unshuffle),
-    *("flatten", "permute", "transpose", "swapaxes", "movedim", "t", "squeeze", "unsqueeze"),
-    *("flip", "roll", "unbind"),
+    *(torch.stack, torch.hstack, torch.vstack),
+    *(torch.dstack, torch.column_stack, torch.row_stack, torch.t, torch.flatten, torch.ravel),
+    *(torch.permute, torch.transpose, torch.swapaxes, torch.swapdims, torch.movedim),
+    *(torch.moveaxis, torch.adjoint, torch.squeeze, torch.unsqueeze, torch.flip, torch.fliplr),
+    *(torch.flipud, torch.roll, torch.rot90, torch.unbind, torch.narrow, torch.diagonal),
+    *(torch.tile, torch.repeat_interleave, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d),
+    *("t", "flatten", "ravel", "permute", "transpose", "swapaxes", "swapdims", "movedim"),
+    *("moveaxis", "adjoint", "squeeze", "unsqueeze", "flip", "fliplr", "flipud", "roll", "rot90"),
+    *("unbind", "narrow", "diagonal", "tile", "repeat", "repeat_interleave", "unfold"),
+    *("t_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_"),
 )
 register(
     OpRule("concatenation", movement_flow, rewrite=rewrite_concatenation),
@@ -74,10 +66,15 @@ register(
 )
 register(
     OpRule("sizes", movement_flow, rewrite=rewrite_sizes),
-    *(torch.reshape, "view", "reshape", "expand"),
+    *(torch.reshape, torch.broadcast_to, "view", "reshape", "expand", "broadcast_to"),
+)
+register(
+    OpRule("unflatten", movement_flow, rewrite=rewrite_unflatten),
+    *(nn.Unflatten, torch.unflatten, "unflatten"),
 )
 register(
     OpRule("parts", movement_flow, rewrite=rewrite_chunks),
-    *(torch.chunk, torch.split, "chunk", "split"),
+    *(torch.chunk, torch.split, torch.tensor_split, torch.split_with_sizes),
+    *(torch.unsafe_chunk, torch.unsafe_split),
+    *("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"),
 )
-register(OpRule("getitem", getitem_flow, rewrite=rewrite_getitem), operator.getitem)

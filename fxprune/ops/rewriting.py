@@ -1,31 +1,34 @@
 """How the literal arguments of operators that move data follow when channels go.
 
-Sizes, parts and the bounds of slices become what remains of them. Each answer is checked by
-execution before it is given; what does not fall in place is a `Barrier`.
+Sizes and parts become what remains of them; what merely picks channels becomes the picking of
+those that remain. Each answer is checked by execution before it is given; what does not fall in
+place is a `Barrier`.
 """
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from fxprune.cuts import Arguments, Cut, Literal
-from fxprune.ops.execution import check, checked_arguments, movement_flow
+from fxprune.cuts import Arguments, Cut
+from fxprune.ops.execution import check, checked_arguments, movement_flow, node_values
 from fxprune.rules import Call
-from fxprune.values import Barrier, ShapeOf, Value, as_value, flatten
+from fxprune.values import Barrier, State, Value, flatten
 
 
 def rewrite_nothing(call: Call, cut: Cut) -> Arguments | None:
-    """Check that the operator, as it is, moves what remains to where it belongs."""
-    if _shrinks(call, cut):
-        check(call, cut, call.node.args, call.node.kwargs)
-    return None
+    """Check that the operator, as it is, moves what remains to where it belongs, or select."""
+    if not shrinks(call, cut) or follows_as_is(call, cut):
+        return None
+    return rewrite_as_selection(call, cut)
 
 
 def rewrite_concatenation(call: Call, cut: Cut) -> Arguments | None:
     """Leave out the parts of which nothing remains."""
-    if not _shrinks(call, cut):
+    if not shrinks(call, cut):
         return None
     args, kwargs = list(call.node.args), dict(call.node.kwargs)
     parts: Any = args[0] if args else kwargs["tensors"]
@@ -39,7 +42,7 @@ def rewrite_concatenation(call: Call, cut: Cut) -> Arguments | None:
 
 def rewrite_sizes(call: Call, cut: Cut) -> Arguments | None:
     """Replace the literal sizes of view, reshape and expand by what remains of the output."""
-    if not _shrinks(call, cut):
+    if not shrinks(call, cut):
         return None
     output = _single_output(call)
     before, after = output.shape, cut.shape(output)
@@ -59,63 +62,87 @@ def rewrite_sizes(call: Call, cut: Cut) -> Arguments | None:
 
 def rewrite_chunks(call: Call, cut: Cut) -> Arguments | None:
     """Give split and chunk the sizes that remain of their parts."""
-    if not _shrinks(call, cut):
+    if not shrinks(call, cut):
         return None
     parts = [part for part in flatten(_outputs_of(call)) if isinstance(part, Value)]
     dim = int(call.argument(2, "dim", 0))
     sizes = [cut.shape(part)[dim] for part in parts]
-    return checked_arguments(call, cut, [call.node.args[0], sizes], {"dim": dim}, torch.split)
+    return checked_arguments(call, cut, [source_of(call), sizes], {"dim": dim}, torch.split)
 
 
-def rewrite_getitem(call: Call, cut: Cut) -> Arguments | Literal | None:
-    """Move the bounds of contiguous slices by what went before them; freeze sizes that shrink."""
-    value = as_value(call.args[0])
-    if isinstance(value, ShapeOf):
-        picked: Any = range(len(value))[call.args[1]]
-        axes: Sequence[int] = [picked] if isinstance(picked, int) else picked
-        frozen = any(cut.shrinks(value.value, axis) for axis in axes)
-        return Literal(value[call.args[1]]) if frozen else None
-    if not isinstance(value, Value) or not _shrinks(call, cut):
+def rewrite_unflatten(call: Call, cut: Cut) -> Arguments | None:
+    """Replace the literal sizes an axis is split into by what remains of them."""
+    if not shrinks(call, cut):
         return None
-    found = cut.indices(value)
-    if found is None:
+    module: Any = call.module
+    dim: Any = module.dim if isinstance(module, nn.Unflatten) else call.argument(1, "dim")
+    sizes: Any = call.argument(2, "sizes")
+    sizes = module.unflattened_size if isinstance(module, nn.Unflatten) else sizes
+    output = _single_output(call)
+    start = int(dim) % len(call.value().shape)
+    span = slice(start, start + len(sizes))
+    new = _new_sizes(sizes, sizes, output.shape[span], cut.shape(output)[span])
+    return checked_arguments(call, cut, [source_of(call), dim, new], {}, torch.unflatten)
+
+
+def follows_as_is(call: Call, cut: Cut) -> bool:
+    """Tell whether the operator, with the arguments it has, moves what remains where it belongs."""
+    try:
         check(call, cut, call.node.args, call.node.kwargs)
-        return None
-    index: Any = call.args[1]
-    raw: Any = call.node.args[1]
+    except Barrier:
+        return False
+    return True
+
+
+def rewrite_as_selection(call: Call, cut: Cut) -> Arguments:
+    """Let an operator that picks channels along one axis pick those that remain."""
+    values, output = call.values(), _single_output(call)
+    found = cut.indices(values[0])
+    if len(values) != 1 or found is None:
+        raise Barrier("it cannot follow the removal of channels")
     axis, kept = found
-    position = _index_position(index, axis, len(value.shape))
-    if position is None:
-        return checked_arguments(call, cut, list(call.node.args), dict(call.node.kwargs))
-    item: Any = index[position] if isinstance(index, tuple) else index
-    if not isinstance(item, slice):
-        raise Barrier("it picks a single channel by number")
-    chosen = range(value.shape[axis])[item]
-    if len(chosen) == 0 or chosen.step != 1:
-        raise Barrier("it slices channels with a step")
-    start = int((kept < chosen.start).sum())
-    stop = int((kept < chosen.stop).sum())
-    new = slice(start, stop)
-    index = (*raw[:position], new, *raw[position + 1 :]) if isinstance(raw, tuple) else new
-    return checked_arguments(call, cut, [call.node.args[0], index], {})
+    chosen = _selection(call, values[0], output, axis)
+    new = positions_that_remain(chosen, kept, values[0].shape[axis])
+    if isinstance(new, slice):
+        index = (*(slice(None),) * axis, new)
+        return checked_arguments(call, cut, [source_of(call), index], {}, operator.getitem)
+    return checked_arguments(call, cut, [source_of(call), axis, new], {}, torch.index_select)
 
 
-def _index_position(index: Any, axis: int, rank: int) -> int | None:
-    """Return which entry of an index speaks of `axis`, None if it takes the axis whole."""
-    entries: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
-    if any(entry is None or isinstance(entry, (list, Tensor, bool)) for entry in entries):
-        raise Barrier("it slices with a list or a new axis")
-    position, remaining = 0, len(entries)
-    for place, entry in enumerate(entries):
-        remaining -= 1
-        if entry is Ellipsis:
-            position = rank - remaining
-            continue
-        if position == axis:
-            whole = entry == slice(None)
-            return None if whole else place
-        position += 1
-    return None
+def _selection(call: Call, value: Value, output: Value, axis: int) -> Tensor:
+    """Return the positions an operator picks along `axis`; `Barrier` if it does anything else."""
+    rest = [size for place, size in enumerate(value.shape) if place != axis]
+    if rest != [size for place, size in enumerate(output.shape) if place != axis]:
+        raise Barrier("it cannot follow the removal of channels")
+    size = value.shape[axis]
+    line = torch.arange(size, dtype=torch.float64).reshape(-1, *(1,) * (len(rest) - axis))
+    everything = torch.arange(math.prod(value.shape), dtype=torch.float64).reshape(value.shape)
+    marks: Tensor = call.execute(lambda _: line.expand(value.shape))
+    chosen = marks.movedim(axis, 0).reshape(output.shape[axis], -1)[:, 0].long()
+    if not torch.equal(call.execute(lambda _: everything), everything.index_select(axis, chosen)):
+        raise Barrier("it cannot follow the removal of channels")
+    return chosen
+
+
+def positions_that_remain(chosen: Tensor, kept: Tensor, size: int) -> slice | Tensor:
+    """Return where the chosen of `size` positions are once only `kept` are left; a slice if one."""
+    place = torch.full((size,), -1)
+    place[kept] = torch.arange(len(kept))
+    new = place[chosen]
+    new = new[new >= 0]
+    if len(new) == 0:
+        raise Barrier("nothing would remain of what it picks")
+    first, last = int(new[0]), int(new[-1])
+    step = int(new[1]) - first if len(new) > 1 else 1
+    if step > 0 and torch.equal(new, torch.arange(first, last + 1, step)):
+        return slice(first, last + 1, None if step == 1 else step)
+    return new
+
+
+def source_of(call: Call) -> fx.Node:
+    """Return the node of the one tensor an operator takes."""
+    known = node_values(call)
+    return next(node for node, found in known.items() if isinstance(found, (Value, State)))
 
 
 def _new_sizes(
@@ -140,5 +167,6 @@ def _single_output(call: Call) -> Value:
     return output
 
 
-def _shrinks(call: Call, cut: Cut) -> bool:
+def shrinks(call: Call, cut: Cut) -> bool:
+    """Tell whether any tensor the operator takes shrinks."""
     return any(cut.indices(value) is not None for value in call.values())

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.cuts import Cut, Literal
+from fxprune.cuts import Arguments, Cut, Literal
+from fxprune.ops.execution import movement_flow
+from fxprune.ops.rewriting import rewrite_nothing
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.values import Barrier, ShapeOf, Value, as_value
 
 _HARMLESS = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}
+_MOVED = {"T", "mT", "H", "mH", "data"}
 
 
 def getattr_flow(call: Call) -> Flow:
@@ -24,7 +27,14 @@ def getattr_flow(call: Call) -> Flow:
         return size_flow(call)
     if name in _HARMLESS:
         return Flow(call.spec)
+    if name in _MOVED:
+        return movement_flow(call)
     raise Barrier(f"the attribute {name!r} is read")
+
+
+def rewrite_getattr(call: Call, cut: Cut) -> Arguments | None:
+    """Check that a transposed tensor follows."""
+    return rewrite_nothing(call, cut) if call.args[1] in _MOVED else None
 
 
 def size_flow(call: Call) -> Flow:
@@ -73,7 +83,7 @@ def _picks(user: fx.Node) -> bool:
     return user.target is len or (user.target is operator.getitem and known)
 
 
-register(OpRule("attribute", getattr_flow), getattr)
+register(OpRule("attribute", getattr_flow, rewrite=rewrite_getattr), getattr)
 register(OpRule("size", size_flow, rewrite=rewrite_size), "size")
 register(OpRule("count", count_flow), "numel", "nelement", torch.numel)
 register(OpRule("structure", structure_flow), len, list)

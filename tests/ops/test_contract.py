@@ -43,6 +43,26 @@ def double(x: Tensor) -> Tensor:
     return x.double()
 
 
+def beyond_one(x: Tensor) -> Tensor:
+    return x.abs() + 1.5
+
+
+def within_one(x: Tensor) -> Tensor:
+    return torch.tanh(x) * 0.9
+
+
+def log_of_positive(x: Tensor) -> Tensor:
+    return torch.log(torch.relu(x))
+
+
+def truth(x: Tensor) -> Tensor:
+    return x > 0
+
+
+def whole_numbers(x: Tensor) -> Tensor:
+    return (x * 4).long()
+
+
 @dataclass(frozen=True)
 class Sample:
     """How to call an operator: what follows its tensors, how many these are, their shape.
@@ -104,6 +124,56 @@ class WithParameters(nn.Module):
         return self.function(x, self.weight, self.bias)
 
 
+class Embedded(nn.Module):
+    """Multiply by the columns of a table, one row for every image."""
+
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table = table
+        self.tokens: Tensor
+        self.register_buffer("tokens", torch.tensor([[2, 0], [1, 2], [3, 3]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.table(self.tokens).reshape(3, -1, 8).sum(1)
+        return x * found[:, :, None, None]
+
+
+class EmbeddingFunction(nn.Module):
+    """Call F.embedding or F.embedding_bag with a table of its own."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.ones(5, 8))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.function(tokens, self.weight)
+
+
+class Indexed(nn.Module):
+    """Compute any expression of an operand and a constant index."""
+
+    def __init__(self, expression: Callable[..., Any], index: list[Any]) -> None:
+        super().__init__()
+        self.expression = expression
+        self.index: Tensor
+        self.register_buffer("index", torch.tensor(index))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.expression(x, self.index)
+
+
+class BilinearFunction(nn.Module):
+    """Call F.bilinear with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(5, 8, 8)), nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.bilinear(x, y, self.weight, self.bias)
+
+
 class BatchNormFunction(nn.Module):
     """Call F.batch_norm with stored statistics."""
 
@@ -156,6 +226,15 @@ MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
         )
     },
     nn.ChannelShuffle: (lambda: nn.ChannelShuffle(2), Sample()),
+    nn.Unflatten: (lambda: nn.Unflatten(1, (2, 4)), Sample(out_axis=2)),
+    nn.Unfold: (lambda: nn.Unfold(2, padding=1), Sample()),
+    nn.Fold: (lambda: nn.Fold((4, 4), 2), Sample(shape=(3, 8, 9))),
+    nn.Embedding: (lambda: Embedded(nn.Embedding(5, 8, padding_idx=2)), Sample()),
+    nn.EmbeddingBag: (lambda: Embedded(nn.EmbeddingBag(5, 8)), Sample()),
+    nn.Bilinear: (
+        lambda: nn.Bilinear(8, 8, 5),
+        Sample(operands=2, axis=3, shape=(3, 5, 5, 8), out_axis=3),
+    ),
 }
 POOLS: dict[str, tuple[Any, ...]] = {
     "MaxPool": (2,),
@@ -169,15 +248,52 @@ BY_RANK = {1: LINE, 2: IMAGE, 3: VOLUME}
 NAMED: dict[str, Sample] = {
     **dict.fromkeys(("add", "sub", "subtract", "rsub", "iadd", "isub"), Sample(operands=2)),
     **dict.fromkeys(("mul", "multiply", "imul", "maximum", "minimum"), Sample(operands=2)),
+    **dict.fromkeys(("fmax", "fmin", "hypot", "atan2", "arctan2", "copysign"), Sample(operands=2)),
+    **dict.fromkeys(("heaviside", "logaddexp", "logaddexp2"), Sample(operands=2)),
     **dict.fromkeys(
-        ("div", "divide", "true_divide", "truediv", "itruediv"),
+        ("div", "divide", "true_divide", "truediv", "itruediv", "floordiv", "ifloordiv"),
         Sample(operands=2, prepare=positive),
     ),
-    **dict.fromkeys(("eq", "ne"), Sample((1,), prepare=torch.round, finish=double)),
-    **dict.fromkeys(("lt", "le", "gt", "ge"), Sample((0.1,), finish=double)),
     **dict.fromkeys(
-        ("log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal"), Sample(prepare=positive)
+        ("floor_divide", "mod", "imod", "remainder", "fmod", "xlogy", "xlog1py"),
+        Sample(operands=2, prepare=positive),
     ),
+    "float_power": Sample((2,), prepare=double),
+    "ipow": Sample((2,)),
+    **dict.fromkeys(("eq", "ne", "not_equal"), Sample((1,), prepare=torch.round, finish=double)),
+    "isclose": Sample(operands=2, prepare=torch.round, finish=double),
+    **dict.fromkeys(
+        ("lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"),
+        Sample((0.1,), finish=double),
+    ),
+    **dict.fromkeys(
+        ("log", "log1p", "log2", "log10", "sqrt", "rsqrt", "reciprocal", "lgamma", "gammaln"),
+        Sample(prepare=positive),
+    ),
+    **dict.fromkeys(("digamma", "psi", "entr"), Sample(prepare=positive)),
+    **dict.fromkeys(("acosh", "arccosh"), Sample(prepare=beyond_one)),
+    **dict.fromkeys(
+        ("asin", "acos", "arcsin", "arccos", "atanh", "arctanh", "erfinv"),
+        Sample(prepare=within_one),
+    ),
+    "signbit": Sample(finish=double),
+    "logical_not": Sample(prepare=torch.relu, finish=double),
+    "isnan": Sample(prepare=torch.log, finish=double),
+    **dict.fromkeys(
+        ("isinf", "isfinite", "isneginf"), Sample(prepare=log_of_positive, finish=double)
+    ),
+    "isposinf": Sample(prepare=lambda x: -log_of_positive(x), finish=double),
+    **dict.fromkeys(
+        ("logical_and", "logical_or", "logical_xor"),
+        Sample(operands=2, prepare=truth, finish=double),
+    ),
+    **dict.fromkeys(
+        ("bitwise_and", "bitwise_or", "bitwise_xor", "and", "or", "xor", "iand", "ior", "ixor"),
+        Sample(operands=2, prepare=whole_numbers, finish=double),
+    ),
+    **dict.fromkeys(("bitwise_not", "invert"), Sample(prepare=whole_numbers, finish=double)),
+    "ndtri": Sample(prepare=torch.sigmoid),
+    "rrelu": Sample((0.1, 0.4)),
     **dict.fromkeys(("clamp_min", "clamp_max"), Sample((0.1,))),
     **dict.fromkeys(("clamp", "clip"), Sample((-0.5, 0.5))),
     "logit": Sample((0.01,), prepare=torch.sigmoid),
@@ -186,8 +302,19 @@ NAMED: dict[str, Sample] = {
     "lerp": Sample((0.3,), operands=2),
     "flatten": Sample((1,)),
     "permute": Sample(((0, 2, 3, 1),), out_axis=3),
-    **dict.fromkeys(("transpose", "swapaxes"), Sample((1, 2), out_axis=2)),
-    "movedim": Sample((1, -1), out_axis=3),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), Sample((1, 2), out_axis=2)),
+    **dict.fromkeys(("movedim", "moveaxis"), Sample((1, -1), out_axis=3)),
+    "adjoint": Sample(shape=(3, 4, 8, 6), axis=2, out_axis=3),
+    **dict.fromkeys(("fliplr", "flipud", "atleast_1d", "atleast_2d", "atleast_3d"), Sample()),
+    "rot90": Sample((1, (1, 2)), out_axis=2),
+    "narrow": Sample((1, 2, 5)),
+    "diagonal": Sample((0, 2, 3)),
+    "tile": Sample(((1, 2, 1, 1),)),
+    "repeat": Sample((1, 2, 1, 1)),
+    "repeat_interleave": Sample((2, 1)),
+    "unflatten": Sample((1, (2, 4)), out_axis=2),
+    **dict.fromkeys(("tril", "triu"), Sample((1,))),
+    "ravel": Sample(shape=(8,), axis=0, out_axis=0),
     "t": Sample(shape=(3, 8), out_axis=0),
     "unsqueeze": Sample((2,)),
     "squeeze": Sample((2,), shape=(3, 8, 1, 6)),
@@ -197,8 +324,9 @@ NAMED: dict[str, Sample] = {
     **dict.fromkeys(("expand_as", "view_as", "reshape_as"), Sample(operands=2)),
     **dict.fromkeys(("view",), Sample((3, 8, -1))),
     "reshape": Sample(((3, 8, -1),)),
-    "expand": Sample((3, 8, 6, 6)),
-    "pad": Sample(((1, 2, 0, 1), "constant", 0.5)),
+    "expand": Sample((-1, 8, 6, 6)),
+    "broadcast_to": Sample(((3, 8, 6, 6),)),
+    "pad": Sample(((1, 2, 0, 1, 2, 3), "constant", 0.5)),
     "interpolate": Sample(kwargs={"scale_factor": 2, "mode": "bilinear"}),
     "glu": Sample((1,)),
     **dict.fromkeys(("softmax", "log_softmax", "softmin"), Sample((1,), shrinks=False)),
@@ -213,18 +341,65 @@ NAMED: dict[str, Sample] = {
     "argsort": Sample((1,), shrinks=False, finish=double),
     "topk": Sample((3, 1), shrinks=False, finish=operator.itemgetter(0)),
     "argmax": Sample((1, True), shrinks=False, finish=double),
-    "chunk": Sample((2, 1)),
-    "split": Sample((4, 1)),
-    "getitem": Sample(((slice(None), slice(2, 7)),)),
+    **dict.fromkeys(("chunk", "unsafe_chunk", "tensor_split"), Sample((2, 1))),
+    **dict.fromkeys(("split", "unsafe_split"), Sample((4, 1))),
+    "split_with_sizes": Sample(((3, 5), 1)),
+    "getitem": Sample(((slice(None), slice(0, 7, 3), None, ...),), out_axis=1),
+    **dict.fromkeys(("max", "min"), Sample((2,), finish=operator.itemgetter(0))),
     **dict.fromkeys(("mean", "amax", "amin", "sum"), Sample(((2, 3),))),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), Sample((2,))),
     **dict.fromkeys(("half", "bfloat16", "float"), Sample(finish=double)),
+    **dict.fromkeys(
+        ("byte", "int", "long", "short", "char"), Sample(prepare=positive, finish=double)
+    ),
+    "bool": Sample(prepare=torch.relu, finish=double),
+    "detach": Sample(prepare=torch.clone),
+    **dict.fromkeys(("to", "type"), Sample((torch.float32,), finish=double)),
+    "type_as": Sample(operands=2),
+    "fold": Sample(((4, 4), 2), shape=(3, 8, 9)),
     **dict.fromkeys(("dropout1d", "Dropout1d"), Sample(kwargs={"training": False}, shape=LINE)),
     **dict.fromkeys(("dropout3d", "Dropout3d"), Sample(kwargs={"training": False}, shape=VOLUME)),
     **dict.fromkeys(("dropout", "dropout2d", "alpha_dropout"), Sample(kwargs={"training": False})),
     "feature_alpha_dropout": Sample(kwargs={"training": False}),
 }
 EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
+    "unfold": (Expression(lambda x: x.unfold(2, 3, 1)), Sample()),
+    "hstack": (Expression(lambda x, y: torch.hstack([x, y])), Sample(operands=2)),
+    "column_stack": (Expression(lambda x, y: torch.column_stack([x, y])), Sample(operands=2)),
+    "vstack": (Expression(lambda x, y: torch.vstack([x, y])), Sample(operands=2)),
+    "row_stack": (Expression(lambda x, y: torch.row_stack([x, y])), Sample(operands=2)),
+    "dstack": (Expression(lambda x, y: torch.dstack([x, y])), Sample(operands=2)),
+    "concatenate": (Expression(lambda x, y: torch.concatenate([x, y], 1)), Sample(operands=2)),
+    "index_select": (
+        Indexed(lambda x, index: x.index_select(1, index), [5, 1, 1, 7, 2]),
+        Sample(),
+    ),
+    "gather": (
+        Indexed(lambda x, index: x.gather(1, index), [[4, 1, 6], [4, 1, 6], [4, 1, 6]]),
+        Sample(shape=(3, 8)),
+    ),
+    "embedding": (Embedded(EmbeddingFunction(F.embedding)), Sample()),
+    "embedding_bag": (Embedded(EmbeddingFunction(F.embedding_bag)), Sample()),
+    "bilinear": (
+        BilinearFunction(),
+        Sample(operands=2, axis=3, shape=(3, 5, 5, 8), out_axis=3),
+    ),
+    "masked_fill": (Expression(lambda x: x.masked_fill(x > 0.5, 0.5)), Sample()),
+    "addcdiv": (Expression(lambda x, y: torch.addcdiv(x, y, y.abs() + 0.5)), Sample(operands=2)),
+    **{
+        name: (Expression(expression), Sample())
+        for name, expression in {
+            "select": lambda x: x + x.select(1, 2).unsqueeze(1),
+            "zeros_like": lambda x: torch.maximum(x, torch.zeros_like(x)),
+            "ones_like": lambda x: x + torch.ones_like(x),
+            "full_like": lambda x: x + torch.full_like(x, 0.5),
+            "rand_like": lambda x: x + torch.rand_like(x) * 0,
+            "randn_like": lambda x: x + torch.randn_like(x) * 0,
+            "new_zeros": lambda x: torch.maximum(x, x.new_zeros(6)),
+            "new_ones": lambda x: x + x.new_ones(6),
+            "new_full": lambda x: x + x.new_full((6,), 0.5),
+        }.items()
+    },
     "where": (Expression(lambda x, y: torch.where(x > 0, x, y)), Sample(operands=2)),
     "addcmul": (Expression(lambda x, y: torch.addcmul(x, y, y)), Sample(operands=2)),
     "cat": (Expression(lambda x, y: torch.cat([x, y], 1)), Sample(operands=2)),
@@ -270,7 +445,7 @@ def sample_for(key: Hashable) -> tuple[nn.Module, Sample]:
     if isinstance(key, str) and "." in key:
         sample = Sample((0.5, "row", False))
         return Function(pkgutil.resolve_name(key), sample), sample
-    name = name_of(key).strip("_")
+    name = name_of(key).strip("_").removeprefix("special_")
     if name in EXPRESSIONS:
         return EXPRESSIONS[name]
     for rank in (1, 2, 3):
@@ -303,10 +478,70 @@ def label(key: Hashable) -> str:
     return f"{kind.split('.')[-1]}.{name_of(key)}"
 
 
+# Forms of operators beside the one their sample has.
+FORMS: dict[str, tuple[nn.Module, Sample]] = {
+    "transposed attribute": (Expression(lambda x: x.mT), Sample(out_axis=1)),
+    "matrix attribute": (Expression(lambda x: x.T), Sample(shape=(3, 8), out_axis=0)),
+    "data": (Expression(lambda x: x.data), Sample()),
+    "part of a shape": (
+        Expression(lambda x, y: F.interpolate(x, y.shape[-2:])),
+        Sample(operands=2),
+    ),
+    "maximum of two": (Expression(torch.max), Sample(operands=2)),
+    "negative position": (Expression(lambda x: x + x[:, -2, None]), Sample()),
+    "mask of a buffer": (Indexed(lambda x, i: x[:, i], [True, False] * 4), Sample()),
+    "index behind other axes": (Indexed(lambda x, i: x[..., i, 1:, ::2], [6, 0, 3, 0]), Sample()),
+    "index of rows": (Indexed(lambda x, i: x[i], [2, 0, 2, 1]), Sample()),
+    "steps along all axes": (Expression(lambda x: x[:, 1::3, ::2, None]), Sample()),
+    "roll of channels": (Expression(lambda x: x.roll(3, 1)), Sample()),
+    "rotated channels": (Expression(lambda x: x.rot90(1, (1, 2))), Sample(out_axis=2)),
+    "patches of channels": (Expression(lambda x: x.unfold(1, 2, 2)), Sample(shrinks=False)),
+    "triangle of channels": (
+        Expression(lambda x: x.tril()),
+        Sample(axis=2, shape=(3, 4, 8, 6), shrinks=False),
+    ),
+    "border and channels": (Expression(lambda x: F.pad(x, (1, 1, 0, 2, 3, 1))), Sample()),
+    "cropped channels": (Expression(lambda x: F.pad(x, (0, 1, 0, 0, -2, 3))), Sample()),
+    "zero padding of channels": (nn.ZeroPad1d((2, 1)), Sample(axis=2, shape=(3, 4, 8), out_axis=2)),
+    "reflected channels": (
+        nn.ReflectionPad1d((2, 1)),
+        Sample(axis=2, shape=(3, 4, 8), out_axis=2, shrinks=False),
+    ),
+    "masked by a tensor": (
+        Expression(lambda x, y: x.masked_fill(y[:, :1] > 0, -1.0)),
+        Sample(operands=2),
+    ),
+    "clamped by tensors": (Expression(lambda x, y: x.clamp(max=y)), Sample(operands=2)),
+    "tanh approximation": (Expression(lambda x: F.gelu(x, approximate="tanh")), Sample()),
+    "unknown logarithm of zero": (
+        Expression(lambda x: torch.isfinite(x.relu().log()) * x),
+        Sample(),
+    ),
+    "tied to another's size": (
+        Expression(lambda x, y: x[:, : y.shape[1] // 2]),
+        Sample(operands=2),
+    ),
+    "several axes of channels": (
+        Expression(lambda x: x.unflatten(1, (4, -1)).flatten(1, 2)),
+        Sample(),
+    ),
+    "maximum norm": (Embedded(nn.Embedding(5, 8, max_norm=1.0)), Sample(shrinks=False)),
+}
+
+
+@pytest.mark.parametrize("zero_inputs", [False, True], ids=["unread", "silent"])
+@pytest.mark.parametrize("name", FORMS)
+def test_form(name: str, zero_inputs: bool) -> None:
+    check(*FORMS[name], zero_inputs)
+
+
 @pytest.mark.parametrize("zero_inputs", [False, True], ids=["unread", "silent"])
 @pytest.mark.parametrize("key", RULES, ids=label)
 def test_rule(key: Hashable, zero_inputs: bool) -> None:
-    module, sample = sample_for(key)
+    check(*sample_for(key), zero_inputs)
+
+
+def check(module: nn.Module, sample: Sample, zero_inputs: bool) -> None:
     shrunk = check_rule(
         copy.deepcopy(module),
         sample.shape,

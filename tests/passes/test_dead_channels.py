@@ -1,5 +1,6 @@
 """Cutting dead channels: smaller, and the same numbers."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -291,3 +292,63 @@ def test_memory_written_to_behind_a_view_is_left_alone() -> None:
     eliminate_dead_channels(before)
     before.check()
     assert torch.allclose(before.run(), expected, rtol=1e-12)
+
+
+def test_an_index_of_two_readers_becomes_two() -> None:
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
+            self.after, self.last = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+            self.order: Tensor
+            self.register_buffer("order", torch.tensor([5, 2, 0, 1, 4, 3]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.right(x).index_select(1, self.order)
+            return self.after(self.left(x)[:, self.order]) * self.last(y)
+
+    before = program(Permuted(), 2, 3, 5, 5)
+    unread(at(before, "after"), 0, 3)
+    unread(at(before, "last"), 2)
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert at(after, "left").weight.shape[0] == 4 and at(after, "right").weight.shape[0] == 5
+    orders = {name: len(tensor) for name, tensor in after.module.named_buffers()}
+    assert sorted(orders.values()) == [4, 5, 6]  # the old one may have other readers
+
+
+def test_what_is_written_into_a_part_stays() -> None:
+    root = nn.ModuleDict(
+        {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(3, 6, 1), "after": nn.Conv2d(6, 4, 1)}
+    )
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    a, b = graph.call_module("a", (x,)), graph.call_module("b", (x,))
+    part = graph.call_function(operator.getitem, (b, (slice(None), slice(2, 5))))
+    graph.call_function(operator.setitem, (a, (slice(None), slice(0, 3)), part))
+    graph.output(graph.call_module("after", (a,)))
+    module = torch.fx.GraphModule(randomise(root).double().eval(), graph)
+    before = Program(module, (torch.randn(2, 3, 5, 5, dtype=torch.float64),))
+    unread(at(before, "after"), 0, 4)
+    after = check_rewrite(eliminate_dead_channels, before)
+    assert at(after, "a").weight.shape[0] == 6 and at(after, "b").weight.shape[0] == 3
+    assert any("setitem" in place for place in after.barriers)
+
+
+def test_an_index_that_is_overwritten_stays() -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+            self.order: Tensor
+            self.register_buffer("order", torch.tensor([5, 2, 0, 1, 4, 3]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.after(self.before(x)[:, self.order])
+            self.order.add_((x * 0).sum().long() + 1).remainder_(6)
+            return y
+
+    model = randomise(Turning()).double().eval()
+    module = torch.fx.symbolic_trace(model)
+    before = Program(module, (torch.randn(2, 3, 5, 5, dtype=torch.float64),))
+    unread(at(before, "after"), 0, 4)
+    assert not eliminate_dead_channels(before)
