@@ -64,11 +64,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What `OpRule.rewrite` answers: the new arguments of a node, and its new function if any."""
+    """What `OpRule.rewrite` answers: the new arguments of a node, and its new function if any.
+
+    then: what is done to the result, so that it is what it was: a function and a number.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     function: Callable[..., Any] | None = None
+    then: tuple[Callable[..., Any], float] | None = None
 
 
 @dataclass(frozen=True)

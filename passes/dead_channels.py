@@ -6,6 +6,7 @@ attributes and literal arguments follow (`resize`, `rewrite`). All rewrites are 
 first edit; an operator that cannot follow becomes a barrier and the plan is made anew.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -133,6 +134,16 @@ def _apply(node: fx.Node, answer: Arguments | Literal) -> None:
     if answer.function is not None:
         node.op, node.target = "call_function", answer.function
     node.args, node.kwargs = answer.args, answer.kwargs
+    if answer.then is not None:
+        _append(node, *answer.then)
+
+
+def _append(node: fx.Node, function: Callable[..., Any], number: float) -> None:
+    """Apply a function of a tensor and a number to what a node returns."""
+    with node.graph.inserting_after(node):
+        call = node.graph.call_function(function, (node, number))
+    call.meta["source"] = node.meta.get("source")
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
 
 
 def _freeze(node: fx.Node, value: Any) -> None:
