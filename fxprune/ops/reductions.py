@@ -56,8 +56,10 @@ def reduce_flow(call: Call, *, reduction: Reduction) -> Flow:
         inputs, constants = value.tags.reshape(-1), value.constants.reshape(-1)
         one = torch.full((1,) * len(call.tensor_spec().shape), FIXED)
         read = Read(one.reshape(-1), inputs, None, constants == 0, _READ)
-        result = torch.zeros(one.shape) if bool((constants == 0).all()) else unknown(one)
-        return Flow(call.output(one, result.double()), reads=[read])
+        # Gates may close one by one: in general a sum is not 0 for one of its channels being so.
+        silent = not call.generic and bool((constants == 0).all())
+        result = torch.zeros(one.shape, dtype=torch.float64) if silent else unknown(one)
+        return Flow(call.output(one, result), reads=[read])
     beside = value.beside(axes, _OVER)
     specs = [spec for spec in flatten(call.spec) if isinstance(spec, TensorSpec)]
     tags, constants = beside.tags, reduction.through(beside.constants)
