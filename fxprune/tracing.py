@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -192,7 +192,7 @@ def _trace_in_mode(
 
 
 @contextmanager
-def _without_fused_layers() -> Iterator[None]:
+def _without_fused_layers() -> Generator[None]:
     """Let torch's transformer layers run their operators, not one that has them all."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

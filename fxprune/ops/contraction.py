@@ -16,7 +16,7 @@ from torch import Tensor
 from fxprune.ops.labels import Contraction, Operand, read_einsum, read_product
 from fxprune.rules import Call, Flow, OpRule, Read, register
 from fxprune.tags import FIXED
-from fxprune.values import Barrier, State, Value, as_value, broadcast_to
+from fxprune.values import Barrier, State, Value, broadcast_to
 
 _STAYS = "it is multiplied along an axis that stays as long as it is"
 _READ = "a product reads it where no factor is 0"
@@ -245,7 +245,7 @@ def _add(flow: Flow, addend: Value | State, output: Value) -> None:
     """Tie what is added to the product; what does not follow its channels keeps them."""
     rank, axes = len(output.shape), [a for a, n in enumerate(output.tags.shape) if n > 1]
     if not axes:
-        flow.keeps.append((as_value(addend).tags, _STAYS))
+        _keep(flow, Operand(addend, ()))
         return
     (axis,) = axes
     if isinstance(addend, State):

@@ -84,12 +84,11 @@ def rms_norm_flow(call: Call) -> Flow:
 def resize_rms_norm(call: Call) -> None:
     """Let ε and the weight make up for the channels that went."""
     module: Any = call.module
-    if not isinstance(module, nn.RMSNorm) or module.weight is None:
+    if module is None or module.weight is None:
         return
     before, after = module.normalized_shape[-1], module.weight.shape[-1]
     if before == after:
         return
-    assert module.eps is not None
     module.normalized_shape = (after,)
     module.eps = module.eps * before / after
     with torch.no_grad():

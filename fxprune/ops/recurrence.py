@@ -21,9 +21,11 @@ _FIRST = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
 
 def recurrence_flow(call: Call) -> Flow:
     """Let the inputs go that are 0 or have no weights; keep what else there is."""
-    value, *states = call.values()
     if not isinstance(call.argument(0, "input"), Value):
         raise Barrier("its input is no tensor")
+    if not any(name in _FIRST for name, _ in _parameters(call)):
+        raise Barrier("its weights are computed")
+    value, *states = call.values()
     along = value.along(-1)
     flow = Flow(pytree.tree_map_only(TensorSpec, fixed, call.spec), ties=[*along.ties])
     flow.keeps += [(state.tags, "a recurrent network begins with it") for state in states]

@@ -17,6 +17,7 @@ from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.values import Barrier, State, Value, flatten, unknown
 
 _NORMALISES = "it normalises over channels, where a removed one would still count"
+_ALONG = "it lies along the axis that is normalised"
 _COMPARES = "it compares or adds up channels, where a removed one would still count"
 
 
@@ -57,11 +58,13 @@ def _beside(call: Call, dims: Any, reason: str) -> Flow:
     beside = value.beside({dim % len(value.shape) for dim in dims}, reason)
     for state in _states(call):
         state.freeze()
+    others = [v for v in flatten((call.args, call.kwargs)) if isinstance(v, Value)]
+    keeps = [(other.tags, _ALONG) for other in others if other is not value]
     tags = beside.tags
     outputs = pytree.tree_map_only(
         TensorSpec, lambda spec: Value(spec.shape, spec.dtype, tags, unknown(tags)), call.spec
     )
-    return Flow(outputs, ties=beside.ties)
+    return Flow(outputs, ties=beside.ties, keeps=keeps)
 
 
 def _states(call: Call) -> list[State]:
