@@ -67,11 +67,13 @@ class Arguments:
     """What `OpRule.rewrite` answers: the new arguments of a node, and its new function if any.
 
     A tensor among them becomes a buffer of the program, this node's own.
+    then: what is done to the result, so that it is what it was: a function and a number.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     function: Callable[..., Any] | None = None
+    then: tuple[Callable[..., Any], float] | None = None
 
 
 @dataclass(frozen=True)

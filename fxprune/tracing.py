@@ -12,7 +12,8 @@ import inspect
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.modes import same_structure, thaw_modes
 
+_TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
@@ -98,6 +100,12 @@ class ModelTracer(AskedTracer):
         if not entries.keys() >= a.keys():
             raise TraceError(f"a {type(a).__name__} has entries besides its fields")
         return self.create_node("call_function", type(a), (), entries)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Trace into torch's own transformer layers: what is between their linear layers can go."""
+        if isinstance(m, _TRANSFORMERS):
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Read a parameter, and remember where torch.fx remembers the node that does."""
@@ -208,7 +216,7 @@ def _trace_in_mode(
     root.train(training)
     tracer = ModelTracer(given)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_fused_layers():
             graph = tracer.trace(root)
     except Exception as error:
         raise TraceError(
@@ -247,6 +255,17 @@ def _optional(signature: inspect.Signature, given: Mapping[str, Any]) -> set[str
             break
         found.add(name)
     return found
+
+
+@contextmanager
+def _without_fused_layers() -> Generator[None]:
+    """Let torch's transformer layers run their operators, not one that has them all."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _user_line(frame: FrameType | None) -> str | None:

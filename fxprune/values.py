@@ -6,7 +6,7 @@ of is a `Barrier`: the channels around it stay.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,28 @@ class Value:
         constants = align(self.constants, lead).reshape(-1).expand(size)
         ties = [(self.tags, lead)] if others else []
         return Along(lead.reshape(-1).expand(size), constants, ties)
+
+    def beside(self, axes: Collection[int], reason: str) -> "Beside":
+        """Return the channels that lie along other axes; `Barrier` if they lie along `axes` only.
+
+        Where tags vary along `axes` too (branches, parts of a head), those of a channel are tied.
+        """
+        inside = [axis for axis in varying_axes(self.tags) if axis in axes]
+        if inside and len(inside) == len(varying_axes(self.tags)):
+            raise Barrier(reason)
+        lead = self.tags
+        for axis in inside:
+            lead = lead.narrow(axis, 0, 1)
+        return Beside(lead, align(self.constants, lead), [(self.tags, lead)] if inside else [])
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A value's channels beside some axes: tags and constants of size 1 there, and ties."""
+
+    tags: Tensor
+    constants: Tensor
+    ties: list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

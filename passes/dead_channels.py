@@ -6,6 +6,7 @@ attributes and literal arguments follow (`resize`, `rewrite`). All rewrites are 
 first edit; an operator that cannot follow becomes a barrier and the plan is made anew.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -138,6 +139,8 @@ def _apply(program: Program, node: fx.Node, answer: Arguments | Literal) -> None
 
     node.args = map_aggregate(answer.args, settle_tensor)
     node.kwargs = map_aggregate(answer.kwargs, settle_tensor)
+    if answer.then is not None:
+        _append(node, *answer.then)
 
 
 def _buffer(program: Program, node: fx.Node, tensor: Tensor) -> fx.Node:
@@ -148,6 +151,14 @@ def _buffer(program: Program, node: fx.Node, tensor: Tensor) -> fx.Node:
     program.module.register_buffer(name, tensor.to(device_of(program.module)))
     with program.graph.inserting_before(node):
         return program.graph.get_attr(name)
+
+
+def _append(node: fx.Node, function: Callable[..., Any], number: float) -> None:
+    """Apply a function of a tensor and a number to what a node returns."""
+    with node.graph.inserting_after(node):
+        call = node.graph.call_function(function, (node, number))
+    call.meta["source"] = node.meta.get("source")
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
 
 
 def _freeze(node: fx.Node, value: Any) -> None:

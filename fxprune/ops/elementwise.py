@@ -87,12 +87,13 @@ def _split(operands: list[Value], shape: tuple[int, ...]) -> tuple[list[Value], 
 
 
 def _broadcast_tags(operands: list[Value], rank: int) -> Tensor:
+    """Return the output's tags; along an axis some operand does not vary on, all are one."""
     tags = broadcast_to([v.tags for v in operands], rank)
-    shape = torch.broadcast_shapes(*(t.shape for t in tags))
-    full = next((t for t in tags if t.shape == shape), None)
-    if full is None:
-        full = max(tags, key=Tensor.numel)
-    return full.expand(shape)
+    lead = max(tags, key=Tensor.numel)
+    for axis in varying_axes(lead):
+        if any(other.shape[axis] == 1 for other in tags):
+            lead = lead.narrow(axis, 0, 1)
+    return lead
 
 
 def _broadcast_read(part: Value, tags: Tensor) -> Read:

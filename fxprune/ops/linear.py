@@ -3,7 +3,8 @@
 Their outputs are new channels: the tags of the weight's first axis. Output o reads input i where
 the weights between them are not all zero. A constant input c_i adds W_oi·c_i (summed over the
 kernel) to the bias, exactly, unless zero padding makes the channel something else at the border. A
-depthwise convolution does not mix: its outputs are tied to its inputs.
+depthwise convolution does not mix: its outputs are tied to its inputs. Nor does a layer over tokens
+mix the channels that lie along another axis.
 """
 
 from typing import Any
@@ -21,12 +22,14 @@ from fxprune.ops.mixing import (
     read_call,
 )
 from fxprune.rules import Call, Flow, OpRule, Read, register
-from fxprune.values import Along, Value
+from fxprune.values import Along, Barrier, Value
 
 
 def mixing_flow(call: Call) -> Flow:
     """Say which input each output reads and which outputs are constant."""
     mixing = read_call(call)
+    if mixing.beside:
+        return _beside_flow(call, mixing)
     along = mixing.value.along(mixing.axis)
     inputs, constants = along.tags, along.constants
     if mixing.depthwise:
@@ -51,7 +54,7 @@ def mixing_flow(call: Call) -> Flow:
 def absorb_constants(call: Call, cut: Cut) -> None:
     """Add what dying constant channels contribute to the bias, and stop reading them."""
     mixing = read_call(call)
-    if mixing.depthwise:
+    if mixing.depthwise or mixing.beside:
         return
     along = mixing.value.along(mixing.axis)
     dying = ~cut.alive(along.tags) & ~torch.isnan(along.constants)
@@ -70,7 +73,7 @@ def rewrite_groups(call: Call, cut: Cut) -> Arguments | None:
     if call.module is not None or call.node.target in LINEAR_FUNCTIONS:
         return None
     mixing = read_call(call)
-    if not mixing.depthwise:
+    if not mixing.depthwise or mixing.beside:
         return None
     groups = int(cut.keep(mixing.value.along(mixing.axis).tags).sum())
     args = list(call.node.args)
@@ -197,6 +200,21 @@ def _depthwise_flow(call: Call, mixing: Mixing, along: Along) -> Flow:
     if mixing.bias is not None:
         ties.append((mixing.bias.axis(0), tags))
     return Flow(_output(call, mixing, tags, result), ties=ties)
+
+
+def _beside_flow(call: Call, mixing: Mixing) -> Flow:
+    """Follow a layer that mixes tokens, not channels: each channel goes through it alone."""
+    stride: Any = getattr(call.module, "stride", call.argument(3, "stride", 1))
+    if any(step != 1 for step in (stride if isinstance(stride, (tuple, list)) else (stride,))):
+        raise Barrier("it strides over channels")
+    for state in (mixing.weight, mixing.bias):
+        if state is not None:
+            state.freeze()
+    value = mixing.value
+    constants = torch.full(value.tags.shape, torch.nan, dtype=torch.float64)
+    if mixing.bias is None:
+        constants = torch.where(value.constants == 0, 0.0, torch.nan).double()
+    return Flow(call.output(value.tags, constants))
 
 
 def _output(call: Call, mixing: Mixing, tags: Tensor, constants: Tensor) -> Value:

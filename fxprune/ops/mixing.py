@@ -42,6 +42,13 @@ class Mixing:
         """Whether every group has one input channel."""
         return self.groups > 1 and self.groups == self.value.shape[self.axis]
 
+    @property
+    def beside(self) -> bool:
+        """Whether channels lie along other axes only, which the layer leaves as they are."""
+        tags = self.value.tags
+        pointwise = not self.border and all(n == 1 for n in self.weight.tensor.shape[2:])
+        return pointwise and tags.shape[self.axis] == 1 and tags.numel() > 1
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return weights as (groups, O / groups, I / groups, kernel size)."""
         flat = tensor.reshape(*tensor.shape[:2], -1)

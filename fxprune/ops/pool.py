@@ -1,7 +1,7 @@
-"""Pooling and reductions over the axes along which channels do not vary.
+"""Pooling over the axes along which channels do not vary.
 
 A channel stays what it is. A constant stays constant too, except where zeros are counted in at a
-padded border, and except for sums, whose value depends on the size of the input.
+padded border.
 """
 
 import re
@@ -36,16 +36,6 @@ def average_flow(call: Call, *, rank: int) -> Flow:
     return _spatial(call, rank, lambda constants: constants)
 
 
-def mean_flow(call: Call) -> Flow:
-    """Pass channels through a mean, maximum or minimum over axes that hold no channels."""
-    return _reduce(call, lambda constants: constants)
-
-
-def sum_flow(call: Call) -> Flow:
-    """Pass channels through a sum over axes that hold no channels; only 0 stays a constant."""
-    return _reduce(call, lambda c: torch.where(c == 0, c, torch.nan))
-
-
 def _divides(call: Call) -> bool:
     """Tell whether the average divides by something else than the number of elements."""
     if call.module is not None:
@@ -67,30 +57,6 @@ def _spatial(call: Call, rank: int, through: Callable[[Tensor], Tensor]) -> Flow
     return Flow(pytree.tree_map_only(TensorSpec, lambda _: next(outputs), call.spec))
 
 
-def _reduce(call: Call, through: Callable[[Tensor], Tensor]) -> Flow:
-    value = call.value()
-    axes = _axes(call, value)
-    if any(axis in axes for axis in varying_axes(value.tags)):
-        raise Barrier("it reduces over channels")
-    keep = bool(call.argument(2, "keepdim", call.kwargs.get("keepdims", False)))
-    tags, constants = value.tags, through(value.constants)
-    for axis in sorted(axes, reverse=True):
-        tags = tags if keep else tags.squeeze(axis)
-        constants = constants if keep else constants.squeeze(axis)
-    return Flow(call.output(tags, constants))
-
-
-def _axes(call: Call, value: Value) -> set[int]:
-    rank = len(value.shape)
-    given = call.argument(1, "dim", call.kwargs.get("axis"))  # NumPy's spelling is accepted
-    if given is None:
-        return set(range(rank))
-    dims: Any = given if isinstance(given, (tuple, list)) else (given,)
-    if not all(isinstance(dim, int) for dim in dims):
-        raise Barrier("the axes it reduces over are computed")
-    return {dim % rank for dim in dims}
-
-
 def _register_pools(rank: int) -> None:
     def named(*names: str) -> list[Any]:
         """Return the modules and functions of these names; some functions live in `torch` too."""
@@ -107,5 +73,3 @@ def _register_pools(rank: int) -> None:
 
 for _rank in (1, 2, 3):
     _register_pools(_rank)
-register(OpRule("mean", mean_flow), torch.mean, torch.amax, torch.amin, "mean", "amax", "amin")
-register(OpRule("sum", sum_flow), torch.sum, "sum")

@@ -1,38 +1,96 @@
-"""Operators that take all channels together, so that one that is 0 still counts.
+"""Operators that take an axis together, so that one that is 0 still counts: softmax, sorting.
 
-A removed channel would change a mean, a variance or a softmax's sum: they keep their channels, and
-say so.
+Channels beside that axis pass; parameters along it stay as they are. Along it, a removed channel
+would change a mean, a variance or a softmax's sum: they keep their channels, and say so.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from fxprune.observation import TensorSpec
 from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier
+from fxprune.values import Barrier, State, Value, flatten, unknown
+
+_NORMALISES = "it normalises over channels, where a removed one would still count"
+_ALONG = "it lies along the axis that is normalised"
+_COMPARES = "it compares or adds up channels, where a removed one would still count"
 
 
-def refuse_normalisation(call: Call) -> Flow:
-    """Keep all channels: they enter the statistics."""
-    raise Barrier("it normalises over channels, where a removed one would still count")
+def softmax_flow(call: Call) -> Flow:
+    """Pass channels beside the axis whose numbers add up to 1."""
+    dim: Any = call.module.dim if call.module is not None else call.argument(1, "dim")
+    return _beside(call, (dim,), _NORMALISES)
 
 
-def refuse_comparison(call: Call) -> Flow:
-    """Keep all channels: they are compared or added up."""
-    raise Barrier("it compares or adds up channels, where a removed one would still count")
+def softmax2d_flow(call: Call) -> Flow:
+    """Follow a softmax over the channels of maps."""
+    return _beside(call, (-3,), _NORMALISES)
+
+
+def layer_norm_flow(call: Call) -> Flow:
+    """Pass channels beside the last axes, which are normalised."""
+    shape: Any = call.argument(1, "normalized_shape")
+    if call.module is not None:
+        shape = call.module.normalized_shape
+    rank = len(shape) if isinstance(shape, (tuple, list)) else 1
+    return _beside(call, range(-rank, 0), _NORMALISES)
+
+
+def response_norm_flow(call: Call) -> Flow:
+    """Follow a normalisation over neighbouring channels."""
+    return _beside(call, (1,), _NORMALISES)
+
+
+def order_flow(call: Call, *, place: int, default: int | None = -1) -> Flow:
+    """Pass channels beside the axis that is sorted or added up."""
+    return _beside(call, (call.argument(place, "dim", default),), _COMPARES)
+
+
+def _beside(call: Call, dims: Any, reason: str) -> Flow:
+    value = call.value()
+    if not all(isinstance(dim, int) for dim in dims):
+        raise Barrier("it does not say along which axis it works")
+    beside = value.beside({dim % len(value.shape) for dim in dims}, reason)
+    for state in _states(call):
+        state.freeze()
+    others = [v for v in flatten((call.args, call.kwargs)) if isinstance(v, Value)]
+    keeps = [(other.tags, _ALONG) for other in others if other is not value]
+    tags = beside.tags
+    outputs = pytree.tree_map_only(
+        TensorSpec, lambda spec: Value(spec.shape, spec.dtype, tags, unknown(tags)), call.spec
+    )
+    return Flow(outputs, ties=beside.ties, keeps=keeps)
+
+
+def _states(call: Call) -> list[State]:
+    names = [] if call.module is None else ["weight", "bias"]
+    held = [call.state(name) for name in names]
+    given = [leaf for leaf in flatten((call.args, call.kwargs)) if isinstance(leaf, State)]
+    return [*given, *(state for state in held if state is not None)]
 
 
 register(
-    OpRule("normalisation", refuse_normalisation),
-    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
-    *(nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d),
-    *(F.layer_norm, F.group_norm, F.rms_norm, F.local_response_norm, F.normalize),
-    *(F.softmax, F.log_softmax, F.softmin),
-    *(torch.softmax, torch.log_softmax, torch.layer_norm, torch.group_norm, torch.rms_norm),
-    *("softmax", "log_softmax"),
+    OpRule("softmax", softmax_flow),
+    *(nn.Softmax, nn.LogSoftmax, nn.Softmin, F.softmax, F.log_softmax, F.softmin),
+    *(torch.softmax, torch.log_softmax, "softmax", "log_softmax"),
 )
+register(OpRule("softmax of maps", softmax2d_flow), nn.Softmax2d)
 register(
-    OpRule("comparison", refuse_comparison),
-    *(torch.cumsum, torch.sort, torch.argsort, torch.topk, torch.argmax),
-    *("cumsum", "sort", "argsort", "topk", "argmax"),
+    OpRule("layer_norm", layer_norm_flow),
+    *(nn.LayerNorm, F.layer_norm, torch.layer_norm),
 )
+register(OpRule("response_norm", response_norm_flow), nn.LocalResponseNorm, F.local_response_norm)
+for _names, _place, _default in (
+    (("cumsum", "cumprod"), 1, None),
+    (("sort", "argsort"), 1, -1),
+    (("topk",), 2, -1),
+):
+    register(
+        OpRule("order", partial(order_flow, place=_place, default=_default)),
+        *(form for name in _names for form in (getattr(torch, name), name)),
+    )

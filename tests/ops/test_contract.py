@@ -8,6 +8,7 @@ import operator
 import pkgutil
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,6 +38,14 @@ def listed(x: Any) -> Any:
         return list(entries)[1]
     made: Any = x.tracer.create_proxy("call_function", list, (entries,), {})
     return made[1]
+
+
+def is_positive(x: Tensor) -> Tensor:
+    return x > 0
+
+
+def is_large(x: Tensor) -> Tensor:
+    return x > 3
 
 
 def double(x: Tensor) -> Tensor:
@@ -187,6 +196,42 @@ class BatchNormFunction(nn.Module):
 
 
 LINE, VOLUME, KEPT = (3, 8, 9), (3, 8, 4, 4, 4), (3, 5, 5, 8)
+CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+SEQUENCE, TOKENS = (5, 4, 9), (3, 4, 5, 6)
+
+
+class Recurrent(nn.Module):
+    """Call a recurrent module, or cell by cell, and return its output."""
+
+    def __init__(self, recurrent: nn.Module) -> None:
+        super().__init__()
+        self.recurrent = recurrent
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.recurrent, nn.RNNCellBase):
+            state = self.recurrent(x[0])
+            return state[0] if isinstance(self.recurrent, nn.LSTMCell) else state
+        return self.recurrent(x)[0]
+
+
+class SelfAttention(nn.Module):
+    """Call torch's own attention module, or the function behind it."""
+
+    def __init__(self, *, function: bool) -> None:
+        super().__init__()
+        self.attention, self.function = nn.MultiheadAttention(8, 2), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.function:
+            return self.attention(x, x, x)[0]
+        own = self.attention
+        return F.multi_head_attention_forward(
+            *(x, x, x, 8, 2, own.in_proj_weight, own.in_proj_bias, None, None, False, 0.0),
+            *(own.out_proj.weight, own.out_proj.bias),
+            need_weights=False,
+        )[0]
+
+
 MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
     nn.PReLU: (lambda: nn.PReLU(8), Sample()),
     nn.Threshold: (lambda: nn.Threshold(0.1, 0.5), Sample()),
@@ -207,8 +252,23 @@ MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
     nn.UpsamplingNearest2d: (lambda: nn.UpsamplingNearest2d(scale_factor=2), Sample()),
     nn.UpsamplingBilinear2d: (lambda: nn.UpsamplingBilinear2d(scale_factor=2), Sample()),
     nn.LayerNorm: (lambda: nn.LayerNorm(8), Sample(axis=3, shape=KEPT, out_axis=3, shrinks=False)),
-    nn.RMSNorm: (lambda: nn.RMSNorm(8), Sample(axis=3, shape=KEPT, out_axis=3, shrinks=False)),
-    nn.GroupNorm: (lambda: nn.GroupNorm(2, 8), Sample(shrinks=False)),
+    nn.RMSNorm: (
+        lambda: nn.RMSNorm(8, 1e-3),
+        Sample(axis=3, shape=KEPT, out_axis=3, shrinks=False),
+    ),
+    **{
+        kind: (
+            lambda kind=kind: Recurrent(kind(9, 4)),
+            Sample(shape=SEQUENCE, axis=2, out_axis=rank - 1, shrinks=False),
+        )
+        for rank, kinds in ((3, (nn.RNN, nn.LSTM, nn.GRU)), (2, CELLS))
+        for kind in kinds
+    },
+    nn.MultiheadAttention: (
+        lambda: SelfAttention(function=False),
+        Sample(shape=(5, 3, 8), axis=2, out_axis=2, shrinks=False),
+    ),
+    nn.GroupNorm: (lambda: nn.GroupNorm(4, 8), Sample()),
     nn.LocalResponseNorm: (lambda: nn.LocalResponseNorm(2), Sample(shrinks=False)),
     nn.Softmax: (lambda: nn.Softmax(1), Sample(shrinks=False)),
     nn.LogSoftmax: (lambda: nn.LogSoftmax(1), Sample(shrinks=False)),
@@ -329,23 +389,33 @@ NAMED: dict[str, Sample] = {
     "pad": Sample(((1, 2, 0, 1, 2, 3), "constant", 0.5)),
     "interpolate": Sample(kwargs={"scale_factor": 2, "mode": "bilinear"}),
     "glu": Sample((1,)),
-    **dict.fromkeys(("softmax", "log_softmax", "softmin"), Sample((1,), shrinks=False)),
-    "normalize": Sample(shrinks=False),
-    **dict.fromkeys(
-        ("layer_norm", "rms_norm"),
-        Sample(((8,),), shape=KEPT, axis=3, out_axis=3, shrinks=False),
-    ),
-    **dict.fromkeys(("group_norm", "local_response_norm"), Sample((2,), shrinks=False)),
-    "cumsum": Sample((1,), shrinks=False),
-    "sort": Sample((1,), shrinks=False, finish=operator.itemgetter(0)),
-    "argsort": Sample((1,), shrinks=False, finish=double),
-    "topk": Sample((3, 1), shrinks=False, finish=operator.itemgetter(0)),
-    "argmax": Sample((1, True), shrinks=False, finish=double),
+    **dict.fromkeys(("softmax", "log_softmax", "softmin"), Sample((2,))),
+    "normalize": Sample(kwargs={"dim": 2}),
+    "cosine_similarity": Sample(operands=2, kwargs={"dim": 2}),
+    "layer_norm": Sample(((6,),)),
+    "rms_norm": Sample(((6,),)),
+    "group_norm": Sample((4,)),
+    "local_response_norm": Sample((2,), shrinks=False),
+    **dict.fromkeys(("cumsum", "cumprod"), Sample((2,))),
+    "sort": Sample((2,), finish=operator.itemgetter(0)),
+    "argsort": Sample((2,), finish=double),
+    "topk": Sample((3, 2), finish=operator.itemgetter(0)),
+    **dict.fromkeys(("argmax", "argmin"), Sample((2, True), finish=double)),
+    **dict.fromkeys(("max", "min", "median"), Sample((2,), finish=operator.itemgetter(0))),
+    **dict.fromkeys(("var", "std"), Sample(((2, 3),), {"correction": 0})),
+    **dict.fromkeys(("var_mean", "std_mean"), Sample(((2, 3),), finish=operator.itemgetter(0))),
+    "prod": Sample((3,)),
+    "logsumexp": Sample((3,)),
+    "all": Sample((2,), prepare=is_positive, finish=double),
+    "any": Sample((2,), prepare=is_large, finish=double),
+    **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), Sample((2, 3))),
+    "matmul": Sample(operands=2, shape=(3, 8, 5, 5)),
+    "bmm": Sample(operands=2, shape=(8, 5, 5), axis=0, out_axis=0),
+    "mm": Sample(operands=2, shape=(6, 6)),
     **dict.fromkeys(("chunk", "unsafe_chunk", "tensor_split"), Sample((2, 1))),
     **dict.fromkeys(("split", "unsafe_split"), Sample((4, 1))),
     "split_with_sizes": Sample(((3, 5), 1)),
     "getitem": Sample(((slice(None), slice(0, 7, 3), None, ...),), out_axis=1),
-    **dict.fromkeys(("max", "min"), Sample((2,), finish=operator.itemgetter(0))),
     **dict.fromkeys(("mean", "amax", "amin", "sum"), Sample(((2, 3),))),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), Sample((2,))),
     **dict.fromkeys(("half", "bfloat16", "float"), Sample(finish=double)),
@@ -415,6 +485,26 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
     "conv_transpose3d": (
         WithParameters(F.conv_transpose3d, (8, 6, 2, 2, 2), 6),
         Sample(shape=VOLUME),
+    ),
+    "einsum": (
+        WithParameters(lambda x, w: torch.einsum("bchw,cd->bdhw", x, w), (8, 5)),
+        Sample(),
+    ),
+    "addmm": (
+        WithParameters(lambda x, w, b: torch.addmm(b, x, w), (6, 5), 5),
+        Sample(shape=(4, 6)),
+    ),
+    "baddbmm": (
+        Expression(lambda x, y: torch.baddbmm(x, x, y, beta=0.5)),
+        Sample(operands=2, shape=(8, 5, 5), axis=0, out_axis=0),
+    ),
+    "scaled_dot_product_attention": (
+        Expression(lambda x, y: F.scaled_dot_product_attention(x, y, y)),
+        Sample(operands=2, shape=TOKENS),
+    ),
+    "multi_head_attention_forward": (
+        SelfAttention(function=True),
+        Sample(shape=(5, 3, 8), axis=2, out_axis=2, shrinks=False),
     ),
     "batch_norm": (BatchNormFunction(), Sample()),
     "width_gate": (WithParameters(width_gate, (1, 8, 1, 1)), Sample(shrinks=False)),
@@ -533,6 +623,67 @@ FORMS: dict[str, tuple[nn.Module, Sample]] = {
 @pytest.mark.parametrize("name", FORMS)
 def test_form(name: str, zero_inputs: bool) -> None:
     check(*FORMS[name], zero_inputs)
+
+
+# Statistics over channels, which their samples take over other axes.
+STATISTICS: dict[str, tuple[Callable[..., Any], Sample]] = {
+    **{
+        f"{name} over channels": (Expression(function), Sample(shrinks=False))
+        for name, function in {
+            "softmax": lambda x: x.softmax(1),
+            "cumsum": lambda x: x.cumsum(1),
+            "argmax": lambda x: x.argmax(1, True).double(),
+            "sort": lambda x: x.sort(1)[0],
+            "topk": lambda x: x.topk(3, 1)[0],
+            "variance": lambda x: x.var(1, keepdim=True),
+            "deviation": lambda x: torch.std_mean(x, 1, keepdim=True),
+            "layer norm": lambda x: F.layer_norm(x, x.shape[1:]),
+            "logsumexp": lambda x: x.logsumexp(1, keepdim=True),
+            "product": lambda x: x + x.prod(1, keepdim=True),
+            "most": lambda x: x.max(1, keepdim=True)[0],
+        }.items()
+    },
+    **{
+        f"{name} over channels, zeros apart": (Expression(function), Sample())
+        for name, function in {
+            "sum": lambda x: x * x.sum(1, keepdim=True),
+            "mean": lambda x: x * x.mean(1, keepdim=True),
+            "mean of all": lambda x: x * x.mean((1, 2, 3), keepdim=True),
+            "amax": lambda x: x * x.amax((1, 2), keepdim=True),
+            "amin": lambda x: x * x.amin(1, keepdim=True),
+            "norm": lambda x: x * x.norm(2, 1, keepdim=True),
+            "vector norm": lambda x: x * torch.linalg.vector_norm(x, 3, 1, True),
+            "normalize": lambda x: F.normalize(x),
+            "similarity": lambda x: x * F.cosine_similarity(x, x.tanh()).unsqueeze(1),
+            "root mean square by hand": lambda x: (
+                x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-3)
+            ),
+        }.items()
+    },
+}
+TOKEN_LAYERS: dict[str, tuple[Callable[..., Any], Sample]] = {
+    "linear over tokens": (nn.Linear(9, 5), Sample(shape=LINE)),
+    "convolution over tokens": (nn.Conv1d(8, 5, 1), Sample(shape=LINE, axis=2, out_axis=2)),
+    "norm over tokens": (nn.LayerNorm(9), Sample(shape=LINE)),
+}
+
+
+@pytest.mark.parametrize("name", TOKEN_LAYERS)
+def test_a_layer_beside_the_channels_lets_them_go(name: str) -> None:
+    operator, sample = TOKEN_LAYERS[name]
+    check = partial(check_rule, axis=sample.axis, out_axis=sample.out_axis)
+    shrunk = check(copy.deepcopy(operator), sample.shape)
+    assert shrunk.after < shrunk.before
+    check(operator, sample.shape, zero_inputs=True)
+
+
+@pytest.mark.parametrize("form", STATISTICS)
+def test_statistics(form: str) -> None:
+    operator, sample = STATISTICS[form]
+    silent = check_rule(operator, sample.shape, zero_inputs=True)
+    check_rule(operator, sample.shape)
+    if sample.shrinks:
+        assert silent.after < silent.before
 
 
 @pytest.mark.parametrize("zero_inputs", [False, True], ids=["unread", "silent"])

@@ -1,0 +1,389 @@
+"""Blocks people build of contractions, norms and reductions: they really shrink, and exactly."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.channels import analyse
+from fxprune.passes.dead_channels import eliminate_dead_channels
+from fxprune.program import Program, capture
+from fxprune.testing import check_rewrite, close_half, error, spread
+from tests.conftest import randomise
+
+
+def program(model: nn.Module, *shape: int) -> Program:
+    model = randomise(model).double().eval()
+    inputs = ((torch.randn(*shape, dtype=torch.float64),), {})
+    return capture(model, inputs, make_masks_permanent=False)
+
+
+def cut(one: Program) -> Any:
+    """Return the module that is left, once it was seen to compute the same."""
+    return check_rewrite(eliminate_dead_channels, one).module
+
+
+class Attention(nn.Module):
+    """Self-attention as in vision transformers, in one of its many spellings."""
+
+    def __init__(self, mix: Callable[..., Tensor], size: int = 24, heads: int = 4) -> None:
+        super().__init__()
+        self.heads, self.scale, self.mix = heads, (size // heads) ** -0.5, mix
+        self.qkv, self.proj = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.bias = nn.Parameter(torch.randn(1, heads, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, size = x.shape
+        parts = self.qkv(x).reshape(batch, tokens, 3, self.heads, size // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = self.mix(self, q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, size))
+
+
+def by_matmul(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) * m.scale).softmax(-1) @ v
+
+
+def by_size(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(2, 3)) / q.shape[-1] ** 0.5
+    return torch.matmul(F.softmax(scores, dim=-1), v)
+
+
+def by_einsum(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("b h i d, b h j d -> b h i j", q, k) * m.scale
+    return torch.einsum("...ij,...jd->...id", (scores + m.bias).softmax(-1), v)
+
+
+def by_bmm(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)) * m.scale
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(-1, 4, 5, 6)
+
+
+def by_function(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def by_function_with_bias(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=m.bias)
+
+
+def normed(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = F.layer_norm(q, (6,)), F.normalize(k, dim=-1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+SPELLINGS = (by_matmul, by_size, by_einsum, by_bmm, by_function, by_function_with_bias, normed)
+
+
+@pytest.mark.parametrize("mix", SPELLINGS, ids=lambda mix: mix.__name__)
+def test_masked_heads_go(mix: Callable[..., Tensor]) -> None:
+    before = program(Attention(mix), 3, 5, 24)
+    proj: Any = before.module.proj
+    proj.weight.data[:, 6:12] = 0
+    proj.weight.data[:, 20] = 0  # one channel of a head alone does not go
+    after = cut(before)
+    assert after.qkv.weight.shape == (54, 24)
+    assert after.proj.weight.shape == (24, 18)
+
+
+def test_masked_heads_go_through_finalize() -> None:
+    model: Any = randomise(nn.Sequential(nn.Linear(7, 24), Attention(by_matmul), nn.Linear(24, 3)))
+    model[1].proj.weight.data[:, :12] = 0
+    small: Any = fxprune.finalize(model, torch.randn(2, 5, 7))
+    assert small.report.verification.verdict == "equal"
+    assert model[1].qkv.weight.shape == (72, 24)
+    assert small.get_submodule("1.qkv").weight.shape == (36, 24)
+
+
+class GroupedQueries(nn.Module):
+    """Four heads of queries on two of keys and values."""
+
+    def __init__(self, *, expand: bool) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(9, 24), nn.Linear(9, 24), nn.Linear(24, 5)
+        self.expand = expand
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(3, 5, 4, 6).transpose(1, 2)
+        k, v = self.kv(x).view(3, 5, 2, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.expand:
+            k = k.unsqueeze(2).expand(3, 2, 2, 5, 6).reshape(3, 4, 5, 6)
+            v = v.unsqueeze(2).expand(3, 2, 2, 5, 6).reshape(3, 4, 5, 6)
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=not self.expand)
+        return self.out(mixed.transpose(1, 2).reshape(3, 5, 24))
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_a_group_of_heads_goes_whole(expand: bool) -> None:
+    before = program(GroupedQueries(expand=expand), 3, 5, 9)
+    out: Any = before.module.out
+    out.weight.data[:, :18] = 0  # the second group keeps a head, and so its other
+    after = cut(before)
+    assert after.q.out_features == 12 and after.kv.out_features == 12
+    assert after.out.in_features == 12
+
+
+class SingleHead(nn.Module):
+    """One head: its queries and keys may shrink, the scale may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(7, 8), nn.Linear(7, 8), nn.Linear(7, 6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+
+
+def test_a_single_head_shrinks_inside() -> None:
+    before = program(SingleHead(), 3, 5, 7)
+    parts: Any = before.module
+    parts.q.weight.data[:3] = 0
+    parts.q.bias.data[:3] = 0
+    parts.out.weight.data[:, :2] = 0
+    parts.v.weight.data[3] = 0  # a constant, which goes through the attention into the bias
+    after = cut(before)
+    assert after.q.out_features == after.k.out_features == 5
+    assert after.v.out_features == after.out.in_features == 3
+
+
+class HandWritten(nn.Module):
+    """Linear layers written as products with parameters."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor], *, later: bool) -> None:
+        super().__init__()
+        self.product, self.later = product, later
+        self.first, self.last = nn.Linear(7, 8), nn.Linear(6, 3)
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.product(torch.tanh(self.first(x)), self.weight) + self.bias
+        return self.last(torch.relu(x))
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "operator": lambda x, w: x @ w,
+    "matmul": lambda x, w: torch.matmul(x, other=w),
+    "einsum": lambda x, w: torch.einsum("btc,cd->btd", x, w),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_linear_layer_by_hand_shrinks(name: str) -> None:
+    before = program(HandWritten(PRODUCTS[name], later=False), 3, 5, 7)
+    parts: Any = before.module
+    parts.weight.data[1] = 0  # not read
+    parts.first.weight.data[2:4] = 0  # silent
+    parts.first.bias.data[2:4] = 0
+    parts.last.weight.data[:, :2] = 0
+    after = cut(before)
+    assert after.weight.shape == (5, 4) and after.bias.shape == (4,)
+    assert after.first.out_features == 5 and after.last.in_features == 4
+
+
+class Mixer(nn.Module):
+    """An MLP-Mixer block (Tolstikhin et al. 2021), with norms or without."""
+
+    def __init__(self, *, norm: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 8)
+        self.norms = nn.ModuleList([nn.LayerNorm(8) if norm else nn.Identity() for _ in range(2)])
+        self.tokens = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 5))
+        self.channels = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.inner(x))
+        x = x + self.tokens(self.norms[0](x).transpose(1, 2)).transpose(1, 2)
+        x = x + self.channels(self.norms[1](x))
+        return self.head(x.mean(1))
+
+
+class Block(nn.Module):
+    """A residual block with group norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.first, self.second = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList([nn.GroupNorm(4, 16) for _ in range(3)])
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norms[0](self.stem(x)))
+        inner = F.relu(self.norms[1](self.first(x)))
+        x = F.relu(x + self.norms[2](self.second(inner)))
+        return self.head(x.mean((2, 3)))
+
+
+class Spatial(nn.Module):
+    """Something between convolutions: attention over channels, over space, over branches."""
+
+    def __init__(self, middle: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.middle = middle
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.reduce, self.expand = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.other, self.spatial = nn.Conv2d(4, 8, 1), nn.Conv2d(2, 1, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self, F.relu(self.first(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def squeezed(m: Any, x: Tensor) -> Tensor:
+    return x * m.expand(F.relu(m.reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+def over_space(m: Any, x: Tensor) -> Tensor:
+    x = squeezed(m, x)
+    maps = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+    return x * m.spatial(maps).sigmoid()
+
+
+def selected(m: Any, x: Tensor) -> Tensor:
+    branches = torch.stack([x, F.relu(m.second(x))], 1)
+    pooled = F.relu(m.reduce(branches.sum(1).mean((2, 3), keepdim=True)))
+    weights = torch.stack([m.expand(pooled), m.other(pooled)], 1).softmax(1)
+    return (branches * weights).sum(1)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
+    "mixer": (lambda: Mixer(norm=True), (3, 5, 6), {"tokens.0", "channels.0"}),
+    "mixer without norm": (lambda: Mixer(norm=False), (3, 5, 6), {"channels.0"}),
+    "group norm": (Block, (3, 3, 6, 6), {"stem", "first", "second", "norms.0"}),
+    "squeeze and excite": (lambda: Spatial(squeezed), (3, 3, 6, 6), {"first", "reduce", "expand"}),
+    "channels and space": (lambda: Spatial(over_space), (3, 3, 6, 6), {"first", "reduce"}),
+    "selected kernels": (lambda: Spatial(selected), (3, 3, 6, 6), {"first", "second", "reduce"}),
+    "encoder layer": (
+        lambda: nn.Sequential(
+            nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 3)
+        ),
+        (5, 3, 6),
+        {"1.linear1", "1.linear2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_of_the_gates_closed(name: str) -> None:
+    build, shape, shrunk = MODELS[name]
+    model = randomise(build()).eval()
+    x = torch.randn(shape)
+    gated = fxprune.instrument(model, x)
+    with torch.no_grad():
+        assert error(model(x), gated.eval()(x)) < 1e-6
+        assert close_half(gated) > 0
+        small: Any = fxprune.finalize(gated)
+        gated, x = gated.double(), x.double()
+        expected = gated(x)
+        assert error(expected, small.double()(x)) < 1e-10 and spread(expected) > 1e-4
+    assert small.report.verification.verdict == "equal"
+    for path in shrunk:
+        before, after = (sum(p.numel() for p in _parameters(m, path)) for m in (model, small))
+        assert after < before, path
+
+
+def _parameters(model: nn.Module, path: str) -> Iterator[nn.Parameter]:
+    return model.get_submodule(path).parameters()
+
+
+class Recurrence(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.first, self.recurrent = nn.Linear(4, 9), kind(9, 5)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        if isinstance(self.recurrent, nn.RNNCellBase):
+            state = self.recurrent(x[0])
+            return self.last(state[0] if isinstance(self.recurrent, nn.LSTMCell) else state)
+        output, _ = self.recurrent(x)
+        return self.last(output)
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell], ids=lambda k: k.__name__
+)
+def test_what_comes_into_a_recurrence_shrinks(kind: Any) -> None:
+    before = program(Recurrence(kind), 3, 4, 4)
+    parts: Any = before.module
+    parts.first.weight.data[:3] = 0
+    parts.first.bias.data[:3] = 0
+    first = next(parts.recurrent.parameters())
+    first.data[:, 5] = 0
+    after = cut(before)
+    assert after.first.out_features == after.recurrent.input_size == 5
+
+
+def test_silent_channels_leave_a_root_mean_square_norm() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8, eps=1e-2), nn.Linear(8, 3))
+    before = program(model, 6, 4)
+    layers: Any = before.module
+    for layer in (layers.get_submodule("0"),):
+        layer.weight.data[:3] = 0
+        layer.bias.data[:3] = 0
+    after = cut(before)
+    assert after.get_submodule("1").weight.shape == (5,)
+    assert after.get_submodule("2").in_features == 5
+
+
+def test_a_computed_weight_of_a_norm_stays_whole() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 2, 1)
+            self.weight = nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.layer_norm(self.first(x), (5,), self.weight + 1))
+
+    before = program(Shifted(), 3, 3, 5)
+    last: Any = before.module.last
+    last.weight.data[:, :2] = 0
+    after = cut(before)
+    assert after.first.out_channels == 4 and after.weight.shape == (5,)
+
+
+def test_a_frozen_batch_norm_shrinks() -> None:
+    operators: Any = pytest.importorskip("torchvision.ops")
+    frozen: Any = operators.FrozenBatchNorm2d(8)
+    frozen.running_var.uniform_(0.5, 1.5)
+    frozen.running_mean.normal_()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), frozen, nn.ReLU(), nn.Conv2d(8, 4, 3))
+    before = program(model, 2, 3, 7, 7)
+    last: Any = before.module.get_submodule("3")
+    last.weight.data[:, :3] = 0
+    after = cut(before)
+    assert after.get_submodule("1").running_mean.shape == (5,)
+    assert after.get_submodule("0").out_channels == 5
+
+
+def test_a_group_of_one_constant_becomes_its_bias() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.Conv2d(8, 4, 1))
+    before = program(model, 2, 3, 5, 5)
+    first: Any = before.module.get_submodule("0")
+    first.weight.data[2:4] = 0
+    first.bias.data[2:4] = 0.7
+    after = cut(before)
+    assert after.get_submodule("1").num_groups == 3
+    assert after.get_submodule("2").in_channels == 6
+
+
+def test_torchs_own_attention_says_why_it_stays() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    (reason,) = analyse(program(Own(), 5, 2, 8)).barriers.values()
+    assert "one size in this module" in reason
