@@ -88,7 +88,7 @@ def model() -> nn.Module:
 
 def test_regions_are_found_top_down_and_change_nothing(model: nn.Module) -> None:
     x = images()
-    gated = fxprune.instrument(model, (x,))
+    gated: Any = fxprune.instrument(model, (x,))
     assert set(gated._fxprune["regions"]) == {"stem", "head.layers"}
     for mode in (True, False):
         assert same(model.train(mode)(x), gated.train(mode)(x))
@@ -102,10 +102,10 @@ def test_regions_are_found_top_down_and_change_nothing(model: nn.Module) -> None
 
 def test_half_of_all_gates_go_exactly(model: nn.Module) -> None:
     x = images()
-    gated = fxprune.instrument(model, (x,)).eval()
+    gated: Any = fxprune.instrument(model, (x,)).eval()
     assert close_half(gated) == 14
     assert fxprune.architecture(gated)["stem.layers.2"]["live"] == 4
-    small = fxprune.finalize(gated)
+    small: Any = fxprune.finalize(gated)
     assert small.stem.layers.get_submodule("0").out_channels == 4
     assert error(gated(x), small(x)) < 1e-6
     report = small.report
@@ -123,7 +123,7 @@ def test_half_of_all_gates_go_exactly(model: nn.Module) -> None:
 
 def test_state_survives_its_way_through_a_dict(model: nn.Module) -> None:
     x = images()
-    gated = fxprune.instrument(model, (x,)).eval()
+    gated: Any = fxprune.instrument(model, (x,)).eval()
     close_half(gated)
     twin = fxprune.instrument(Untraceable(), (x,)).eval()
     twin.load_state_dict(gated.state_dict())
@@ -131,7 +131,7 @@ def test_state_survives_its_way_through_a_dict(model: nn.Module) -> None:
 
 
 def test_gates_train_freeze_and_are_penalised_in_all_regions(model: nn.Module) -> None:
-    gated = fxprune.instrument(model, (images(),)).train()
+    gated: Any = fxprune.instrument(model, (images(),)).train()
     groups = fxprune.parameter_groups(gated, lr=0.1, gate_lr=0.5)
     assert sum(p.numel() for p in groups[1]["params"]) == 28
     loss = sum((out.square().mean() for out in gated(images())), fxprune.penalty(gated))
@@ -146,7 +146,7 @@ def test_masks_become_speed_without_gates(model: nn.Module) -> None:
     prune.ln_structured(layer, "weight", amount=0.5, n=2, dim=0)
     layer.bias.data *= layer.weight_mask[:, 0, 0, 0]
     x = images()
-    small = fxprune.finalize(model, (x,))
+    small: Any = fxprune.finalize(model, (x,))
     assert small.get_submodule("stem.layers.3").out_channels == 3
     assert error(model.eval()(x), small(x)) < 1e-5
 
@@ -167,7 +167,7 @@ class Peeking(nn.Module):
 
 
 def test_what_the_model_reaches_by_other_ways_is_left_alone() -> None:
-    gated = fxprune.instrument(randomise(Peeking()), torch.randn(2, 3, 8, 8))
+    gated: Any = fxprune.instrument(randomise(Peeking()), torch.randn(2, 3, 8, 8))
     refused = {change.where: change.what for change in gated.report.refused}
     assert gated._fxprune["regions"] == ["body.layers"]
     assert refused["stem"] == "no region: its layers.0.weight is used from outside of it"
@@ -198,7 +198,7 @@ class Wrapped(nn.Module):
 
 
 def test_regions_are_found_inside_of_a_leaf_too() -> None:
-    gated = fxprune.instrument(randomise(Wrapped()), torch.randn(2, 3, 8, 8))
+    gated: Any = fxprune.instrument(randomise(Wrapped()), torch.randn(2, 3, 8, 8))
     assert set(gated._fxprune["regions"]) == {"inner.stem", "inner.head.layers"}
 
 
@@ -221,7 +221,7 @@ def detector() -> nn.Module:
 def test_a_detector_is_trained_and_cut(tmp_path: Path) -> None:
     model = detector().eval()
     x = [torch.rand(3, 64, 64)]
-    gated = fxprune.instrument(model, (x,))
+    gated: Any = fxprune.instrument(model, (x,))
     assert "backbone" in gated._fxprune["regions"]
     targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
     losses = gated.train()(x, targets)
@@ -229,7 +229,7 @@ def test_a_detector_is_trained_and_cut(tmp_path: Path) -> None:
     (width,) = [p for name, p in gated.named_parameters() if name == "backbone.gates.width"]
     assert width.grad is not None and bool(width.grad.any())
     close_half(gated)
-    small = fxprune.finalize(gated)
+    small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
     assert small.report.after.parameters < 0.8 * small.report.before.parameters
     expected, found = gated.eval()(x)[0], small(x)[0]
