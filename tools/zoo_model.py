@@ -68,9 +68,14 @@ def study(name: str) -> dict[str, Any]:
 def build(name: str) -> nn.Module:
     """Return an untrained model; there is nothing to download."""
     try:
-        return get_model(name, weights=None, weights_backbone=None)
+        model = get_model(name, weights=None, weights_backbone=None)
     except (TypeError, ValueError):
-        return get_model(name, weights=None)
+        model = get_model(name, weights=None)
+    transform: Any = getattr(model, "transform", None)
+    if transform is not None and transform.fixed_size is None:
+        # Detectors enlarge what they are given; they do the same on small images.
+        transform.min_size, transform.max_size = (128,), 192
+    return model
 
 
 def example(model: nn.Module, name: str) -> Any:
