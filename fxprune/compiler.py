@@ -3,14 +3,13 @@
 Both work on a copy: what the user holds is never modified.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import assumptions
-from fxprune.costs import costs_of
+from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
@@ -22,20 +21,21 @@ from fxprune.passes.in_place import make_functional
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
+from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
 from fxprune.pipeline import Change, Pass, run
 from fxprune.program import (
     Inputs,
     Program,
-    capture,
-    check_parameters,
-    copy_model,
     device_of,
     evaluating,
+    memory_of,
     model_inputs,
+    remember_,
     same,
     to_device,
     widened,
 )
+from fxprune.regions import Region
 from fxprune.report import Report
 from fxprune.verification import Verification, verify
 
@@ -107,15 +107,8 @@ def instrument(
     if gate_owners(model):
         raise GateError(f"{type(model).__name__} is instrumented already; finalize it first")
     inputs = inputs_for(model, example_inputs)
-    program = capture(model, inputs, make_masks_permanent=False, check=check)
-    if program.module.meta["evaluation_only"] and model.training:
-        raise TraceError(
-            f"{type(model).__name__} runs other operators in training than in evaluation "
-            "(auxiliary heads?); switch them off, or call model.eval() first to instrument the "
-            "model as it is in evaluation"
-        )
-    expected = _outputs(program) if check else None
-    report = Report("instrument", type(model).__name__, {})
+    name = type(model).__name__
+    reports: dict[str, Report] = {}
 
     def insertion(program: Program) -> list[Change]:
         return insert_gates(
@@ -123,13 +116,18 @@ def instrument(
         )
 
     insertion.__name__ = insert_gates.__name__
-    report.passes = run(program, (insertion,))
-    if check and not same(expected, _outputs(program)):
-        raise VerificationError(
-            f"the gates changed the outputs of {type(model).__name__}; this is a bug in fxprune"
-        )
-    _remember(program, inputs, report)
-    return cast(GatedModel, program.module)
+
+    def gate(region: Region) -> None:
+        _require_both_modes(region.program, model)
+        before = _outputs(region.program) if check else None
+        reports[region.path] = Report("instrument", name, run(region.program, (insertion,)))
+        if check and not same(before, _outputs(region.program)):
+            raise VerificationError(
+                f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"
+            )
+
+    parts = parts_in_training(model, inputs, gate, check=check)
+    return cast(GatedModel, _assembled("instrument", name, inputs, parts, reports))
 
 
 def finalize(
@@ -154,13 +152,29 @@ def finalize(
     """
     reference = gated_model(model)
     inputs = inputs_for(reference, example_inputs)
-    program = capture_any(reference, inputs, check=check)
-    program.module.eval()
-    source = program.clone() if check else None
-    name = str(program.module.meta.get("fxprune", {}).get("model", type(model).__name__))
-    report = Report("finalize", name, run(program, PLAIN))
-    report.before = costs_of(program, reference)
+    parts = parts_in_evaluation(reference, inputs, check=check)
+    name = str(memory_of(reference).get("model", type(model).__name__))
     passes = (*CUT, *FOLD) if fold else CUT
+    reports = {
+        region.path: _cut(region, reference.get_submodule(region.path), passes, check=check)
+        for region in parts.regions
+    }
+    small = _assembled("finalize", name, inputs, parts, reports)
+    report: Report = small.report
+    if parts.paths:
+        report.before, report.after = _costs(reference, inputs), _costs(small, inputs)
+    if report.verification is not None:
+        report.verification = with_whole(report.verification, reference, small, inputs, parts)
+        report.verification.require()
+    return cast(PlainModel, small)
+
+
+def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, check: bool) -> Report:
+    """Make a part of a model smaller, in place."""
+    program = region.program
+    source = program.clone() if check else None
+    report = Report("finalize", type(reference).__name__, run(program, PLAIN))
+    report.before = costs_of(program, reference)
     report.passes |= run(program, passes)
     program.module.delete_all_unused_submodules()
     report.after = costs_of(program)
@@ -169,15 +183,15 @@ def finalize(
         for place, reason in program.barriers.items()
     ]
     if source is not None:
-        report.verification = _prove(reference, source, program, (*PLAIN, *passes))
-    _remember(program, inputs, report)
-    return cast(PlainModel, program.module)
+        proof = _prove(reference, source, program, (*PLAIN, *passes), region.other_inputs())
+        report.verification = proof
+    return report
 
 
 def gated_model(model: nn.Module) -> nn.Module:
     """Unwrap an instrumented model from DDP or torch.compile; a model without gates is returned."""
     owners = gate_owners(model).values()
-    if not owners or model in owners:
+    if not owners or model in owners or memory_of(model):
         return model
     wrapped = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
     if wrapped is not None:
@@ -192,21 +206,25 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
     """Return the inputs given, remembered or guessed, in this order."""
     if example_inputs is not None:
         return model_inputs(example_inputs)
-    remembered = getattr(model, "meta", {}).get("fxprune")
-    if remembered is not None:
+    remembered = memory_of(model)
+    if remembered:
         return remembered["example_inputs"]
     if gate_owners(model):
         raise ExampleInputError("the gated model has lost its example inputs; pass example_inputs=")
     return infer_example_inputs(model)
 
 
-def capture_any(model: nn.Module, inputs: Inputs, *, check: bool = True) -> Program:
-    """Copy an instrumented model, which is traced already; capture any other, masks and all."""
-    if not isinstance(model, fx.GraphModule) or not gate_owners(model):
-        return capture(model, inputs, make_masks_permanent=True, check=check)
-    check_parameters(model)
-    args, kwargs = to_device(inputs, device_of(model))
-    return Program(copy_model(model), args, kwargs)
+def _require_both_modes(program: Program, model: nn.Module) -> None:
+    if program.module.meta["evaluation_only"] and model.training:
+        raise TraceError(
+            f"{type(model).__name__} runs other operators in training than in evaluation "
+            "(auxiliary heads?); switch them off, or call model.eval() first to instrument the "
+            "model as it is in evaluation"
+        )
+
+
+def _costs(model: nn.Module, inputs: Inputs) -> Costs:
+    return count_costs(model, to_device(inputs, device_of(model)))
 
 
 def _outputs(program: Program) -> Any:
@@ -215,9 +233,13 @@ def _outputs(program: Program) -> Any:
 
 
 def _prove(
-    reference: nn.Module, source: Program, program: Program, passes: tuple[Pass, ...]
+    reference: nn.Module,
+    source: Program,
+    program: Program,
+    passes: tuple[Pass, ...],
+    extra_inputs: Sequence[Inputs],
 ) -> Verification:
-    """Compare the result with the model it was made from; raise unless they are equal.
+    """Compare a part of the result with that of the model it was made from.
 
     The rewrite itself is proved in float64, on a model that the same passes made from the same
     weights in float64: rounding the merged weights to their dtype would hide what it does.
@@ -225,24 +247,25 @@ def _prove(
     exact = widened(source)
     if exact is not None:
         run(exact, passes)
-    found = verify(
+    return verify(
         reference,
         program.module,
         (source.args, source.kwargs),
         exact=None if exact is None else exact.module,
+        extra_inputs=extra_inputs,
     )
-    found.require()
-    return found
 
 
-def _remember(program: Program, inputs: Inputs, report: Report) -> None:
-    """Give the module what a user asks of it: its report, and inputs for what comes next."""
-    assumed = assumptions(program.graph)
-    report.assumptions = [Change(node.name, text) for node, text in assumed.items()]
-    module: Any = program.module
-    module.meta["fxprune"] = {
-        "model": report.model,
-        "example_inputs": pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, inputs),
-    }
-    module.report = report
-    module.meta["_user_preserved_attributes"] = {"report": report}  # survives a deep copy
+def _assembled(
+    verb: str, model: str, inputs: Inputs, parts: Parts, reports: dict[str, Report]
+) -> Any:
+    """Put every part in its place, and give the model what a user asks of it."""
+    for region in parts.regions:
+        program, report = region.program, reports[region.path]
+        assumed = assumptions(program.graph)
+        report.assumptions = [Change(node.name, text) for node, text in assumed.items()]
+        remember_(program.module, report, (program.args, program.kwargs), model=model)
+        parts.put(region.path, program.module)
+    report = joined(verb, model, parts, reports)
+    remember_(parts.root, report, inputs, model=model, regions=parts.paths)
+    return parts.root

@@ -100,7 +100,17 @@ def _macs(module: nn.Module, example_inputs: Inputs) -> int:
     finally:
         for part, flag in flags.items():
             part.training = flag
-    return counter.macs // (leading_size(example_inputs) or 1)
+    return counter.macs // (_samples(example_inputs) or 1)
+
+
+def _samples(inputs: Inputs) -> int | None:
+    """Return the batch size; detection takes a list of images, which need not be of one size."""
+    first: Any = next(iter(inputs[0]), None)
+    if isinstance(first, (list, tuple)) and all(
+        isinstance(x, Tensor) and x.ndim == 3 for x in first
+    ):
+        return len(first)
+    return leading_size(inputs)
 
 
 def _timed(function: Callable[[], Any]) -> float:

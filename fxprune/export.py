@@ -25,7 +25,7 @@ from fxprune.errors import ExportError, as_export_error, one_line
 from fxprune.onnx_program import FIX_SIZES, write_onnx
 from fxprune.onnx_signature import Flat, Sizes
 from fxprune.precision import full_precision
-from fxprune.program import Inputs, copy_model, describe, tensors_of, to_device
+from fxprune.program import Inputs, copy_model, describe, memory_of, tensors_of, to_device
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 
@@ -107,7 +107,7 @@ def onnx_session(
 
 def _example_inputs(model: nn.Module, given: Any) -> Inputs:
     if given is None:
-        given = getattr(model, "meta", {}).get("fxprune", {}).get("example_inputs")
+        given = memory_of(model).get("example_inputs")
     if given is None:
         raise ExportError(
             f"{type(model).__name__} remembers no inputs to export it with; pass example_inputs="

@@ -6,7 +6,8 @@ already; for a gated one what the gates hold now.
 
 import io
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import networkx as nx
@@ -16,15 +17,16 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from fxprune.channels import Channels, analyse
-from fxprune.compiler import capture_any, gated_model, inputs_for
+from fxprune.compiler import gated_model, inputs_for
 from fxprune.cuts import Cut
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import HALF, UNGATED, Gates, WidthSite, gate_owners, linear_gate, width_gate
 from fxprune.liveness import settle
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.instrumentation import insert_gates
-from fxprune.penalties import gates_of
-from fxprune.program import Program
+from fxprune.penalties import gates_by_name
+from fxprune.piecewise import parts_in_evaluation
+from fxprune.program import Program, memory_of
 from fxprune.rules import rule_for
 from fxprune.values import Value
 
@@ -86,9 +88,19 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     `instrument` raises, except that a model no gate fits is no error here.
     """
     model = gated_model(model)
-    program = capture_any(model, inputs_for(model, example_inputs))
+    rows: list[Row] = []
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for region in parts_in_evaluation(model, inputs_for(model, example_inputs)).regions:
+        prefix = f"{region.path}." if region.path else ""
+        found, drawn = _inspect(region.program)
+        rows += [replace(row, layer=prefix + row.layer) for row in found]
+        graph.update(nx.relabel_nodes(drawn, {name: prefix + name for name in drawn}))
+    return Inspection(str(memory_of(model).get("model", type(model).__name__)), tuple(rows), graph)
+
+
+def _inspect(program: Program) -> "tuple[list[Row], nx.DiGraph[str]]":
     plain = program.clone()
-    if not gate_owners(model):
+    if not gate_owners(program.module):
         with suppress(NothingToDoError):  # the rows say why
             insert_gates(program)
     else:
@@ -96,8 +108,7 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     channels = analyse(program, generic=True)
     plain_channels = analyse(plain)
     rows = _rows(program, channels, plain_channels, settle(plain_channels))
-    name = str(program.module.meta.get("fxprune", {}).get("model", type(model).__name__))
-    return Inspection(name, tuple(rows), as_graph(program, channels))
+    return rows, as_graph(program, channels)
 
 
 def architecture(gated: nn.Module) -> dict[str, dict[str, Any]]:
@@ -106,7 +117,14 @@ def architecture(gated: nn.Module) -> dict[str, dict[str, Any]]:
     Cheap: it reads the gates only, so that it can be called in every training step. Raises
     `GateError` if the model was not instrumented.
     """
-    gates = gates_of(gated)
+    found: dict[str, dict[str, Any]] = {}
+    for path, gates in gates_by_name(gated).items():
+        sites = _states(gates)
+        found |= {f"{path}.{name}" if path else name: state for name, state in sites.items()}
+    return found
+
+
+def _states(gates: Gates) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for site in gates.width_sites:
         kept = gates.kept(site)
@@ -119,9 +137,9 @@ def architecture(gated: nn.Module) -> dict[str, dict[str, Any]]:
 
 def freeze(gated: nn.Module) -> None:
     """Fix the gates at what they decided, in place: binary, and no longer trained."""
-    gates = gates_of(gated)
+    parameters = [(g.width, g.linear) for g in gates_by_name(gated).values()]
     with torch.no_grad():
-        for gate in (gates.width, gates.linear):
+        for gate in chain.from_iterable(parameters):
             if gate is not None:
                 gate.copy_((gate >= HALF).to(gate.dtype))
                 gate.requires_grad_(False)

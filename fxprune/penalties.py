@@ -9,6 +9,7 @@ holds it; λ3 ≥ λ1 sends every gate to 0 that the loss does not hold. The ter
 `gated.penalties`, an `nn.ModuleDict`: read, weigh, replace or add one.
 """
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -137,6 +138,19 @@ def gates_of(model: nn.Module) -> Gates:
     Raises `GateError` if there are none.
     """
     return next(iter(_owners(model)))
+
+
+def gates_by_name(model: nn.Module) -> dict[str, Gates]:
+    """Return all gates of a model, by the name of the part that holds them: "" for all of it.
+
+    Raises `GateError` if there are none.
+    """
+    owners = {owner: gates for gates, owner in _owners(model).items()}
+    names = {name: owners[part] for name, part in model.named_modules() if part in owners}
+    # What a wrapper calls its model is no part of the model.
+    return {
+        re.sub(r"^((module|_orig_mod)(\.|$))+", "", name): gates for name, gates in names.items()
+    }
 
 
 def _owners(model: nn.Module) -> dict[Gates, nn.Module]:

@@ -80,7 +80,7 @@ def capture(
     check_parameters(model)
     root = copy_model(model)
     if make_masks_permanent:
-        _bake_masks(root)
+        bake_masks(root)
     args, kwargs = to_device(inputs, device_of(model))
     given = bound_arguments(root, args, kwargs)
     program = Program(trace(root, given), args, kwargs)
@@ -94,8 +94,9 @@ def copy_model(model: nn.Module) -> Any:
     memo: dict[int, Any] = {}
     try:
         for module in model.modules():
-            for value in vars(module).values():
-                if isinstance(value, Tensor) and not value.is_leaf:
+            held = [v for v in vars(module).values() if isinstance(v, (Tensor, list, tuple))]
+            for value in tensors_of(held):  # a list: what a run left behind
+                if not value.is_leaf:
                     memo[id(value)] = value.detach().clone()
         for module in reversed(list(model.modules())):  # parts first
             if _is_its_attributes(type(module)):
@@ -186,6 +187,24 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
+def memory_of(model: nn.Module) -> dict[str, Any]:
+    """Return what a verb left in its result: the model's name, example inputs, regions; or {}."""
+    if isinstance(model, fx.GraphModule):
+        return model.meta.get("fxprune", {})
+    return vars(model).get("_fxprune", {})
+
+
+def remember_(model: nn.Module, report: Any, example_inputs: Inputs, /, **memory: Any) -> None:
+    """Leave a report in a result, and what the next verb asks for; a deep copy keeps both."""
+    memory["example_inputs"] = pytree.tree_map_only(Tensor, Tensor.cpu, example_inputs)
+    vars(model)["report"] = report
+    if isinstance(model, fx.GraphModule):
+        model.meta["fxprune"] = memory
+        model.meta.setdefault("_user_preserved_attributes", {})["report"] = report
+    else:
+        vars(model)["_fxprune"] = memory
+
+
 def model_inputs(example_inputs: Any) -> Inputs:
     """Normalise what users pass as example inputs: a tensor, a tuple, or a mapping of keywords."""
     if isinstance(example_inputs, Tensor):
@@ -222,7 +241,8 @@ def leading_size(inputs: Any) -> int | None:
     return next((len(tensor) for tensor in tensors_of(inputs) if tensor.ndim), None)
 
 
-def _bake_masks(root: nn.Module) -> None:
+def bake_masks(root: nn.Module) -> None:
+    """Write the masks of `torch.nn.utils.prune` into the weights, in place."""
     for module in root.modules():
         hooks = list(module._forward_pre_hooks.values())
         for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:

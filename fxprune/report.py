@@ -53,6 +53,10 @@ class Report:
         """Pickle as a plain dict."""
         return dict, (self.to_dict(),)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Report":
+        """Stay a report in a copy of the model; nothing edits it there."""
+        return self
+
     def __str__(self) -> str:
         """Return the report as a short text."""
         lines = [f"{self.verb} {self.model}"]

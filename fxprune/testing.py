@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.channels import analyse
-from fxprune.gates import HALF, UNGATED
+from fxprune.gates import HALF, UNGATED, Gates
 from fxprune.passes.dead_channels import eliminate_dead_channels
-from fxprune.penalties import gates_of
+from fxprune.penalties import gates_by_name
 from fxprune.pipeline import Change, Pass
 from fxprune.program import Program, capture, evaluating
 
@@ -92,7 +92,10 @@ def close_half(gated: nn.Module, seed: int = 0) -> int:
     Units that several sites share are closed once, so that no site loses more than half.
     """
     generator = torch.Generator().manual_seed(seed)
-    gates = gates_of(gated)
+    return sum(_close_half(gates, generator) for gates in gates_by_name(gated).values())
+
+
+def _close_half(gates: Gates, generator: torch.Generator) -> int:
     if gates.width is None:
         return 0
     with torch.no_grad():

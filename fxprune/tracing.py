@@ -28,6 +28,7 @@ from fxprune.errors import ExampleInputError, TraceError
 from fxprune.modes import same_structure, thaw_modes
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
+_PYTHONS = (len, list, round)
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
@@ -224,8 +225,8 @@ def _trace_in_mode(
             f"{_place(error)}; move the data-dependent Python of its forward into a submodule of "
             "its own (a submodule that cannot be traced is kept whole), or instrument its parts"
         ) from error
-    for node in graph.nodes:  # marked to be wrapped when traced again, which needs no mark
-        node.meta.pop("is_wrapped", None)
+    for node in graph.nodes:  # unpickling traces again: Python's own functions must be wrapped
+        node.meta["is_wrapped"] = node.target in _PYTHONS
     # Unpickling a graph module calls its tracer's class; torch.fx's own has all that takes.
     graph._tracer_cls = None
     return graph, tracer

@@ -25,15 +25,21 @@ EXACT, ROUNDED = 1e-9, 1e-5
 
 @dataclass(frozen=True)
 class Verification:
-    """The checks of a comparison, and what they amount to."""
+    """The checks of a comparison, and what they amount to.
+
+    parts: where a model was proved in parts, the proofs of these; all must have evidence.
+    """
 
     checks: tuple[Check, ...]
+    parts: tuple["Verification", ...] = ()
 
     @property
     def verdict(self) -> Verdict:
         """Return "different" if any check is, "equal" if both dtypes have evidence for it."""
         if any(check.verdict == "different" for check in self.checks):
             return "different"
+        if any(part.verdict != "equal" for part in self.parts):
+            return "inconclusive"
         proved = {check.dtype for check in self.checks if check.verdict == "equal"}
         return "equal" if proved == set(DTYPES) else "inconclusive"
 

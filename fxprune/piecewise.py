@@ -1,0 +1,229 @@
+"""A model in parts that are programs: all of it where it can be traced, else its regions.
+
+The verbs treat every part alike. What remains of the model around the regions is the user's own
+Python, so the proof of the whole is this: every region is proved by itself, and with the outputs of
+the regions exchanged for those of the original, the rest computes the same to the bit. Comparing
+free runs would prove less: where scores tie, rounding decides which boxes survive.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.comparison import Difference, differences, output_leaves
+from fxprune.errors import NothingToDoError, TraceError, VerificationError
+from fxprune.gates import gate_owners
+from fxprune.pipeline import Change
+from fxprune.precision import Run, run_all
+from fxprune.program import (
+    Inputs,
+    Program,
+    bake_masks,
+    capture,
+    check_parameters,
+    copy_model,
+    describe,
+    device_of,
+    memory_of,
+    to_device,
+)
+from fxprune.recording import copies, record
+from fxprune.regions import Region, find_regions, leaves_of, put_in_place, recorded_region
+from fxprune.report import Report
+from fxprune.verdicts import Check
+from fxprune.verification import Verification
+
+# Beyond rounding, whatever the model: another region than the one that belongs there.
+GROSS = 0.01
+
+Treat = Callable[[Region], Any]
+
+
+@dataclass
+class Parts:
+    """A copy of a model, and the parts of it that are programs; the one part "" is all of it."""
+
+    root: nn.Module
+    regions: list[Region]
+    refused: list[Change] = field(default_factory=list[Change])
+
+    @property
+    def paths(self) -> list[str]:
+        """Return the paths of the regions, nothing for a whole program."""
+        return [region.path for region in self.regions if region.path]
+
+    def put(self, path: str, module: nn.Module) -> None:
+        """Replace a part of the copy."""
+        if path:
+            put_in_place(self.root, path, module)
+        else:
+            self.root = module
+
+
+def parts_in_training(
+    model: nn.Module, inputs: Inputs, treat: Treat, *, check: bool = True
+) -> Parts:
+    """Copy a model and let `treat` edit all of it or, where it is no program, its regions.
+
+    treat: edits a region's program, or raises `NothingToDoError`.
+    """
+    whole = None
+    try:
+        program = capture(model, inputs, make_masks_permanent=False, check=check)
+        whole = Region("", program, ())
+    except TraceError as error:
+        return _search(copy_model(model), inputs, error, in_training=True, treat=treat)
+    try:
+        treat(whole)
+    except NothingToDoError as error:
+        if not leaves_of(program):
+            raise
+        return _search(copy_model(model), inputs, error, in_training=True, treat=treat)
+    return Parts(program.module, [whole])
+
+
+def parts_in_evaluation(model: nn.Module, inputs: Inputs, *, check: bool = True) -> Parts:
+    """Copy a model, gated or not, into evaluation mode, in parts to cut; masks become permanent."""
+    paths = memory_of(model).get("regions")
+    if paths:
+        root = copy_model(model).eval()
+        calls = record(root, inputs, paths).calls
+        regions: list[Region] = []
+        for path in paths:
+            remembered = memory_of(root.get_submodule(path))["example_inputs"]
+            remembered = to_device(remembered, device_of(root))
+            regions.append(recorded_region(root, path, calls[path], remembered))
+        return Parts(root, regions)
+    try:
+        program = capture_any(model, inputs, check=check)
+    except TraceError as error:
+        root = copy_model(model).eval()
+        bake_masks(root)
+        return _search(root, inputs, error, in_training=False, treat=lambda region: None)
+    program.module.eval()
+    return Parts(program.module, [Region("", program, ())])
+
+
+def capture_any(model: nn.Module, inputs: Inputs, *, check: bool) -> Program:
+    """Copy an instrumented model, which is traced already; capture any other, masks and all."""
+    if not isinstance(model, fx.GraphModule) or not gate_owners(model):
+        return capture(model, inputs, make_masks_permanent=True, check=check)
+    check_parameters(model)
+    args, kwargs = to_device(inputs, device_of(model))
+    return Program(copy_model(model), args, kwargs)
+
+
+def _search(
+    root: nn.Module, inputs: Inputs, whole: Exception, *, in_training: bool, treat: Treat
+) -> Parts:
+    regions, refused = find_regions(root, inputs, in_training=in_training, treat=treat)
+    if not regions:
+        tried = "; ".join(map(str, refused)) or "no submodule is called with tensors"
+        raise type(whole)(f"{whole}. Nor did its submodules by themselves do: {tried}") from whole
+    return Parts(root, regions, refused)
+
+
+def joined(verb: str, model: str, parts: Parts, reports: dict[str, Report]) -> Report:
+    """Return one report of what was done to the parts of a model."""
+    if list(reports) == [""]:
+        reports[""].model = model
+        return reports[""]
+    total = Report(verb, model, {})
+    for path, report in reports.items():
+        for name, changes in report.passes.items():
+            total.passes.setdefault(name, []).extend(_prefixed(changes, path))
+        total.refused += _prefixed(report.refused, path)
+        total.assumptions += _prefixed(report.assumptions, path)
+    total.refused += parts.refused
+    proofs = {path: report.verification for path, report in reports.items()}
+    checks = [
+        replace(check, name=f"{path}: {check.name}" if path else check.name)
+        for path, proof in proofs.items()
+        if proof is not None
+        for check in proof.checks
+    ]
+    parts_proved = tuple(proof for proof in proofs.values() if proof is not None)
+    total.verification = Verification(tuple(checks), parts_proved) if checks else None
+    return total
+
+
+def _prefixed(changes: list[Change], path: str) -> list[Change]:
+    return [
+        replace(change, where=f"{path}.{change.where}") if path else change for change in changes
+    ]
+
+
+def with_whole(
+    proofs: Verification, reference: nn.Module, result: nn.Module, inputs: Inputs, parts: Parts
+) -> Verification:
+    """Add to the proofs of the regions one of what is around them; of a whole program, nothing."""
+    if not parts.paths:
+        return proofs
+    around = _check_around(reference, result, inputs, parts.paths)
+    return replace(proofs, checks=(around, *proofs.checks))
+
+
+def _check_around(
+    reference: nn.Module, result: nn.Module, inputs: Inputs, paths: list[str]
+) -> Check:
+    """Run both as they are, each region of the result corrected to the bit by the reference's.
+
+    A region that is grossly off (how far exactly, its own proof says), or anything in the outputs
+    that is not the same to the bit, makes them different.
+    """
+    models = [copy_model(model).eval() for model in (reference, result)]
+    said: list[tuple[str, Any]] = []
+
+    def listen(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            said.append((path, copies(output)))
+
+        return hook
+
+    def correct(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            expected_path, expected = said.pop(0) if said else ("", None)
+            if path != expected_path:
+                raise VerificationError(f"{path} is called where {expected_path or 'none'} was")
+            for found in differences(output_leaves(expected), output_leaves(output)):
+                if found.error > GROSS:
+                    raise VerificationError(f"{found.output} of {path} {found.message}")
+            return expected
+
+        return hook
+
+    for model, hook in zip(models, (listen, correct), strict=True):
+        for path in paths:
+            model.get_submodule(path).register_forward_hook(hook(path))
+    runs = run_all(models, {"example": inputs}, [None, None])["example"]
+    return _judged(runs, inputs, bool(said))
+
+
+def _judged(runs: Sequence[Run], inputs: Inputs, unsaid: bool) -> Check:
+    reference, candidate = runs
+    found = differences(reference.outputs, candidate.outputs)
+    worst = max(found, key=lambda difference: difference.error, default=Difference("output", 0.0))
+    verdict, reason = "equal", ""
+    if reference.failure:
+        verdict, reason = "skipped", f"the reference fails: {reference.failure}"
+    elif candidate.failure:
+        verdict, reason = "different", f"the candidate fails: {candidate.failure}"
+    elif unsaid or worst.error:
+        verdict = "different"
+        reason = f"{worst.output} {worst.message}" if worst.error else "it calls fewer regions"
+    return Check(
+        name="around the regions",
+        dtype="float32",
+        verdict=verdict,
+        reason=reason,
+        error=math.nan if reference.failure or candidate.failure else worst.error,
+        tolerance=GROSS,
+        spread=math.nan,
+        output=worst.output,
+        index=worst.index,
+        inputs=describe(inputs),
+        seconds=sum(run.seconds for run in runs),
+    )

@@ -1,0 +1,245 @@
+"""Models that are no program as a whole: regions found, instrumented, trained, cut, proved."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torchvision.models import resnet18
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+import fxprune
+from fxprune.program import same
+from fxprune.testing import close_half, error
+from tests.conftest import randomise
+
+
+def chain(first: int, last: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(first, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, last, 1)),
+    )
+
+
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = chain(3, 4)
+        self.out_channels = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Scored(nn.Module):
+    """A head with a method that others call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = chain(4, 2)
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.layers(x).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Untraceable(nn.Module):
+    """What to do with the next image depends on the one before; the head sees several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = Stem(), Scored()
+        self.tied = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))
+        self.other = nn.Linear(5, 2)
+        last: Any = self.tied[2]
+        self.other.weight = last.weight
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for image in images:
+            x = self.stem(image[None])
+            assert x.shape[1] == self.stem.out_channels
+            if x.mean() > 100:
+                continue
+            small = self.head(F.avg_pool2d(x, 2))
+            pooled = self.tied(small.mean((2, 3))) + self.other(x.mean((2, 3)).repeat(1, 2)[:, :5])
+            found += [self.head(x), small, pooled]
+        return found
+
+
+def images() -> list[Tensor]:
+    return [torch.randn(3, 12, 16), torch.randn(3, 10, 10)]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return randomise(Untraceable())
+
+
+def test_regions_are_found_top_down_and_change_nothing(model: nn.Module) -> None:
+    x = images()
+    gated: Any = fxprune.instrument(model, (x,))
+    assert set(gated._fxprune["regions"]) == {"stem", "head.layers"}
+    for mode in (True, False):
+        assert same(model.train(mode)(x), gated.train(mode)(x))
+    refused = {change.where: change.what for change in gated.report.refused}
+    assert "score" in refused["head"] and "shared with other" in refused["tied"]
+    assert gated.stem.out_channels == 4 and copy.deepcopy(gated).stem.out_channels == 4
+    inserted = [str(change) for change in gated.report.passes["insert_gates"]]
+    assert any(line.startswith("stem.layers.2: width gate") for line in inserted)
+    assert any(line.startswith("head.layers.4: width gate") for line in inserted)
+
+
+def test_half_of_all_gates_go_exactly(model: nn.Module) -> None:
+    x = images()
+    gated: Any = fxprune.instrument(model, (x,)).eval()
+    assert close_half(gated) == 14
+    assert fxprune.architecture(gated)["stem.layers.2"]["live"] == 4
+    small: Any = fxprune.finalize(gated)
+    assert small.stem.layers.get_submodule("0").out_channels == 4
+    assert error(gated(x), small(x)) < 1e-6
+    report = small.report
+    assert report.verification.verdict == "equal"
+    assert report.verification.error["float64"] <= 1e-9
+    names = {check.name for check in report.verification.checks}
+    assert {"stem: example", "head.layers: extra 0", "around the regions"} <= names
+    assert report.after.parameters < 0.6 * report.before.parameters
+    assert report.after.macs < report.before.macs
+    rows = {row.layer: row for row in fxprune.inspect(gated).rows}
+    assert (rows["stem.layers.0"].live, rows["stem.layers.0"].total) == (4, 8)
+    again = copy.deepcopy(small)
+    assert str(again.report) == str(report) and same(again(x), small(x))
+
+
+def test_state_survives_its_way_through_a_dict(model: nn.Module) -> None:
+    x = images()
+    gated: Any = fxprune.instrument(model, (x,)).eval()
+    close_half(gated)
+    twin = fxprune.instrument(Untraceable(), (x,)).eval()
+    twin.load_state_dict(gated.state_dict())
+    assert same(gated(x), twin(x)) and not same(gated(x), model.eval()(x))
+
+
+def test_gates_train_freeze_and_are_penalised_in_all_regions(model: nn.Module) -> None:
+    gated: Any = fxprune.instrument(model, (images(),)).train()
+    groups = fxprune.parameter_groups(gated, lr=0.1, gate_lr=0.5)
+    assert sum(p.numel() for p in groups[1]["params"]) == 28
+    loss = sum((out.square().mean() for out in gated(images())), fxprune.penalty(gated))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in groups[1]["params"])
+    fxprune.freeze(gated)
+    assert not any(p.requires_grad for p in groups[1]["params"])
+
+
+def test_masks_become_speed_without_gates(model: nn.Module) -> None:
+    layer: Any = model.get_submodule("stem.layers.3")
+    prune.ln_structured(layer, "weight", amount=0.5, n=2, dim=0)
+    layer.bias.data *= layer.weight_mask[:, 0, 0, 0]
+    x = images()
+    small: Any = fxprune.finalize(model, (x,))
+    assert small.get_submodule("stem.layers.3").out_channels == 3
+    assert error(model.eval()(x), small(x)) < 1e-5
+
+
+class Peeking(nn.Module):
+    """Reads a weight inside its stem, and calls its body by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = Stem(), Stem()
+        self.body.layers = chain(4, 4)
+        self.bodies = [self.body]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Any = self.stem.layers[0]
+        x = self.stem(x) * first.weight.mean()
+        return self.bodies[0](x) if x.mean() > -100 else x
+
+
+def test_what_the_model_reaches_by_other_ways_is_left_alone() -> None:
+    gated: Any = fxprune.instrument(randomise(Peeking()), torch.randn(2, 3, 8, 8))
+    refused = {change.where: change.what for change in gated.report.refused}
+    assert gated._fxprune["regions"] == ["body.layers"]
+    assert refused["stem"] == "no region: its layers.0.weight is used from outside of it"
+    assert refused["body"] == "no region: the model calls it by other ways than its name"
+
+
+class Hopeless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.mean() > 0 else x
+
+
+def test_where_no_region_is_found_the_error_says_what_was_tried() -> None:
+    with pytest.raises(fxprune.TraceError, match=r"cannot be traced.*layer: left alone: no gate"):
+        fxprune.instrument(Hopeless(), torch.ones(2, 4))
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Untraceable()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.inner(x)
+
+
+def test_regions_are_found_inside_of_a_leaf_too() -> None:
+    gated: Any = fxprune.instrument(randomise(Wrapped()), torch.randn(2, 3, 8, 8))
+    assert set(gated._fxprune["regions"]) == {"inner.stem", "inner.head.layers"}
+
+
+def detector() -> nn.Module:
+    layers = {"layer1": "0", "layer2": "1"}
+    body = BackboneWithFPN(resnet18(), layers, [64, 128], 16)
+    model = FasterRCNN(
+        body,
+        num_classes=3,
+        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,)), ((1.0,),) * 3),
+        min_size=64,
+        max_size=64,
+        box_score_thresh=0.0,
+        rpn_post_nms_top_n_test=20,
+        rpn_post_nms_top_n_train=20,
+    )
+    return randomise(model)
+
+
+def test_a_detector_is_trained_and_cut(tmp_path: Path) -> None:
+    model = detector().eval()
+    x = [torch.rand(3, 64, 64)]
+    gated: Any = fxprune.instrument(model, (x,))
+    assert "backbone" in gated._fxprune["regions"]
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
+    losses = gated.train()(x, targets)
+    (sum(losses.values()) + fxprune.penalty(gated)).backward()
+    (width,) = [p for name, p in gated.named_parameters() if name == "backbone.gates.width"]
+    assert width.grad is not None and bool(width.grad.any())
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.report.after.parameters < 0.8 * small.report.before.parameters
+    expected, found = gated.eval()(x)[0], small(x)[0]
+    assert len(expected["boxes"]) and expected["boxes"].shape == found["boxes"].shape
+    assert error(expected["scores"], found["scores"]) < 1e-3
+    torch.save(small, tmp_path / "small.pt")
+    script = (
+        "import sys, torch; sys.modules['fxprune'] = None; "
+        f"m = torch.load({str(tmp_path / 'small.pt')!r}, weights_only=False); "
+        "print(*m([torch.rand(3, 64, 64)])[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "boxes labels scores", done.stderr
