@@ -106,9 +106,7 @@ class _Observer(fx.Interpreter):
             self.seen.mutated[n] = written
         if self.counter.macs > counted:
             self.seen.macs[n] = self.counter.macs - counted
-        self.seen.values[n] = pytree.tree_map_only(
-            Tensor, lambda tensor: TensorSpec(tuple(tensor.shape), tensor.dtype), result
-        )
+        self.seen.values[n] = _described(result)
         self.seen.alias[n] = self._representative(n, inputs, result)
         return result
 
@@ -142,7 +140,15 @@ def _positional(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             yield kwargs[node.target] if node.target in kwargs else node.args[0]
 
 
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return TensorSpec(tuple(value.shape), value.dtype)
+    return pytree.tree_map_only(Tensor, _described, value)
+
+
 def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
