@@ -94,9 +94,10 @@ def copy_model(model: nn.Module) -> Any:
     memo: dict[int, Any] = {}
     try:
         for module in model.modules():
-            for value in tensors_of([v for v in vars(module).values() if _may_hold_tensors(v)]):
-                if not value.is_leaf:
-                    memo[id(value)] = value.detach().clone()
+            for held in vars(module).values():
+                for value in held if isinstance(held, (list, tuple)) else (held,):
+                    if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
+                        memo[id(value)] = value.detach().clone()
         for module in reversed(list(model.modules())):  # parts first
             if _is_its_attributes(type(module)):
                 _copy_attributes(module, memo)
@@ -106,13 +107,6 @@ def copy_model(model: nn.Module) -> Any:
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}; "
             "detach or drop what it holds besides parameters and buffers"
         ) from error
-
-
-def _may_hold_tensors(attribute: Any) -> bool:
-    """Tell whether an attribute is a tensor, or a list of more than numbers: what a run left."""
-    if isinstance(attribute, (list, tuple)):
-        return not all(isinstance(part, _ATOMS) for part in attribute)
-    return isinstance(attribute, Tensor)
 
 
 def _is_its_attributes(cls: type[nn.Module]) -> bool:
