@@ -6,6 +6,7 @@ fit where it stands is left out. What remains is the source of an ordinary modul
 a network is printed: it can be pasted into a test.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -139,10 +140,10 @@ def write(network: Network) -> str:
             _take(draft, step)
         if not draft.lines:
             draft.let("F.relu(i0)", draft.kinds["i0"])
-        if network.head:
-            _take(draft, Step("linear"))
-    last = draft.streams()[0]
-    outputs = [*dict.fromkeys([*draft.outputs, last])]
+        for end in _ends(draft):
+            if network.head:
+                _take(draft, Step("linear", draft.streams().index(end)))
+    outputs = list(dict.fromkeys([*draft.outputs, *_ends(draft)]))
     returned = outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"
     arguments = ", ".join(f"i{place}" for place in range(len(network.inputs)))
     return "\n".join(
@@ -156,6 +157,12 @@ def write(network: Network) -> str:
             f"        return {returned}",
         ]
     )
+
+
+def _ends(draft: Draft) -> list[str]:
+    """Return the streams nobody uses, the newest last: what is computed is looked at."""
+    used = set(re.findall(r"\w+", " ".join(line.split(" = ", 1)[1] for line in draft.lines)))
+    return [x for x in draft.kinds if x.startswith("x") and x not in used]
 
 
 def _take(draft: Draft, step: Step) -> None:
