@@ -106,23 +106,47 @@ def functional_mixing(draft: Draft, x: str, pick: Pick) -> str:
 @writer
 def again(draft: Draft, x: str, pick: Pick) -> str:
     """Call a layer there is a second time."""
-    layers = [line.split(" = ")[0] for line in draft.layers if line.startswith("self.m")]
+    width = draft.channels(x)
+    mixing = "Conv" if draft.kinds[x] == "map" else "Linear"
+    layers = [
+        line.split(" = ")[0]
+        for line in draft.layers[::-1]
+        if f"nn.{mixing}" in line and f"({width}," in line or "Norm" in line and f"({width}" in line
+    ]
     if not layers:
         raise Refused
-    layer = pick(layers[::-1])
-    if draft.names["self"].get_parameter is None or not callable(eval(layer, draft.names)):
-        raise Refused
-    return draft.let(f"{layer}({x})", draft.kinds[x])
+    return draft.let(f"{pick(layers)}({x})", draft.kinds[x])
 
 
 @writer
 def tied(draft: Draft, x: str, pick: Pick) -> str:
     """Use the weight of a layer there is, as it is or transposed."""
-    layers = [line.split(" = ")[0] for line in draft.layers if " = nn.Linear" in line]
-    if not layers or draft.kinds[x] == "map":
+    width = draft.channels(x)
+    if draft.kinds[x] == "map":
         raise Refused
-    form = pick(["{}.weight", "{}.weight.t()"]).format(pick(layers[::-1]))
-    return draft.let(f"F.linear({x}, {form})", draft.kinds[x])
+    fits = [line for line in draft.layers[::-1] if f" = nn.Linear({width}," in line]
+    turned = [line for line in draft.layers[::-1] if f", {width})" in line and "nn.Linear" in line]
+    forms = [f"F.linear({x}, {line.split(' = ')[0]}.weight)" for line in fits]
+    forms += [f"F.linear({x}, {line.split(' = ')[0]}.weight.t())" for line in turned]
+    forms += [f"{x} @ {line.split(' = ')[0]}.weight" for line in turned]
+    if not forms:
+        raise Refused
+    return draft.let(pick(forms), draft.kinds[x])
+
+
+@writer
+def sharing(draft: Draft, x: str, pick: Pick) -> str:
+    """Mix by a layer of its own that holds the weight of another."""
+    mixing = "nn.Conv" if draft.kinds[x] == "map" else "nn.Linear"
+    fits = [line for line in draft.layers if f" = {mixing}" in line and f"({draft.channels(x)}," in line]
+    if not fits:
+        raise Refused
+    other, text = pick(fits[::-1]).split(" = ", 1)
+    layer = draft.layer(text)
+    draft.own(f"{layer}.weight = {other}.weight")
+    if pick([False, True]):
+        draft.own(f"{layer}.bias = {other}.bias")
+    return draft.let(f"{layer}({x})", draft.kinds[x])
 
 
 @writer
@@ -428,6 +452,91 @@ def neutral(draft: Draft, x: str, pick: Pick) -> str:
     if form.startswith("nn"):
         return draft.let(f"{draft.layer(form)}({x})", draft.kinds[x])
     return draft.let(form.format(x=x), draft.kinds[x])
+
+
+@writer
+def overwritten(draft: Draft, x: str, pick: Pick) -> str:
+    """Write into a part of a stream, and go on with either."""
+    part = pick(["{x}[:, :1]", "{x}.chunk(2, 1)[0]", "{x}[:, 1:]", "{x}.view({x}.shape)", "{x}[:, :, :1]"])
+    deed = pick(["relu_()", "mul_(0.5)", "add_(1)", "zero_()", "sigmoid_()", "clamp_(min=0)"])
+    own = draft.let(pick(["{x} + 0", "{x}.relu()", "{x}"]).format(x=x), draft.kinds[x])
+    shrunk = draft.let(f"{part.format(x=own)}.{deed}", draft.kinds[x])
+    return pick([draft.let(f"{own} * 1", draft.kinds[x]), shrunk])
+
+
+@writer
+def mixed_along_another_axis(draft: Draft, x: str, pick: Pick) -> str:
+    """Mix tokens, or columns, as a mixer does."""
+    shape, kind = draft.shape(x), draft.kinds[x]
+    if kind == "map":
+        layer = draft.layer(f"nn.Linear({shape[-1]}, {pick([shape[-1], 4, 2])})")
+        return draft.let(f"{layer}({x})", "map")
+    _require(draft, x, "last")
+    layer = draft.layer(f"nn.Linear({shape[-2]}, {pick([shape[-2], 4])})")
+    middle = draft.let(f"{layer}({x}.transpose(-1, -2))", "map")
+    again = draft.let(f"F.gelu({middle})", "map")
+    return draft.let(f"{again}.transpose(-1, -2)", "last")
+
+
+@writer
+def broadcast(draft: Draft, x: str, pick: Pick) -> str:
+    """Join a stream with one of other axes, or of one channel."""
+    axis, rank, shape = draft.axis(x), len(draft.shape(x)), draft.shape(x)
+    space = tuple(a for a in range(1, rank) if a != axis)
+    forms = ["{x} * {x}.mean({a}, keepdim=True)", "{x} - {x}.amax({s}, keepdim=True)", "{x} * {x}.sum()"]
+    forms += ["{x}.mean({a}, keepdim=True)", "{x} * {x}.mean({s}, keepdim=True)"]
+    vectors = [y for y in draft.streams() if draft.shape(y) == (shape[0], shape[axis])]
+    if draft.kinds[x] == "map" and vectors:
+        y = pick(vectors)
+        forms += [f"{{x}} + {y}" + "[:, :, None, None]"[: -1 - 6 * (4 - rank)] + "]"] * 4
+    return draft.let(pick(forms).format(x=x, a=axis, s=space or (1,)), draft.kinds[x])
+
+
+@writer
+def repeated(draft: Draft, x: str, pick: Pick) -> str:
+    """Repeat channels, or put them in another order."""
+    axis, width, rank = draft.axis(x), draft.channels(x), len(draft.shape(x))
+    times = ", ".join("2" if place == axis else "1" for place in range(rank))
+    order = draft.layer(f"torch.arange({width}).flip(0)")
+    forms = ["{x}.repeat({t})", "{x}.repeat_interleave(2, {a})", "torch.tile({x}, ({t}))"]
+    forms += ["{x}.index_select({a}, {o})", "torch.cat([{x}, {x}], {a})", "{x}[:, {o}]"]
+    return draft.let(pick(forms).format(x=x, t=times, a=axis, o=order), draft.kinds[x])
+
+
+@writer
+def batch_of_tokens(draft: Draft, x: str, pick: Pick) -> str:
+    """Take every token for an example of its own, mix, and go back."""
+    _require(draft, x, "last")
+    flat = draft.let(pick(["{x}.flatten(0, -2)", "{x}.reshape(-1, {x}.shape[-1])"]).format(x=x), "vector")
+    mixed = mix_and_activate(draft, flat, pick)
+    sizes = ", ".join(f"{x}.shape[{place}]" for place in range(len(draft.shape(x)) - 1))
+    return draft.let(f"{mixed}.view({sizes}, {pick(['-1', str(draft.channels(mixed))])})", "last")
+
+
+@writer
+def chosen(draft: Draft, x: str, pick: Pick) -> str:
+    """Choose elements by a condition."""
+    y = draft.partner(x, pick, lambda y: draft.shape(y) == draft.shape(x))
+    forms = ["{x}.masked_fill({x} < 0.2, 0.5)", "torch.where({y} > 0.3, {x}, 0.0)", "torch.lerp({x}, {y}, 0.3)"]
+    forms += ["torch.addcmul({x}, {y}, {y}, value=0.5)", "torch.minimum({x}, {y})", "{x} * ({y} > 0.3)"]
+    forms += ["{x}.maximum({y})", "torch.where({x} > 0.3, {y}, torch.zeros_like({x}))", "{x}.clamp(max={y})"]
+    return draft.let(pick(forms).format(x=x, y=y), draft.kinds[x])
+
+
+@writer
+def attention(draft: Draft, x: str, pick: Pick) -> str:
+    """Attend, with one head."""
+    _require(draft, x, "last")
+    if len(draft.shape(x)) != 3:
+        raise Refused
+    width = draft.channels(x)
+    layer = draft.layer(f"nn.Linear({width}, {3 * width})")
+    whole = draft.let(f"{layer}({x})", "last")
+    q, k, v = (f"{whole}.chunk(3, -1)[{place}]" for place in range(3))
+    forms = [f"F.scaled_dot_product_attention({q}, {k}, {v})"]
+    forms += [f"({q} @ {k}.transpose(1, 2) / {width**0.5}).softmax(-1) @ {v}"]
+    forms += [f"torch.bmm(torch.bmm({q}, {k}.transpose(1, 2)), {v})"]
+    return draft.let(pick(forms), "last")
 
 
 @writer

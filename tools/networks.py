@@ -95,6 +95,11 @@ class Draft:
         owner.double().eval()
         return name
 
+    def own(self, text: str) -> None:
+        """Write a line for the constructor that makes nothing new."""
+        exec(text, self.names)
+        self.layers.append(text)
+
     def let(self, text: str, kind: str) -> str:
         """Write a line that gives a new stream; `Refused` if it does not run or leaves bounds."""
         name = f"x{len(self.lines)}"
@@ -176,7 +181,8 @@ def _take(draft: Draft, step: Step) -> None:
         for place in range(known, len(draft.lines)):
             del draft.kinds[f"x{place}"]
         for place in range(layers, len(draft.layers)):
-            delattr(draft.names["self"], f"m{place}")
+            if hasattr(draft.names["self"], f"m{place}"):
+                delattr(draft.names["self"], f"m{place}")
         del draft.lines[known:]
         del draft.layers[layers:]
 
