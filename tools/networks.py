@@ -1,6 +1,6 @@
 """Random networks as data: a list of small steps, so that a failure shrinks to a few lines.
 
-A step names a writer of `network_steps` and holds the small numbers its choices are taken from. It
+A step names a writer of `tools.steps` and holds the small numbers its choices are taken from. It
 is written out as lines of Python, each tried on real tensors as it is written; a step that does not
 fit where it stands is left out. What remains is the source of an ordinary module, which is also how
 a network is printed: it can be pasted into a test.
@@ -81,6 +81,11 @@ class Draft:
     def channels(self, x: str) -> int:
         return self.shape(x)[self.axis(x)]
 
+    def require(self, x: str, kind: str) -> None:
+        """Refuse a stream of another kind."""
+        if self.kinds[x] != kind:
+            raise Refused
+
     def layer(self, text: str) -> str:
         """Give the module something of its own; return how to call it."""
         name = f"self.m{len(self.layers)}"
@@ -124,7 +129,7 @@ class Draft:
         return pick([y for y in self.streams() if y != x and fits(y)] or [x])
 
 
-Writer = Callable[[Draft, str, Pick], str | None]
+Writer = Callable[[Draft, str, Pick], str]
 WRITERS: dict[str, Writer] = {}
 
 
