@@ -2,8 +2,8 @@
 
 If the analysis is right about which channels of which tensors are one unit, exchanging units in all
 parameters at once only renames what goes on inside the model, and its outputs stay. Classes change
-places that are met in the same tensors, along the same axes, equally often: a slice or a flip is a
-tensor too, so what it tells apart has met different ones. Classes that must stay, stay.
+places that are met in the same tensors, equally often and in the same order: what a slice tells
+apart is met in different ones, as a slice is a tensor too. Classes that must stay, stay.
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,11 @@ def _places(channels: Channels, generator: torch.Generator) -> Tensor:
 
 
 def _signatures(channels: Channels, generator: torch.Generator) -> Tensor:
-    """Return a number for every class: the sum of one drawn for each tensor it is met in."""
+    """Return a number for every class, the same for those met alike.
+
+    It is a sum of products of numbers drawn for the tensor, for the tag's place in its class, and
+    for how far from the class's first place in the tensor it is met: a rolled map has torn some.
+    """
     classes = channels.classes
 
     def draw(count: int) -> Tensor:
@@ -69,13 +73,35 @@ def _signatures(channels: Channels, generator: torch.Generator) -> Tensor:
     met = [value.tags for value in channels.tensors()]
     for state in channels.states.values():
         met += [*state.axes.values(), *([] if state.whole is None else [state.whole])]
+    longest = max(map(torch.numel, met), default=0)
+    by_tag, by_distance = draw(len(classes))[_ranks(classes)], draw(longest)
     for tags in met:
         labels = classes[tags.reshape(-1)]
-        signatures.index_add_(0, labels, draw(1).expand(len(labels)))
+        numbers = draw(1) * by_tag[tags.reshape(-1)] * by_distance[_distances(labels)]
+        signatures.index_add_(0, labels, numbers)
     kept = [classes[tags.reshape(-1)] for _, tags, _ in channels.keeps]
     alone = torch.cat([*kept, torch.tensor([FIXED])]).unique()
     signatures[alone] = draw(len(alone))
     return signatures
+
+
+def _ranks(labels: Tensor) -> Tensor:
+    """Return for every element how many of its label stand before it."""
+    order = labels.argsort(stable=True)
+    ascending = labels[order]
+    ranks = torch.empty_like(labels)
+    ranks[order] = torch.arange(len(labels)) - torch.searchsorted(ascending, ascending)
+    return ranks
+
+
+def _distances(labels: Tensor) -> Tensor:
+    """Return for every element how far behind the first of its label it stands."""
+    order = labels.argsort(stable=True)
+    ascending = labels[order]
+    first = order[torch.searchsorted(ascending, ascending)]
+    distances = torch.empty_like(labels)
+    distances[order] = order - first
+    return distances
 
 
 def _permuted(state: State, classes: Tensor, places: Tensor) -> Tensor:
