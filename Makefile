@@ -2,17 +2,19 @@
 # the first one used makes the environment .venv, later ones use it again.
 #
 #   make demo ARGS="..."     arguments for the command behind a target
+#   make fuzz N=2000         how many random networks
 #   make PYTHON=python3.12   another interpreter for .venv
 
 PYTHON ?= python3
 ARGS ?=
+N ?= 500
 VENV := .venv
 BIN := $(VENV)/bin
 # Newer than pyproject.toml exactly if .venv holds what pyproject.toml asks for.
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check zoo clean
+.PHONY: help setup demo test check fuzz zoo clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ": .*## "} /^[a-z]+: .*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -29,6 +31,10 @@ test: $(READY) ## run the tests that are neither slow nor for a GPU
 
 check: $(READY) ## lint, format, types and tests: what must pass before a commit
 	@$(BIN)/python -m tools.check $(ARGS)
+
+fuzz: $(READY) ## put N random networks through fxprune, and print what fails as a network of a few lines
+	@echo "==> fuzz: python -m tools.fuzz --cases $(N) $(ARGS)"
+	@$(BIN)/python -m tools.fuzz --cases $(N) $(ARGS)
 
 zoo: $(READY) ## put every torchvision model through fxprune (takes long)
 	@echo "==> zoo: python -m tools.zoo $(ARGS)"

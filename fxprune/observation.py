@@ -6,6 +6,7 @@ counters, shared storage), not believed from its name.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ class Observation:
     mutated: dict[fx.Node, list[fx.Node]]
     alias: dict[fx.Node, fx.Node]
     macs: dict[fx.Node, int]
+
+    def written(self, *nodes: fx.Node) -> bool:
+        """Tell whether anybody writes into memory that one of the nodes shares."""
+        return any(self.alias[node] in self._written for node in nodes)
+
+    @cached_property
+    def _written(self) -> set[fx.Node]:
+        return {self.alias[node] for targets in self.mutated.values() for node in targets}
 
     def restricted(self, graph: fx.Graph) -> "Observation | None":
         """Return what it holds of a graph's nodes; None if there are others than it knows."""

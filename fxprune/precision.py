@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.comparison import output_leaves
 from fxprune.errors import one_line
+from fxprune.gates import gate_owners
 from fxprune.program import Inputs, device_of, quiet, tensors_of
 
 
@@ -50,13 +51,12 @@ def run_all(
     }
 
 
-def to_float32_(model: nn.Module) -> torch.dtype | None:
-    """Bring a half or double model to float32; return the dtype its inputs need, None for any."""
-    dtypes = float_dtypes([*model.parameters(), *model.buffers()])
-    if not dtypes or torch.float32 in dtypes:
-        return None
-    cast_(model, torch.float32)
-    return torch.float32
+def lacks_float32(model: nn.Module) -> bool:
+    """Tell whether a model is half or double throughout; one without numbers takes any dtype."""
+    # Gates are float32 whatever the model; they are cast to what they multiply.
+    gates = {tensor for owner in gate_owners(model) for tensor in owner.parameters()}
+    dtypes = float_dtypes([*set(model.parameters()) - gates, *model.buffers()])
+    return bool(dtypes) and torch.float32 not in dtypes
 
 
 def cast_(model: nn.Module, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxprune.cases import normalised_inputs, random_cases
 from fxprune.errors import ExampleInputError, VerificationError
-from fxprune.precision import Runs, cast_, float_dtypes, run_all, to_float32_
+from fxprune.precision import Runs, cast_, float_dtypes, lacks_float32, run_all
 from fxprune.program import Inputs, copy_model, describe
 from fxprune.verdicts import Check, Verdict, judge_all
 
@@ -129,8 +129,12 @@ def verify(
     given |= {f"extra {i}": normalised_inputs(extra) for i, extra in enumerate(extra_inputs)}
     cases = given | random_cases(given["example"], batches, seed)
     models = [copy_model(model).eval() for model in (reference, candidate)]
-    inputs_as = [to_float32_(model) for model in models]
-    single = run_all(models, cases, inputs_as)
+    inputs_as = None
+    if any(map(lacks_float32, models)):
+        inputs_as = torch.float32
+        for model in models:
+            cast_(model, inputs_as)
+    single = run_all(models, cases, [inputs_as, inputs_as])
     _require_runs(reference, given, single)
     # Other copies: the weights of a float64 model did not survive the float32 run.
     widest = candidate if exact is None else exact

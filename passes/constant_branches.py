@@ -62,7 +62,8 @@ def _constant(channels: Channels, node: fx.Node) -> Tensor | None:
 
 def _broadcasts(call: Call, seen: Observation, operand: fx.Node, constant: Tensor) -> bool:
     """Tell whether the result has the same shape if the operand is as small as its constant."""
-    specs = [seen.values[node] for node in call.node.all_input_nodes if node is not operand]
+    others = [node for node in call.node.all_input_nodes if node is not operand]
+    specs = [seen.values.get(node) for node in others]  # but constants put here before: small too
     shapes = [spec.shape for spec in specs if isinstance(spec, TensorSpec)]
     return torch.broadcast_shapes(constant.shape, *shapes) == call.tensor_spec().shape
 
@@ -71,7 +72,7 @@ def _replace(
     program: Program, seen: Observation, node: fx.Node, operand: fx.Node, constant: Tensor
 ) -> Change:
     other = _what_it_leaves(node, operand, constant)
-    if other is not None and seen.values[other] == seen.values[node]:
+    if other is not None and _may_stand_for(other, node, seen):
         node.replace_all_uses_with(other)
         return Change(node.name, f"{operand.name} is constant: {other.name} remains")
     spec: TensorSpec = seen.values[operand]
@@ -87,6 +88,11 @@ def _replace(
 
     node.args, node.kwargs = map_arg(node.args, put), map_arg(node.kwargs, put)
     return Change(node.name, f"{operand.name} is constant: a buffer stands for it")
+
+
+def _may_stand_for(other: fx.Node, node: fx.Node, seen: Observation) -> bool:
+    same = other in seen.values and seen.values[other] == seen.values[node]
+    return same and not seen.written(other, node)
 
 
 def _what_it_leaves(node: fx.Node, operand: fx.Node, constant: Tensor) -> fx.Node | None:

@@ -58,8 +58,8 @@ def _resolve_width(module: fx.GraphModule, gates: Gates, node: fx.Node) -> list[
         node.graph.erase_node(node)
     else:
         name = f"{node.name}_mask"
-        parameter = next(gates.parameters())
-        mask = kept.to(parameter.device, parameter.dtype).view(site.shape)
+        # Of type bool, so that the product has the type of the activation, whatever that is.
+        mask = kept.to(next(gates.parameters()).device).view(site.shape)
         module.register_buffer(name, mask)
         with node.graph.inserting_before(node):
             buffer = node.graph.get_attr(name)

@@ -56,14 +56,16 @@ def remove_no_ops(program: Program) -> list[Change]:
 def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -> list[Change]:
     """Let users of neutral operators use their inputs, then drop dead code."""
     seen = observe(program)
-    written = {node for nodes in seen.mutated.values() for node in nodes}
+    overwritten = {node for nodes in seen.mutated.values() for node in nodes}
     changes: list[Change] = []
     for node in list(program.graph.nodes):
         source = _source(node)
-        if node in written or source is None:
+        if node in overwritten or source is None:
             continue
         if seen.values[node] != seen.values[source] or not is_neutral(node):
             continue
+        if seen.alias[node] is not seen.alias[source] and seen.written(node, source):
+            continue  # a copy, of which one is written into
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
         name = str(node.target) if node.op == "call_module" else node.name

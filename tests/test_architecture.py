@@ -56,6 +56,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("compiler",),
     ("inspection",),
     ("testing",),
+    ("permutation",),
     ("cli",),
     ("__main__",),
     ("__init__",),

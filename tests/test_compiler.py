@@ -304,3 +304,13 @@ def test_a_mistake_gives_one_clear_error(name: str) -> None:
     with pytest.raises(kind, match=message) as caught:
         action()
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype_is_proved_too(dtype: torch.dtype) -> None:
+    model = randomise(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))).to(dtype)
+    gated = fxprune.instrument(model, torch.randn(2, 3, dtype=dtype))
+    assert close_half(gated) == 4
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert all(parameter.dtype == dtype for parameter in small.parameters())

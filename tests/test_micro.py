@@ -179,6 +179,7 @@ CASES: dict[str, Callable[[Any, Tensor], Any]] = {
     "scaled by its size": lambda m, x: m.second(x / x.shape[1] ** 0.5),
     "means named after NumPy": numpy_names,
     "where": lambda m, x: m.second(torch.where(x > 0.3, x, torch.zeros_like(x))),
+    "chunks the other way round": lambda m, x: m.second(torch.cat(x.chunk(2, 1)[::-1], 1)),
     "max over channels": lambda m, x: x * x.amax(1, keepdim=True).sigmoid(),
     "roll of a repeated": roll_of_a_repeated,
     "index shared by two": index_shared_by_two,

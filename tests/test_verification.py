@@ -133,3 +133,12 @@ def test_a_size_the_model_rejects_makes_no_noise(capsys: pytest.CaptureFixture[s
     found = verify(model, model, torch.randn(2, 3, 8, 8))
     assert {c.verdict for c in found.checks if c.name.startswith("size")} == {"skipped"}
     assert capsys.readouterr().err == ""
+
+
+def test_a_candidate_without_parameters_is_run_as_its_reference_is() -> None:
+    class Idle(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return input.tanh()
+
+    found = verify(Idle(4, 4).double(), nn.Tanh(), torch.randn(3, 4, dtype=torch.float64))
+    assert found.verdict == "equal"

@@ -23,6 +23,7 @@ VERSIONS = {name: version(name) for name in ("fxprune", "torch", "torchvision", 
 COLUMNS = {
     "model": "name",
     "traced": "traced",
+    "permutation": "permutation",
     "sites": "sites",
     "gates": "units",
     "closed": "closed",
@@ -57,7 +58,7 @@ def zoo(
         found = done[name]
         console.print(f"[{place}/{len(names)}] {name}: {found['verdict']}", markup=False)
     write(table, [done[name] for name in names])
-    wrong = [name for name in names if done[name]["verdict"].startswith("WRONG")]
+    wrong = [name for name in names if _is_wrong(done[name])]
     console.print(f"{len(names)} models, {len(wrong)} wrong: {', '.join(wrong) or 'none'}; {table}")
     sys.exit(bool(wrong))
 
@@ -82,6 +83,10 @@ def one(name: str, seconds: float) -> Result:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return {"name": name, "versions": VERSIONS, "verdict": f"CRASHED: {last[:200]}"}
     return {**json.loads(lines[-1]), "versions": VERSIONS}
+
+
+def _is_wrong(result: Result) -> bool:
+    return any(str(result.get(key, "")).startswith("WRONG") for key in ("verdict", "permutation"))
 
 
 def write(table: Path, results: list[Result]) -> None:

@@ -19,7 +19,8 @@ from torchvision.models import get_model
 import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.penalties import gates_by_name
-from fxprune.program import memory_of, same, tensors_of
+from fxprune.permutation import exchange_units
+from fxprune.program import capture, memory_of, model_inputs, same, tensors_of, widened
 from fxprune.testing import close_half
 
 SIZES = (64, 96, 128, 224, 299)
@@ -32,6 +33,7 @@ def study(name: str) -> dict[str, Any]:
     model = build(name)
     x = example(model, name)
     calibrate(model, x)
+    result["permutation"] = permutation(model, x)
     started = time.perf_counter()
     try:
         gated = fxprune.instrument(model, x)
@@ -136,6 +138,19 @@ def _outputs(model: nn.Module, x: Any) -> Any:
     args: Any = x if isinstance(x, tuple) else (x,)
     with torch.no_grad():
         return model(*copy.deepcopy(args))
+
+
+def permutation(model: nn.Module, x: Any) -> str:
+    """Let units change places in float64; say how many did, and by how much the outputs moved."""
+    try:
+        program = widened(capture(model, model_inputs(x), make_masks_permanent=False))
+    except FxpruneError as error:
+        return f"not traced: {type(error).__name__}"
+    if program is None:
+        return "does not run in float64"
+    found = exchange_units(program)
+    verdict = "WRONG: " if found.error > 1e-9 else ""
+    return f"{verdict}{found.moved} of {found.classes} moved: {found.error:.1e}"
 
 
 def _traced(gated: Any) -> str:

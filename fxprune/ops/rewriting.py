@@ -32,6 +32,8 @@ def rewrite_concatenation(call: Call, cut: Cut) -> Arguments | None:
         return None
     args, kwargs = list(call.node.args), dict(call.node.kwargs)
     parts: Any = args[0] if args else kwargs["tensors"]
+    if isinstance(parts, fx.Node):  # what another operator took apart comes as one
+        return rewrite_nothing(call, cut)
     stay = [part for part in parts if part not in cut.gone]
     if args:
         args[0] = stay

@@ -117,3 +117,33 @@ def test_a_branch_whose_gates_are_all_closed_goes(name: str) -> None:
     names = {name.partition(".")[0] for name, _ in small.named_parameters()}
     assert names == {"stem", "wide" if "concatenation" in name else "last"}
     assert sum(p.numel() for p in small.parameters()) == weights + 5 + 3 * 8 * 9 + 8
+
+
+def overwritten_sum(x: Tensor, y: Tensor) -> Tensor:
+    total = x + y
+    total.add_(1.0)
+    return total * x
+
+
+def test_a_sum_that_is_written_into_does_not_become_its_operand() -> None:
+    after = check_rewrite(remove_constant_branches, silent(Block(overwritten_sum, shift=False)))
+    assert spread(after.run()) > 1e-3
+
+
+def test_both_operands_may_be_constant_where_one_is_written_into() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            left = self.first(x).relu()
+            right = self.second(left).relu()
+            total = left + right
+            return total.add_(right), total * x[:, :2]
+
+    model = randomise(Twice()).double().eval()
+    for layer in (model.first, model.second):
+        layer.weight.data.zero_()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    check_rewrite(remove_constant_branches, capture(model, ((x,), {}), make_masks_permanent=False))

@@ -1,11 +1,12 @@
 """Removing what does nothing in evaluation, and only that."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from fxprune.passes.no_ops import remove_no_ops
+from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
 from fxprune.program import Program, capture
 from fxprune.testing import check_rewrite
 from tests.conftest import Golden
@@ -60,3 +61,16 @@ def test_what_has_an_effect_stays() -> None:
     text = before.text()
     assert remove_no_ops(before) == []
     assert before.text() == text
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_copy_stays_where_it_or_its_source_is_written_into(view: bool) -> None:
+    class Overwritten(NoOps):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            copy = torch.mul(x, self.ones)
+            (copy.view(-1) if view else x).add_(1)
+            return copy * x
+
+    after = check_rewrite(remove_products_with_ones, program(Overwritten(), 3, 4))
+    assert "mul(linear" in after.text()
