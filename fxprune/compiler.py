@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import fx, nn
 
 from fxprune.assumptions import assumptions
+from fxprune.channels import analyse
 from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
@@ -62,11 +63,21 @@ PLAIN: tuple[Pass, ...] = (
     # Bypassing operators is safe once none of them overwrites its input.
     make_functional,
 )
+
+
+def remove_dead_units(program: Program) -> list[Change]:
+    """Remove constant branches, then dead channels: one analysis serves both if there are none.
+
+    A branch that nothing is left of would keep a unit, and the stream it joins from shrinking.
+    """
+    known = analyse(program)
+    changes = remove_constant_branches(program, known)
+    return changes + eliminate_dead_channels(program, None if changes else known)
+
+
 CUT: tuple[Pass, ...] = (
-    # A branch that nothing is left of would keep a unit, and the stream it joins from shrinking.
-    remove_constant_branches,
     # Units go before anything is folded: a merged layer no longer has them.
-    eliminate_dead_channels,
+    remove_dead_units,
     # Gates that kept all they still have are products with ones by now.
     remove_products_with_ones,
 )

@@ -8,19 +8,19 @@ which a reader is reached first. Before it is proposed a plan is rehearsed: unit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.channels import Channels, analyse
 from fxprune.cuts import Cut
 from fxprune.errors import where
-from fxprune.observation import Observation
+from fxprune.observation import Observation, TensorSpec
 from fxprune.ops.elementwise import NONLINEARITIES, preserves_zero
 from fxprune.pipeline import Change
 from fxprune.program import Program
-from fxprune.rules import Call, key_of, rule_for
+from fxprune.rules import RULES, key_of, rule_for
 from fxprune.tags import FIXED
 from fxprune.values import Barrier
 
@@ -36,11 +36,16 @@ class Candidate:
 
 @dataclass
 class Plan:
-    """Which classes of channels the gates would free, bool (classes,), and the sites that do it."""
+    """Which classes of channels the gates would free, bool (classes,), and the sites that do it.
+
+    candidates: those that are understood. refused: the others, and why.
+    """
 
     channels: Channels
     freed: Tensor
     sites: list[Candidate]
+    candidates: list[Candidate] = field(default_factory=list[Candidate])
+    refused: list[Change] = field(default_factory=list[Change])
 
     def frees(self, candidate: Candidate) -> bool:
         """Tell whether a gate at the candidate would free any of its channels."""
@@ -50,37 +55,57 @@ class Plan:
 
 def find_candidates(program: Program, seen: Observation) -> tuple[list[Candidate], list[Change]]:
     """Return the nonlinearities with f(0) = 0, and a reason for each other one."""
-    channels = analyse(program, generic=True, observation=seen)
+    modules = dict(program.module.named_modules())
     found: list[Candidate] = []
     refused: list[Change] = []
     names: dict[str, int] = {}
-    for node, call in channels.calls.items():
-        if key_of(node, call.module) not in NONLINEARITIES:
+    for node in program.graph.nodes:
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        spec = seen.values[node]
+        if key_of(node, module) not in NONLINEARITIES or not isinstance(spec, TensorSpec):
             continue
         name = _name(node, names)
-        if node in channels.barriers:
-            refused.append(Change(name, f"no gate: {channels.barriers[node]}: {where(node)}"))
-        elif not preserves_zero(call):
-            refused.append(Change(name, f"no gate: f(0) is not 0: {where(node)}"))
+        if preserves_zero(node, module, spec.dtype):
+            found.append(Candidate(name, node, _behind_affine(node, modules)))
         else:
-            found.append(Candidate(name, node, _behind_affine(node, channels)))
+            refused.append(Change(name, f"no gate: f(0) is not 0: {where(node)}"))
     return found, refused
 
 
 def plan_sites(program: Program, candidates: Sequence[Candidate], seen: Observation) -> Plan:
     """Find which units the gates would free, and drop the sites that free nothing."""
+    plan = _try(program, candidates, {}, seen)
+    known = plan.channels.barriers
+    understood = [_in_front_of(known, one) for one in candidates if one.node not in known]
+    refused = [
+        Change(one.name, f"no gate: {known[one.node]}: {where(one.node)}")
+        for one in candidates
+        if one.node in known
+    ]
+    if understood != list(candidates):
+        plan = _try(program, understood, {}, seen)
     barriers: dict[fx.Node, str] = {}
     while True:
-        plan = _try(program, candidates, barriers, seen)
-        needed = [site for site in plan.sites if _reaches_reader(site, plan)]
-        if len(needed) < len(plan.sites):
-            fewer = _try(program, needed, barriers, seen)
-            if torch.equal(fewer.freed, plan.freed):
-                plan = Plan(plan.channels, plan.freed, fewer.sites)
+        plan = _without_needless(program, plan, barriers, seen)
         refusals = _rehearse(plan)
         if not refusals:
+            plan.candidates, plan.refused = understood, refused
             return plan
         barriers |= refusals
+        plan = _try(program, understood, barriers, seen)
+
+
+def _without_needless(
+    program: Program, plan: Plan, barriers: dict[fx.Node, str], seen: Observation
+) -> Plan:
+    """Drop the sites that the others do without."""
+    needed = _reaching_readers(plan)
+    if len(needed) == len(plan.sites):
+        return plan
+    fewer = _try(program, needed, barriers, seen)
+    if not torch.equal(fewer.freed, plan.freed):
+        return plan
+    return Plan(plan.channels, plan.freed, fewer.sites)
 
 
 def _name(node: fx.Node, names: dict[str, int]) -> str:
@@ -90,19 +115,21 @@ def _name(node: fx.Node, names: dict[str, int]) -> str:
     return name if names[name] == 1 else f"{name}:{names[name]}"
 
 
-def _behind_affine(node: fx.Node, channels: Channels) -> fx.Node:
+def _behind_affine(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
     """Follow a nonlinearity's only user while it is a batch norm."""
     while len(node.users) == 1:
         user = next(iter(node.users))
-        call = channels.calls.get(user)
-        if call is None or user in channels.barriers or not _is_batch_norm(call):
+        module = modules[str(user.target)] if user.op == "call_module" else None
+        rule = RULES.get(key_of(user, module))
+        if rule is None or rule.name != "batch_norm":
             return node
         node = user
     return node
 
 
-def _is_batch_norm(call: Call) -> bool:
-    return rule_for(call.node, call.module).name == "batch_norm"
+def _in_front_of(barriers: dict[fx.Node, str], site: Candidate) -> Candidate:
+    """Put a site at the nonlinearity itself if a batch norm behind it is not understood."""
+    return Candidate(site.name, site.node, site.node) if site.position in barriers else site
 
 
 def _try(
@@ -120,20 +147,17 @@ def _try(
     return plan
 
 
-def _reaches_reader(site: Candidate, plan: Plan) -> bool:
-    """Tell whether a path from the site meets a reader before it meets another site."""
-    others = {other.position for other in plan.sites}
-    readers = {node for node, _ in plan.channels.reads} | {n for n, _, _ in plan.channels.keeps}
-    pending, visited = list(site.position.users), set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in readers or node in plan.channels.barriers:
-            return True
-        if node in visited or node in others:
-            continue
-        visited.add(node)
-        pending.extend(node.users)
-    return False
+def _reaching_readers(plan: Plan) -> list[Candidate]:
+    """Return the sites from which a path meets a reader before it meets another site."""
+    positions = {site.position for site in plan.sites}
+    ends = {node for node, _ in plan.channels.reads} | {n for n, _, _ in plan.channels.keeps}
+    ends |= plan.channels.barriers.keys()
+    reach: dict[fx.Node, bool] = {}
+    for node in reversed(plan.channels.values):
+        reach[node] = any(
+            user in ends or (user not in positions and reach[user]) for user in node.users
+        )
+    return [site for site in plan.sites if reach[site.position]]
 
 
 def _rehearse(plan: Plan) -> dict[fx.Node, str]:

@@ -27,10 +27,13 @@ _DIFFERENCES = (operator.sub, torch.sub, "sub")
 _QUOTIENTS = (operator.truediv, torch.div, "div")
 
 
-def remove_constant_branches(program: Program) -> list[Change]:
-    """Let elementwise operators meet a constant operand as a buffer, and drop what computed it."""
+def remove_constant_branches(program: Program, known: Channels | None = None) -> list[Change]:
+    """Let elementwise operators meet a constant operand as a buffer, and drop what computed it.
+
+    known: the analysis of the program as it is, if there is one already.
+    """
     seen = observe(program)
-    channels = analyse(program, observation=seen)
+    channels = known or analyse(program, observation=seen)
     changes: list[Change] = []
     for node, call in channels.calls.items():
         if (

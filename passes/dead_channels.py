@@ -25,9 +25,12 @@ from fxprune.values import Barrier, State
 _Plan = dict[fx.Node, Arguments | Literal]
 
 
-def eliminate_dead_channels(program: Program) -> list[Change]:
-    """Cut every unit that is dead: unread, or a constant its readers can absorb."""
-    channels, cut, plan = _plan(program)
+def eliminate_dead_channels(program: Program, known: Channels | None = None) -> list[Change]:
+    """Cut every unit that is dead: unread, or a constant its readers can absorb.
+
+    known: the analysis of the program as it is, if there is one already.
+    """
+    channels, cut, plan = _plan(program, known)
     program.barriers = {where(node): reason for node, reason in channels.barriers.items()}
     followers = {
         node: call
@@ -52,12 +55,12 @@ def eliminate_dead_channels(program: Program) -> list[Change]:
     return changes
 
 
-def _plan(program: Program) -> tuple[Channels, Cut, _Plan]:
+def _plan(program: Program, known: Channels | None) -> tuple[Channels, Cut, _Plan]:
     """Decide what goes, adding barriers until every operator can follow."""
     seen = observe(program)
     barriers: dict[fx.Node, str] = {}
     while True:
-        channels = analyse(program, barriers=barriers, observation=seen)
+        channels, known = known or analyse(program, barriers=barriers, observation=seen), None
         cut = settle(channels)
         plan: _Plan = {}
         refused = False

@@ -36,9 +36,9 @@ def insert_gates(
     seen = observe(program)
     candidates, refused = find_candidates(program, seen)
     plan = plan_sites(program, candidates, seen)
-    depth, undecided = _depth_sites(program, candidates)
+    depth, undecided = _depth_sites(program, plan.candidates)
     width = _width_sites(plan)
-    changes = refused + _refusals(plan, candidates) + undecided
+    changes = refused + plan.refused + _refusals(plan) + undecided
     if not width and not depth:
         reasons = "; ".join(map(str, changes)) or "it has no nonlinearity with f(0) = 0"
         raise NothingToDoError(f"no gate could be inserted: {reasons}")
@@ -57,22 +57,23 @@ def _width_sites(plan: Plan) -> list[WidthSite]:
     """Give every freed class a number, in the order in which the sites meet them."""
     indices: dict[int, int] = {}
     sites: list[WidthSite] = []
+    free = plan.freed.tolist()
     for site in plan.sites:
         value: Value = plan.channels.values[site.position]
-        units: list[int] = []
-        for label in plan.channels.classes[value.tags.reshape(-1)].tolist():
-            free = bool(plan.freed[label])
-            units.append(indices.setdefault(label, len(indices)) if free else UNGATED)
-        sites.append(WidthSite(site.name, tuple(units), tuple(value.tags.shape)))
+        units = tuple(
+            indices.setdefault(label, len(indices)) if free[label] else UNGATED
+            for label in plan.channels.classes[value.tags.reshape(-1)].tolist()
+        )
+        sites.append(WidthSite(site.name, units, tuple(value.tags.shape)))
     return sites
 
 
-def _refusals(plan: Plan, candidates: Sequence[Candidate]) -> list[Change]:
+def _refusals(plan: Plan) -> list[Change]:
     """Say why a nonlinearity got no width gate."""
     gated = {site.node for site in plan.sites}
     reasons = plan.channels.blocked()
     changes: list[Change] = []
-    for candidate in candidates:
+    for candidate in plan.candidates:
         if candidate.node in gated:
             continue
         if plan.frees(candidate):

@@ -25,8 +25,10 @@ def fold_linear_chains(program: Program) -> list[Change]:
         first, second = sole.get(before), sole.get(node)
         if type(first) is nn.Linear and type(second) is nn.Linear:
             changes.append(_consider(before, node, first, second))
-    program.seen = None
-    return [change for change in changes if dict(change.detail)["folded"]]
+    folded = [change for change in changes if dict(change.detail)["folded"]]
+    if folded:
+        program.seen = None
+    return folded
 
 
 def _consider(before: fx.Node, node: fx.Node, first: nn.Linear, second: nn.Linear) -> Change:

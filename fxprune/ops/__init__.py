@@ -3,6 +3,7 @@
 from fxprune.ops import attention as attention
 from fxprune.ops import bilinear as bilinear
 from fxprune.ops import casts as casts
+from fxprune.ops import concatenation as concatenation
 from fxprune.ops import contraction as contraction
 from fxprune.ops import creation as creation
 from fxprune.ops import elementwise as elementwise

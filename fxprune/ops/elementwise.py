@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
-from fxprune.rules import Call, Flow, OpRule, Read, register
+from fxprune.rules import Call, Flow, OpRule, Read, execute, key_of, register
 from fxprune.tags import FIXED, align, varying_axes
 from fxprune.values import Barrier, State, Value, as_value, broadcast_to, flatten
 
@@ -212,13 +213,21 @@ NONLINEARITIES = frozenset(
 """What a gate may stand at, where f(0) = 0."""
 
 
-def preserves_zero(call: Call) -> bool:
-    """Tell whether the operator maps 0 to 0, by running it."""
-    slopes = any(isinstance(leaf, State) for leaf in flatten((call.args, call.kwargs)))
-    if slopes or isinstance(call.module, nn.PReLU):
+def preserves_zero(node: fx.Node, module: nn.Module | None, dtype: torch.dtype) -> bool:
+    """Tell whether an activation maps 0 to 0, by running it."""
+    if key_of(node, module) in _PRELUS:
         return True  # whatever the slopes; they would want as many channels as they are
-    result = call.execute(lambda _: torch.zeros(1, 1, dtype=call.tensor_spec().dtype))
+    if len(node.all_input_nodes) != 1:
+        return False  # a slope or threshold is computed
+
+    def zeros(_: fx.Node) -> Any:
+        return torch.zeros(1, 1, dtype=dtype)
+
+    result = execute(node, module, map_arg(node.args, zeros), map_arg(node.kwargs, zeros))
     return bool((result == 0).all())
+
+
+_PRELUS = (nn.PReLU, F.prelu, torch.prelu, "prelu")
 
 
 _tensor_names = {name for name in (*UNARY, *ACTIVATIONS, *BINARY, *COMPARISONS, *TERNARY)}
@@ -250,5 +259,5 @@ register(
 )
 register(
     OpRule("prelu", prelu_flow, resize=resize_prelu),
-    *dict.fromkeys((nn.PReLU, F.prelu, torch.prelu, "prelu")),
+    *dict.fromkeys(_PRELUS),
 )

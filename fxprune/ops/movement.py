@@ -14,7 +14,6 @@ from torch import nn
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import (
     rewrite_chunks,
-    rewrite_concatenation,
     rewrite_nothing,
     rewrite_sizes,
     rewrite_unflatten,
@@ -54,10 +53,6 @@ register(
     *("moveaxis", "adjoint", "squeeze", "unsqueeze", "flip", "fliplr", "flipud", "roll", "rot90"),
     *("unbind", "narrow", "diagonal", "tile", "repeat", "repeat_interleave", "unfold"),
     *("t_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_"),
-)
-register(
-    OpRule("concatenation", movement_flow, rewrite=rewrite_concatenation),
-    *dict.fromkeys((torch.cat, torch.concat, torch.concatenate)),
 )
 register(OpRule("like", like_flow, rewrite=rewrite_nothing), "expand_as", "view_as", "reshape_as")
 register(

@@ -26,22 +26,6 @@ def rewrite_nothing(call: Call, cut: Cut) -> Arguments | None:
     return rewrite_as_selection(call, cut)
 
 
-def rewrite_concatenation(call: Call, cut: Cut) -> Arguments | None:
-    """Leave out the parts of which nothing remains."""
-    if not shrinks(call, cut):
-        return None
-    args, kwargs = list(call.node.args), dict(call.node.kwargs)
-    parts: Any = args[0] if args else kwargs["tensors"]
-    if isinstance(parts, fx.Node):  # what another operator took apart comes as one
-        return rewrite_nothing(call, cut)
-    stay = [part for part in parts if part not in cut.gone]
-    if args:
-        args[0] = stay
-    else:
-        kwargs["tensors"] = stay
-    return checked_arguments(call, cut, args, kwargs)
-
-
 def rewrite_sizes(call: Call, cut: Cut) -> Arguments | None:
     """Replace the literal sizes of view, reshape and expand by what remains of the output."""
     if not shrinks(call, cut):
