@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fuzz zoo clean
+.PHONY: help setup demo test check fuzz zoo bench clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ": .*## "} /^[a-z]+: .*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,10 @@ fuzz: $(READY) ## put N random networks through fxprune, and print what fails as
 zoo: $(READY) ## put every torchvision model through fxprune (takes long)
 	@echo "==> zoo: python -m tools.zoo $(ARGS)"
 	@$(BIN)/python -m tools.zoo $(ARGS)
+
+bench: $(READY) ## time instrument and finalize beside Torch-Pruning (pip install -e '.[experiments]')
+	@echo "==> bench: python -m tools.bench_compile $(ARGS)"
+	@$(BIN)/python -m tools.bench_compile $(ARGS)
 
 clean: ## remove builds, results and caches; .venv stays
 	rm -rf build dist out .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
