@@ -33,6 +33,10 @@ def rewrite_concatenation(call: Call, cut: Cut) -> Arguments | None:
     """Leave out the parts of which nothing remains; the others, being boxes, still fit."""
     args, kwargs = list(call.node.args), dict(call.node.kwargs)
     nodes: Any = args[0] if args else kwargs["tensors"]
+    if not isinstance(nodes, (list, tuple)):  # what one operator returned, all of which stays
+        for part in _parts(call):
+            cut.indices(part)
+        return None
     stay = [node for node in nodes if node not in cut.gone]
     for part, node in zip(_parts(call), nodes, strict=True):
         if node not in cut.gone:
