@@ -325,3 +325,43 @@ def test_a_tied_embedding_stays_tied() -> None:
     assert small.up.out_features == 8
     assert small.head.weight is small.embedding.weight
     assert small.report.verification.verdict == "equal"
+
+
+class TwiceOnConstants(nn.Module):
+    """A layer without bias, called twice on constants, which the next one absorbs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 4)
+        self.twice, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.second(self.first(x).relu())
+        return torch.cat([self.head(self.twice(self.twice(hidden))), x], 1)
+
+
+def test_what_a_shared_layer_cannot_absorb_is_not_absorbed() -> None:
+    model: Any = randomise(TwiceOnConstants())
+    model.first.weight.data.zero_()
+    model.first.bias.data.fill_(-1)
+    small: Any = fxprune.finalize(model, torch.randn(3, 5))
+    assert small.report.verification.verdict == "equal"
+
+
+class Cropped(nn.Module):
+    """A flattened map of which the first numbers count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 4, 1), nn.Linear(72, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.split(self.first(x).relu().flatten(1), 72, 1)[0])
+
+
+def test_positions_in_a_flattened_map_are_not_frozen() -> None:
+    model: Any = randomise(Cropped()).double()
+    model.head.weight.data[:, 36:] = 0
+    small: Any = fxprune.finalize(model, torch.randn(3, 3, 6, 6, dtype=torch.float64))
+    larger = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert error(model(larger), small(larger)) < 1e-12

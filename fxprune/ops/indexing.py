@@ -17,6 +17,7 @@ from fxprune.ops.execution import checked_arguments, movement_flow
 from fxprune.ops.rewriting import (
     follows_as_is,
     positions_that_remain,
+    refuse_blocks,
     rewrite_nothing,
     shrinks,
     source_of,
@@ -95,6 +96,7 @@ def _rewrite_index(call: Call, cut: Cut, value: Value, index: Any, raw: Any) -> 
     if found is None:
         raise Barrier("it cannot follow the removal of channels")
     axis, kept = found
+    refuse_blocks(value, axis)
     entries: Sequence[Any] = index if isinstance(index, tuple) else (index,)
     written: Any = raw if isinstance(raw, tuple) else (raw,)
     place = _entry_of(entries, axis, len(value.shape))

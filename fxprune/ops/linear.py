@@ -62,7 +62,8 @@ def absorb_constants(call: Call, cut: Cut) -> None:
         return
     with torch.no_grad():
         amount = torch.where(dying, along.constants, 0.0).to(mixing.weight.tensor.device)
-        if bool((amount != 0).any()):
+        # Where it may not absorb, what dies is read by outputs that die too.
+        if call.module is not None and call.sole_use and bool((amount != 0).any()):
             _shift_bias(call, mixing, amount, cut)
         if bool((dying & cut.keep(along.tags)).any()):
             _stop_reading(mixing, dying)

@@ -52,6 +52,7 @@ def rewrite_chunks(call: Call, cut: Cut) -> Arguments | None:
         return None
     parts = [part for part in flatten(_outputs_of(call)) if isinstance(part, Value)]
     dim = int(call.argument(2, "dim", 0))
+    refuse_blocks(call.value(), dim)
     sizes = [cut.shape(part)[dim] for part in parts]
     return checked_arguments(call, cut, [source_of(call), sizes], {"dim": dim}, torch.split)
 
@@ -87,12 +88,23 @@ def rewrite_as_selection(call: Call, cut: Cut) -> Arguments:
     if len(values) != 1 or found is None:
         raise Barrier("it cannot follow the removal of channels")
     axis, kept = found
+    refuse_blocks(values[0], axis)
     chosen = _selection(call, values[0], output, axis)
     new = positions_that_remain(chosen, kept, values[0].shape[axis])
     if isinstance(new, slice):
         index = (*(slice(None),) * axis, new)
         return checked_arguments(call, cut, [source_of(call), index], {}, operator.getitem)
     return checked_arguments(call, cut, [source_of(call), axis, new], {}, torch.index_select)
+
+
+def refuse_blocks(value: Value, axis: int) -> None:
+    """Refuse to count along an axis where channels are blocks, as in a flattened map.
+
+    Another map has longer blocks: positions would be right for the example's size only.
+    """
+    along = value.along(axis).tags
+    if len(along.unique()) < len(along):
+        raise Barrier("it counts positions along an axis that holds both channels and space")
 
 
 def _selection(call: Call, value: Value, output: Value, axis: int) -> Tensor:

@@ -4,6 +4,7 @@ A writer appends lines to a draft and says of each where its channels lie. The f
 of a choice is the simplest: there a shrinking failure ends.
 """
 
+from tools.steps import attention as attention
 from tools.steps import elementwise as elementwise
 from tools.steps import mixing as mixing
 from tools.steps import movement as movement

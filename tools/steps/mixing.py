@@ -194,21 +194,5 @@ def batch_of_tokens(draft: Draft, x: str, pick: Pick) -> str:
     return draft.let(f"{mixed}.view({sizes}, {pick(['-1', str(draft.channels(mixed))])})", "last")
 
 
-@writer
-def attention(draft: Draft, x: str, pick: Pick) -> str:
-    """Attend, with one head."""
-    draft.require(x, "last")
-    if len(draft.shape(x)) != 3:
-        raise Refused
-    width = draft.channels(x)
-    layer = draft.layer(f"nn.Linear({width}, {3 * width})")
-    whole = draft.let(f"{layer}({x})", "last")
-    q, k, v = (f"{whole}.chunk(3, -1)[{place}]" for place in range(3))
-    forms = [f"F.scaled_dot_product_attention({q}, {k}, {v})"]
-    forms += [f"({q} @ {k}.transpose(1, 2) / {width**0.5}).softmax(-1) @ {v}"]
-    forms += [f"torch.bmm(torch.bmm({q}, {k}.transpose(1, 2)), {v})"]
-    return draft.let(pick(forms), "last")
-
-
 def _groups(wanted: int, ins: int, outs: int) -> int:
     return wanted if ins % wanted == 0 and outs % wanted == 0 else 1
