@@ -19,6 +19,7 @@ from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change
 from fxprune.program import Program, device_of
 from fxprune.rules import Call, rule_for
+from fxprune.tags import compress, varying_axes
 from fxprune.values import Value
 
 _SUMS = (operator.add, torch.add, "add")
@@ -55,12 +56,19 @@ def remove_constant_branches(program: Program, known: Channels | None = None) ->
 
 
 def _constant(channels: Channels, node: fx.Node) -> Tensor | None:
-    """Return what a computed tensor always is, float64, None if that is not known."""
+    """Return what a computed tensor always is, float64; None if not known for maps of any size."""
     value = channels.values.get(node)
     if node not in channels.calls or not isinstance(value, Value):
         return None
-    known = value.dtype.is_floating_point and bool(torch.isfinite(value.constants).all())
-    return value.constants if known else None
+    if not value.dtype.is_floating_point or not bool(torch.isfinite(value.constants).all()):
+        return None
+    constant = compress(value.constants)
+    axes = varying_axes(constant)
+    if len(axes) > 1:
+        return None
+    # Where a channel is met several times along an axis, as in a flattened map, space is in there.
+    labels = value.along(axes[0]).tags if axes else torch.empty(0)
+    return constant if len(labels.unique()) == len(labels) else None
 
 
 def _broadcasts(call: Call, seen: Observation, operand: fx.Node, constant: Tensor) -> bool:

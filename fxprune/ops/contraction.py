@@ -268,7 +268,7 @@ def _add(flow: Flow, addend: Value | State, output: Value) -> None:
 
 
 register(
-    OpRule("product", product_flow),
+    OpRule("matrix product", product_flow),
     *(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm"),
 )
 register(

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
 from fxprune.passes.constant_branches import remove_constant_branches
 from fxprune.program import Program, capture
-from fxprune.testing import check_rewrite, spread
+from fxprune.testing import check_rewrite, error, spread
 from tests.conftest import randomise
 
 
@@ -147,3 +148,35 @@ def test_both_operands_may_be_constant_where_one_is_written_into() -> None:
         layer.weight.data.zero_()
     x = torch.randn(2, 3, dtype=torch.float64)
     check_rewrite(remove_constant_branches, capture(model, ((x,), {}), make_masks_permanent=False))
+
+
+def test_a_constant_that_varies_over_a_map_does_not_freeze_its_size() -> None:
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.pixel_shuffle(self.first(x), 2) + F.interpolate(x[:, :1], scale_factor=2)
+
+    model = randomise(Shuffled()).double().eval()
+    model.first.weight.data.zero_()
+    small = fxprune.finalize(model, torch.randn(2, 3, 5, 5, dtype=torch.float64))
+    larger = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    assert error(model(larger), small(larger)) < 1e-12
+
+
+def test_a_factor_of_a_matrix_product_is_not_broadcast() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Linear(4, 6), nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.query(x).relu() @ self.key(x).transpose(1, 2)
+
+    model = randomise(Attention()).double().eval()
+    model.query.weight.data.zero_()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    check_rewrite(remove_constant_branches, capture(model, ((x,), {}), make_masks_permanent=False))
+    assert error(model(x), fxprune.finalize(model, x)(x)) < 1e-12
