@@ -31,7 +31,7 @@ from fxprune.errors import (
 )
 from fxprune.export import OnnxCheck, export_onnx
 from fxprune.inspection import Inspection, architecture, freeze, inspect
-from fxprune.penalties import Penalty, paper_penalties, parameter_groups, penalty
+from fxprune.penalties import Cost, Penalty, paper_penalties, parameter_groups, penalty
 from fxprune.report import Report
 from fxprune.verification import Verification, verify
 
@@ -41,6 +41,7 @@ except PackageNotFoundError:  # a bare checkout on the path
     __version__ = "0+unknown"
 
 __all__ = [
+    "Cost",
     "Costs",
     "ExampleInputError",
     "ExportError",

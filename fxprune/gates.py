@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx
 
 from fxprune.errors import GateError
+from fxprune.unit_costs import UnitCosts
 
 UNGATED = -1
 HALF = 0.5
@@ -47,11 +48,13 @@ class Gates(nn.Module):
 
     width: float32 (units,) in [0, 1], or None; 1 keeps a unit. linear: float32 (depth sites,) in
     [0, 1], or None; 1 makes a nonlinearity the identity. Calling it clips them (in training) and
-    returns one binarised vector a site, width sites first, depth sites after.
+    returns one binarised vector a site, width sites first, depth sites after. costs: what the model
+    would cost if it were finalised now, in its units, if that was found out.
     """
 
     width: nn.Parameter | None
     linear: nn.Parameter | None
+    costs: UnitCosts | None
     _gather: Tensor
     _layer: Tensor
 
@@ -62,6 +65,7 @@ class Gates(nn.Module):
         *,
         width_init: float,
         linear_init: float,
+        costs: UnitCosts | None = None,
     ) -> None:
         """Open all width gates and close all linearity gates; raise `GateError` for other inits."""
         super().__init__()
@@ -72,6 +76,7 @@ class Gates(nn.Module):
             )
         self.width_sites = tuple(width_sites)
         self.depth_sites = tuple(depth_sites)
+        self.costs = costs
         units = 1 + max((u for site in width_sites for u in site.units), default=-1)
         self.width = nn.Parameter(torch.full((units,), width_init)) if units else None
         depth = len(self.depth_sites)

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxprune.errors import GateError
-from fxprune.gates import Gates, gate_owners
+from fxprune.gates import Gates, binarize, gate_owners
+from fxprune.unit_costs import MACS, require_kind
 
 
 class Penalty(nn.Module):
@@ -77,6 +78,42 @@ class Depth(Penalty):
         if gates.linear is None:
             return _zero(gates)
         return (1 - gates.linear.clamp(0, 1)).sum()
+
+
+class Cost(Penalty):
+    """λ·cost, of the model `finalize` would return now, before it folds layers into each other.
+
+    of: "parameters", "macs" (a sample's) or "neurons" (units). The value is that of the binary
+    gates and exact, but for the rounding of the gates' dtype, while no tensor is left without
+    channels; its gradient is each unit's marginal cost given the other units. To weigh as λ3 does
+    take λ = λ3·units/cost. In a model instrumented region by region it counts the regions.
+    Raises `GateError` if the gates were made without costs.
+    """
+
+    def __init__(self, weight: float, of: str = MACS) -> None:
+        """Take λ and the kind of cost."""
+        super().__init__(weight)
+        require_kind(of)
+        self.of = of
+
+    def term(self, gates: Gates) -> Tensor:
+        """Return the cost."""
+        return cost_of(gates, self.of).to(next(gates.parameters()).dtype)
+
+    def extra_repr(self) -> str:
+        """Show λ and the kind of cost."""
+        return f"{super().extra_repr()}, of={self.of!r}"
+
+
+def cost_of(gates: Gates, kind: str) -> Tensor:
+    """Return what a model would cost finalised now: a scalar, float64, differentiable."""
+    if gates.costs is None:
+        raise GateError("these gates know of no costs; instrument the model again")
+    if gates.width is None:
+        return _zero(gates) + gates.costs.full(kind)
+    width = gates.width
+    exact = width if width.device.type == "mps" else width.double()  # mps has no float64
+    return gates.costs(kind, binarize(exact))
 
 
 def paper_penalties(

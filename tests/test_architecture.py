@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of one layer do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("unit_costs",),
     ("gates",),
     ("macs",),
     ("tags",),
@@ -39,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("channels",),
     ("liveness",),
     ("sites",),
+    ("accounts",),
     ("passes",),
     ("costs",),
     ("cases",),
