@@ -17,9 +17,11 @@ if not (Path(__file__).parent / "passes").is_dir():
         "install the package"
     )
 
+from fxprune.budget import Budget, Phases
 from fxprune.compiler import finalize, instrument
 from fxprune.costs import Costs, count_costs
 from fxprune.errors import (
+    BudgetError,
     ExampleInputError,
     ExportError,
     FxpruneError,
@@ -41,6 +43,8 @@ except PackageNotFoundError:  # a bare checkout on the path
     __version__ = "0+unknown"
 
 __all__ = [
+    "Budget",
+    "BudgetError",
     "Cost",
     "Costs",
     "ExampleInputError",
@@ -52,6 +56,7 @@ __all__ = [
     "NothingToDoError",
     "OnnxCheck",
     "Penalty",
+    "Phases",
     "Report",
     "TraceError",
     "Verification",

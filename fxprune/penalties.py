@@ -105,13 +105,16 @@ class Cost(Penalty):
         return f"{super().extra_repr()}, of={self.of!r}"
 
 
-def cost_of(gates: Gates, kind: str) -> Tensor:
-    """Return what a model would cost finalised now: a scalar, float64, differentiable."""
+def cost_of(gates: Gates, kind: str, width: Tensor | None = None) -> Tensor:
+    """Return what a model would cost finalised now: a scalar, float64, differentiable.
+
+    width: other real gates than those it has.
+    """
     if gates.costs is None:
         raise GateError("these gates know of no costs; instrument the model again")
-    if gates.width is None:
+    width = gates.width if width is None else width
+    if width is None:
         return _zero(gates) + gates.costs.full(kind)
-    width = gates.width
     exact = width if width.device.type == "mps" else width.double()  # mps has no float64
     return gates.costs(kind, binarize(exact))
 
