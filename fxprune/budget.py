@@ -1,15 +1,18 @@
 """Train to a budget: the λs are moved by feedback until the model costs what was asked for.
 
-    penalty = λ·(Σ w(1 − w) + Σ p·w + Σ d(1 − d)),   p_u ∝ √(marginal cost of u), mean 1
+    penalty = λ·(Σ p·(½w(1 − w) + w) + ½Σ d(1 − d)),   p_u ∝ √(marginal cost of u), mean 1
     log λ += clamp(0.05·(log cost − log target), ±0.02)
 
-The target falls exponentially from the full cost to the budget; prices grow with the root of the
-cost, so that no layer is emptied just because its units are dear. After the shrinking the gates are
+The target falls exponentially from the full cost to the budget. Prices are those of the model with
+all its units, and grow with the root of the cost: a layer is not emptied because its units are
+dear, nor dearer for being small. At every gate the pull outweighs the hold of w(1 − w), whatever
+the price, so that what λ asks for can be reached. After the shrinking the gates are
 made binary, the budget is met to the unit, and the weights settle. While it shrinks every tensor
 keeps its strongest unit. All is computed on the gates' device, without waiting for it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +85,9 @@ class Budget:
         if steps < 1 or not strength > 0:
             raise BudgetError(f"steps={steps}, strength={strength}: both must be positive")
         ((self.kind, amount),) = given.items()
-        self.gated, self.steps, self.phases = gated, steps, phases or Phases()
+        self.steps, self.phases = steps, phases or Phases()
         self.steps_done = 0
-        self._gates = [g for g in gates_by_name(gated).values() if g.width is not None]
-        if not self._gates:
-            raise BudgetError("the model has no width gates, so that nothing can get smaller")
-        self._groups = [units_of(gates) for gates in self._gates]
+        self.follow(gated)
         self.full = sum(gates.costs.full(self.kind) for gates in self._gates if gates.costs)
         self.target = amount * self.full if amount <= 1 else float(amount)
         least = least_cost(self._gates, self._groups, self.kind)
@@ -98,6 +98,15 @@ class Budget:
             )
         device = _width(self._gates[0]).device
         self._log_strength = torch.tensor(math.log(strength), device=device)
+
+    def follow(self, gated: nn.Module) -> None:
+        """Go on with what `fxprune.compact` returned; the budget stays as it was."""
+        self.gated = gated
+        self._gates = [g for g in gates_by_name(gated).values() if g.width is not None]
+        if not self._gates:
+            raise BudgetError("the model has no width gates, so that nothing can get smaller")
+        self._groups = [units_of(gates) for gates in self._gates]
+        self._prices = _prices(self._gates, self.kind)
 
     @property
     def strength(self) -> float:
@@ -140,14 +149,13 @@ class Budget:
         if self.phase in ("warm-up", "settle"):
             return total
         over = self._cost() > self._aim()  # no pull below the target: units come back there
-        prices = self._prices()
-        for gates, price in zip(self._gates, prices, strict=True):
+        for gates, price in zip(self._gates, self._prices, strict=True):
             width = _width(gates).clamp(0, 1)
-            price = (price * over.to(price.device)).to(width.dtype)
-            total = total + (width * (1 - width + price)).sum().to(total.device)
+            pull = 0.5 * (1 - width) + over.to(width.device, width.dtype)
+            total = total + (price * width * pull).sum().to(total.device)
             if gates.linear is not None:
                 linear = gates.linear.clamp(0, 1)
-                total = total + (linear * (1 - linear)).sum().to(total.device)
+                total = total + 0.5 * (linear * (1 - linear)).sum().to(total.device)
         return self._log_strength.exp().to(total.dtype) * total
 
     def step(self, loss: Tensor | None = None) -> None:
@@ -218,18 +226,6 @@ class Budget:
             costs = [cost_of(gates, self.kind) for gates in self._gates]
             return torch.stack([cost.to(costs[0].device) for cost in costs]).sum()
 
-    def _prices(self) -> list[Tensor]:
-        """Return what each unit costs, given the others, to the power ½ and with mean 1."""
-        prices: list[Tensor] = []
-        for gates in self._gates:
-            with torch.enable_grad():
-                width = _width(gates).detach().requires_grad_()
-                cost = cost_of(gates, self.kind, width)
-                prices.append(torch.autograd.grad(cost, width)[0].clamp_min(0).sqrt())
-        total = torch.stack([price.sum().to(prices[0].device) for price in prices]).sum()
-        mean = total / sum(map(len, prices))
-        return [price / mean.clamp_min(1e-12).to(price) for price in prices]
-
     def _require_numbers(self, loss: Tensor | None, *, wait: bool = False) -> None:
         """Raise if the loss or a gate is NaN."""
         waits = _width(self._gates[0]).device.type != "cpu"
@@ -243,6 +239,18 @@ class Budget:
                 f"{' and '.join(found)} became NaN by step {self.steps_done}; take up the last "
                 "checkpoint with a lower learning rate, of gates or weights, or clip gradients"
             )
+
+
+def _prices(all_gates: Sequence[Gates], kind: str) -> list[Tensor]:
+    """Return what each unit costs beside all others, to the power ½ and with mean 1."""
+    prices: list[Tensor] = []
+    for gates in all_gates:
+        with torch.enable_grad():
+            everything = torch.ones_like(_width(gates)).requires_grad_()
+            (price,) = torch.autograd.grad(cost_of(gates, kind, everything), everything)
+        prices.append(price.clamp_min(0).sqrt())
+    mean = sum(float(price.sum()) for price in prices) / sum(map(len, prices))
+    return [price / (mean or 1.0) for price in prices]
 
 
 def _width(gates: Gates) -> nn.Parameter:

@@ -90,7 +90,7 @@ def is_binary(gated: nn.Module) -> bool:
     [{"macs": 0.3}, {"parameters": 0.1}, {"neurons": 0.5}, {"parameters": 900}, {"macs": 1.0}],
     ids=str,
 )
-def test_a_run_ends_with_binary_gates_and_the_budget_met(options: dict[str, float]) -> None:
+def test_a_run_ends_with_binary_gates_and_the_budget_met(options: dict[str, Any]) -> None:
     run = Run(**options).train(STEPS)
     budget = run.budget
     assert is_binary(run.gated) and budget.frozen and budget.phase == "settle"
