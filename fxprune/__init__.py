@@ -18,6 +18,7 @@ if not (Path(__file__).parent / "passes").is_dir():
     )
 
 from fxprune.budget import Budget, Phases
+from fxprune.compaction import compact
 from fxprune.compiler import finalize, instrument
 from fxprune.costs import Costs, count_costs
 from fxprune.errors import (
@@ -62,6 +63,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "architecture",
+    "compact",
     "count_costs",
     "export_onnx",
     "finalize",

@@ -49,7 +49,8 @@ class Gates(nn.Module):
     width: float32 (units,) in [0, 1], or None; 1 keeps a unit. linear: float32 (depth sites,) in
     [0, 1], or None; 1 makes a nonlinearity the identity. Calling it clips them (in training) and
     returns one binarised vector a site, width sites first, depth sites after. costs: what the model
-    would cost if it were finalised now, in its units, if that was found out.
+    would cost if it were finalised now, in its units, if that was found out. dead_calls: how often
+    in a row `fxprune.compact` found each unit dead.
     """
 
     width: nn.Parameter | None
@@ -57,6 +58,7 @@ class Gates(nn.Module):
     costs: UnitCosts | None
     _gather: Tensor
     _layer: Tensor
+    dead_calls: Tensor
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class Gates(nn.Module):
         index = {site.name: site.index for site in depth_sites}
         layer = [index.get(site.name, depth) for site in width_sites for _ in site.units]
         self.register_buffer("_layer", torch.tensor(layer, dtype=torch.long), persistent=False)
+        self.register_buffer("dead_calls", torch.zeros(units, dtype=torch.long), persistent=False)
         self._sizes = [len(site.units) for site in width_sites]
 
     def forward(self) -> tuple[Tensor, ...]:

@@ -57,7 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("regions",),
     ("piecewise",),
     ("compiler",),
-    ("inspection",),
+    ("inspection", "compaction"),
     ("budget",),
     ("testing",),
     ("permutation",),
