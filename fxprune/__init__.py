@@ -34,7 +34,14 @@ from fxprune.errors import (
 )
 from fxprune.export import OnnxCheck, export_onnx
 from fxprune.inspection import Inspection, architecture, freeze, inspect
-from fxprune.penalties import Cost, Penalty, paper_penalties, parameter_groups, penalty
+from fxprune.penalties import (
+    Cost,
+    Penalty,
+    paper_penalties,
+    parameter_groups,
+    penalty,
+    require_undecayed,
+)
 from fxprune.report import Report
 from fxprune.verification import Verification, verify
 
@@ -73,5 +80,6 @@ __all__ = [
     "paper_penalties",
     "parameter_groups",
     "penalty",
+    "require_undecayed",
     "verify",
 ]

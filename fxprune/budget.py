@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fxprune.errors import BudgetError
 from fxprune.gates import HALF, Gates
 from fxprune.inspection import freeze
-from fxprune.penalties import cost_of, gates_by_name
+from fxprune.penalties import cost_of, gates_by_name, require_undecayed
 from fxprune.selection import least_cost, meet_, strongest, units_of
 from fxprune.unit_costs import MACS, NEURONS, PARAMETERS
 
@@ -60,7 +61,10 @@ class Budget:
     gated: what `instrument` returned, also inside a wrapper. neurons, parameters, macs: one of
     them, the cost to reach: a fraction of the full cost if ≤ 1, else a number (of units, of
     parameters, of multiply-accumulates a sample), before layers are folded. steps: optimizer steps
-    in the whole run. phases: when what happens. strength: the first λ.
+    in the whole run. phases: when what happens. strength: the first λ. optimizer: if given it is
+    checked not to decay gates.
+
+    In `DistributedDataParallel` take `find_unused_parameters=True`: frozen gates get no gradient.
 
     It stands in for `fxprune.penalty(gated)`: the terms of `gated.penalties` do not enter. Gates
     that the user freezes stay as they are. Of a model instrumented region by region the regions
@@ -77,7 +81,10 @@ class Budget:
         macs: float | None = None,
         phases: Phases | None = None,
         strength: float = 1e-4,
+        optimizer: Optimizer | None = None,
     ) -> None:
+        if optimizer is not None:
+            require_undecayed(gated, optimizer)
         asked = {NEURONS: neurons, PARAMETERS: parameters, MACS: macs}
         given = {kind: amount for kind, amount in asked.items() if amount is not None}
         if len(given) != 1:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx
 
 from fxprune.errors import GateError
+from fxprune.structure import Structured
 from fxprune.unit_costs import UnitCosts
 
 UNGATED = -1
@@ -43,7 +44,7 @@ class DepthSite:
     index: int
 
 
-class Gates(nn.Module):
+class Gates(Structured):
     """The gates of a model.
 
     width: float32 (units,) in [0, 1], or None; 1 keeps a unit. linear: float32 (depth sites,) in
@@ -84,11 +85,11 @@ class Gates(nn.Module):
         depth = len(self.depth_sites)
         self.linear = nn.Parameter(torch.full((depth,), linear_init)) if depth else None
         gather = [u if u != UNGATED else units for site in width_sites for u in site.units]
-        self.register_buffer("_gather", torch.tensor(gather, dtype=torch.long), persistent=False)
+        self.hold("_gather", torch.tensor(gather, dtype=torch.long))
         index = {site.name: site.index for site in depth_sites}
         layer = [index.get(site.name, depth) for site in width_sites for _ in site.units]
-        self.register_buffer("_layer", torch.tensor(layer, dtype=torch.long), persistent=False)
-        self.register_buffer("dead_calls", torch.zeros(units, dtype=torch.long), persistent=False)
+        self.hold("_layer", torch.tensor(layer, dtype=torch.long))
+        self.hold("dead_calls", torch.zeros(units, dtype=torch.long))
         self._sizes = [len(site.units) for site in width_sites]
 
     def forward(self) -> tuple[Tensor, ...]:

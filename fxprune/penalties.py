@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fxprune.errors import GateError
 from fxprune.gates import Gates, binarize, gate_owners
@@ -170,6 +171,21 @@ def parameter_groups(
         {"params": weights, "lr": lr, "weight_decay": weight_decay},
         {"params": gates, "lr": 0.1 if gate_lr is None else gate_lr, "weight_decay": 0.0},
     ]
+
+
+def require_undecayed(gated: nn.Module, optimizer: Optimizer) -> None:
+    """Raise `GateError` if an optimizer decays gates: they would close whatever the loss says.
+
+    `parameter_groups` keeps them apart; this is for groups made by hand.
+    """
+    mine = {id(p) for gates in _owners(gated) for p in gates.parameters()}
+    for place, group in enumerate(optimizer.param_groups):
+        if group.get("weight_decay") and any(id(p) in mine for p in group["params"]):
+            raise GateError(
+                f"group {place} of {type(optimizer).__name__} holds gates and has a weight decay "
+                f"of {group['weight_decay']:g}; make the groups by fxprune.parameter_groups(gated, "
+                "lr=…, weight_decay=…), which leaves gates alone"
+            )
 
 
 def gates_of(model: nn.Module) -> Gates:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxprune.errors import GateError
+from fxprune.structure import Structured
 
 NEURONS, PARAMETERS, MACS = "neurons", "parameters", "macs"
 KINDS = (NEURONS, PARAMETERS, MACS)
@@ -46,12 +47,11 @@ class Term:
     rows: tuple[Row, ...]
 
 
-class UnitCosts(nn.Module):
+class UnitCosts(Structured):
     """The costs of a model in its units.
 
     units: how many there are. samples: the batch size the MACs were counted at; costs are those of
-    one sample. Its buffers are int64, so that no change of the model's dtype rounds them, and are
-    not saved: they belong to the model's structure, not to its state.
+    one sample. What it holds is int64, so that no change of the model's dtype rounds it.
     """
 
     _base: Tensor
@@ -136,7 +136,7 @@ class UnitCosts(nn.Module):
         return [term for terms in self.terms.values() for term in terms]
 
     def _hold(self, name: str, numbers: Sequence[object]) -> None:
-        self.register_buffer(name, torch.tensor(numbers, dtype=torch.int64), persistent=False)
+        self.hold(name, torch.tensor(numbers, dtype=torch.int64))
 
 
 def require_kind(kind: str) -> None:
