@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +35,9 @@ def gated_model(make: Callable[[], nn.Module] = Residual) -> Any:
     torch.manual_seed(0)
     gated = fxprune.instrument(make().double(), torch.randn(2, *SHAPE[1:]).double())
     gated = gated.double()  # the gates too
-    gated.gates.width.data[::3] = 0.3
+    width = gates_of(gated).width
+    assert width is not None
+    width.data[::3] = 0.3
     return gated
 
 
@@ -172,7 +175,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(replica, (port, str(tmp_path)), nprocs=2)
+    spawn(replica, (port, str(tmp_path)), nprocs=2)
     alone = gated_model(Plain)
     train(alone, *batch())
     assert not gates_of(alone).live().all() and not alone.gates.width.requires_grad
