@@ -17,9 +17,12 @@ if not (Path(__file__).parent / "passes").is_dir():
         "install the package"
     )
 
+from fxprune.budget import Budget, Phases
+from fxprune.compaction import compact
 from fxprune.compiler import finalize, instrument
 from fxprune.costs import Costs, count_costs
 from fxprune.errors import (
+    BudgetError,
     ExampleInputError,
     ExportError,
     FxpruneError,
@@ -31,7 +34,14 @@ from fxprune.errors import (
 )
 from fxprune.export import OnnxCheck, export_onnx
 from fxprune.inspection import Inspection, architecture, freeze, inspect
-from fxprune.penalties import Penalty, paper_penalties, parameter_groups, penalty
+from fxprune.penalties import (
+    Cost,
+    Penalty,
+    paper_penalties,
+    parameter_groups,
+    penalty,
+    require_undecayed,
+)
 from fxprune.report import Report
 from fxprune.verification import Verification, verify
 
@@ -41,6 +51,9 @@ except PackageNotFoundError:  # a bare checkout on the path
     __version__ = "0+unknown"
 
 __all__ = [
+    "Budget",
+    "BudgetError",
+    "Cost",
     "Costs",
     "ExampleInputError",
     "ExportError",
@@ -51,11 +64,13 @@ __all__ = [
     "NothingToDoError",
     "OnnxCheck",
     "Penalty",
+    "Phases",
     "Report",
     "TraceError",
     "Verification",
     "VerificationError",
     "architecture",
+    "compact",
     "count_costs",
     "export_onnx",
     "finalize",
@@ -65,5 +80,6 @@ __all__ = [
     "paper_penalties",
     "parameter_groups",
     "penalty",
+    "require_undecayed",
     "verify",
 ]

@@ -69,13 +69,15 @@ def analyse(
     zeroed: Collection[fx.Node] = (),
     barriers: Mapping[fx.Node, str] | None = None,
     observation: Observation | None = None,
+    absorbing: bool = True,
 ) -> Channels:
     """Run the forward analysis.
 
     generic: only what holds for whatever weights training may find. zeroed: nodes whose output is
     taken to be 0 in every channel. barriers: nodes to treat as unknown operators, and why.
+    absorbing: layers may take constants into their biases; else only zeros need not be read.
     """
-    return _Forward(program, generic, zeroed, barriers or {}, observation).run()
+    return _Forward(program, generic, zeroed, barriers or {}, observation, absorbing).run()
 
 
 class _Forward:
@@ -86,11 +88,13 @@ class _Forward:
         zeroed: Collection[fx.Node],
         barriers: Mapping[fx.Node, str],
         observation: Observation | None,
+        absorbing: bool,
     ) -> None:
         self.program = program
         self.generic = generic
         self.zeroed = zeroed
         self.forced = barriers
+        self.absorbing = absorbing
         self.seen = observation or observe(program)
         self.table = TagTable()
         self.found = Channels({}, {}, {}, {}, torch.empty(0), [], [], {}, {})
@@ -143,7 +147,7 @@ class _Forward:
             self._state,
             self.table.fresh,
             self.generic,
-            self._sole_use(node),
+            self.absorbing and self._sole_use(node),
         )
         leaves = flatten((args, kwargs))
         if not any(isinstance(leaf, (Value, State, ShapeOf)) for leaf in leaves):

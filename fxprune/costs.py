@@ -57,7 +57,8 @@ def costs_of(program: Program, module: nn.Module | None = None) -> Costs:
 
 
 def _costs(module: nn.Module, macs: int) -> Costs:
-    parts = [part for part in module.modules() if not isinstance(part, Gates)]
+    gates = {part for one in module.modules() if isinstance(one, Gates) for part in one.modules()}
+    parts = [part for part in module.modules() if part not in gates]
     parameters = {p for part in parts for p in part.parameters(recurse=False)}
     buffers = {b for part in parts for b in part.buffers(recurse=False)}
     return Costs(

@@ -35,6 +35,10 @@ class GateError(FxpruneError):
     """A gated model was expected, or its gates do not fit."""
 
 
+class BudgetError(FxpruneError):
+    """A budget cannot be met, or the training that should meet it went astray."""
+
+
 class VerificationError(FxpruneError):
     """The rewritten model is not the same function as the one it was made from."""
 

@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx
 
 from fxprune.errors import GateError
+from fxprune.structure import Structured
+from fxprune.unit_costs import UnitCosts
 
 UNGATED = -1
 HALF = 0.5
@@ -42,18 +44,22 @@ class DepthSite:
     index: int
 
 
-class Gates(nn.Module):
+class Gates(Structured):
     """The gates of a model.
 
     width: float32 (units,) in [0, 1], or None; 1 keeps a unit. linear: float32 (depth sites,) in
     [0, 1], or None; 1 makes a nonlinearity the identity. Calling it clips them (in training) and
-    returns one binarised vector a site, width sites first, depth sites after.
+    returns one binarised vector a site, width sites first, depth sites after. costs: what the model
+    would cost if it were finalised now, in its units, if that was found out. dead_calls: how often
+    in a row `fxprune.compact` found each unit dead.
     """
 
     width: nn.Parameter | None
     linear: nn.Parameter | None
+    costs: UnitCosts | None
     _gather: Tensor
     _layer: Tensor
+    dead_calls: Tensor
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Gates(nn.Module):
         *,
         width_init: float,
         linear_init: float,
+        costs: UnitCosts | None = None,
     ) -> None:
         """Open all width gates and close all linearity gates; raise `GateError` for other inits."""
         super().__init__()
@@ -72,15 +79,17 @@ class Gates(nn.Module):
             )
         self.width_sites = tuple(width_sites)
         self.depth_sites = tuple(depth_sites)
+        self.costs = costs
         units = 1 + max((u for site in width_sites for u in site.units), default=-1)
         self.width = nn.Parameter(torch.full((units,), width_init)) if units else None
         depth = len(self.depth_sites)
         self.linear = nn.Parameter(torch.full((depth,), linear_init)) if depth else None
         gather = [u if u != UNGATED else units for site in width_sites for u in site.units]
-        self.register_buffer("_gather", torch.tensor(gather, dtype=torch.long), persistent=False)
+        self.hold("_gather", torch.tensor(gather, dtype=torch.long))
         index = {site.name: site.index for site in depth_sites}
         layer = [index.get(site.name, depth) for site in width_sites for _ in site.units]
-        self.register_buffer("_layer", torch.tensor(layer, dtype=torch.long), persistent=False)
+        self.hold("_layer", torch.tensor(layer, dtype=torch.long))
+        self.hold("dead_calls", torch.zeros(units, dtype=torch.long))
         self._sizes = [len(site.units) for site in width_sites]
 
     def forward(self) -> tuple[Tensor, ...]:

@@ -13,9 +13,11 @@ import re
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fxprune.errors import GateError
-from fxprune.gates import Gates, gate_owners
+from fxprune.gates import Gates, binarize, gate_owners
+from fxprune.unit_costs import MACS, require_kind
 
 
 class Penalty(nn.Module):
@@ -79,6 +81,45 @@ class Depth(Penalty):
         return (1 - gates.linear.clamp(0, 1)).sum()
 
 
+class Cost(Penalty):
+    """λ·cost, of the model `finalize` would return now, before it folds layers into each other.
+
+    of: "parameters", "macs" (a sample's) or "neurons" (units). The value is that of the binary
+    gates and exact, but for the rounding of the gates' dtype, while no tensor is left without
+    channels; its gradient is each unit's marginal cost given the other units. To weigh as λ3 does
+    take λ = λ3·units/cost. In a model instrumented region by region it counts the regions.
+    Raises `GateError` if the gates were made without costs.
+    """
+
+    def __init__(self, weight: float, of: str = MACS) -> None:
+        """Take λ and the kind of cost."""
+        super().__init__(weight)
+        require_kind(of)
+        self.of = of
+
+    def term(self, gates: Gates) -> Tensor:
+        """Return the cost."""
+        return cost_of(gates, self.of).to(next(gates.parameters()).dtype)
+
+    def extra_repr(self) -> str:
+        """Show λ and the kind of cost."""
+        return f"{super().extra_repr()}, of={self.of!r}"
+
+
+def cost_of(gates: Gates, kind: str, width: Tensor | None = None) -> Tensor:
+    """Return what a model would cost finalised now: a scalar, float64, differentiable.
+
+    width: other real gates than those it has.
+    """
+    if gates.costs is None:
+        raise GateError("these gates know of no costs; instrument the model again")
+    width = gates.width if width is None else width
+    if width is None:
+        return _zero(gates) + gates.costs.full(kind)
+    exact = width if width.device.type == "mps" else width.double()  # mps has no float64
+    return gates.costs(kind, binarize(exact))
+
+
 def paper_penalties(
     width_binary: float = 1e-3,
     depth_binary: float = 1e-3,
@@ -130,6 +171,21 @@ def parameter_groups(
         {"params": weights, "lr": lr, "weight_decay": weight_decay},
         {"params": gates, "lr": 0.1 if gate_lr is None else gate_lr, "weight_decay": 0.0},
     ]
+
+
+def require_undecayed(gated: nn.Module, optimizer: Optimizer) -> None:
+    """Raise `GateError` if an optimizer decays gates: they would close whatever the loss says.
+
+    `parameter_groups` keeps them apart; this is for groups made by hand.
+    """
+    mine = {id(p) for gates in _owners(gated) for p in gates.parameters()}
+    for place, group in enumerate(optimizer.param_groups):
+        if group.get("weight_decay") and any(id(p) in mine for p in group["params"]):
+            raise GateError(
+                f"group {place} of {type(optimizer).__name__} holds gates and has a weight decay "
+                f"of {group['weight_decay']:g}; make the groups by fxprune.parameter_groups(gated, "
+                "lr=…, weight_decay=…), which leaves gates alone"
+            )
 
 
 def gates_of(model: nn.Module) -> Gates:

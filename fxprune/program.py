@@ -6,7 +6,7 @@ nothing the user holds is ever modified.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, fields, is_dataclass
 from io import StringIO
@@ -30,7 +30,8 @@ class Program:
 
     seen: what its last run showed, kept by `observation.observe` for whoever asks next; who changes
     a shape, or how much a node computes, leaves None here. barriers: operators around which every
-    channel stayed, and why.
+    channel stayed, and why. cuts: what stayed of parameters and buffers that were cut, by name:
+    axes and positions.
     """
 
     module: fx.GraphModule
@@ -38,6 +39,9 @@ class Program:
     kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     seen: Any = field(default=None, repr=False, compare=False)
     barriers: dict[str, str] = field(default_factory=dict[str, str])
+    cuts: dict[str, list[tuple[int, Tensor]]] = field(
+        default_factory=dict[str, list[tuple[int, Tensor]]]
+    )
 
     @property
     def graph(self) -> fx.Graph:
@@ -133,6 +137,13 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
 
 _ATOMS = (bool, int, float, str, type(None))
 _MAPPINGS = (dict, OrderedDict)
+
+
+def narrowed(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Return what stays of a tensor: some positions along some axes."""
+    for axis, positions in kept:
+        tensor = tensor.index_select(axis, positions.to(tensor.device))
+    return tensor
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -18,19 +18,23 @@ from fxprune.errors import where
 from fxprune.liveness import settle
 from fxprune.observation import observe
 from fxprune.pipeline import Change
-from fxprune.program import Program, device_of
+from fxprune.program import Program, device_of, narrowed
 from fxprune.rules import rule_for
 from fxprune.values import Barrier, State
 
 _Plan = dict[fx.Node, Arguments | Literal]
 
 
-def eliminate_dead_channels(program: Program, known: Channels | None = None) -> list[Change]:
+def eliminate_dead_channels(
+    program: Program, known: Channels | None = None, *, in_training: bool = False
+) -> list[Change]:
     """Cut every unit that is dead: unread, or a constant its readers can absorb.
 
-    known: the analysis of the program as it is, if there is one already.
+    known: the analysis of the program as it is, if there is one already. in_training: only what is
+    dead whatever the weights become, and a constant only if it is 0, so that a training goes on as
+    it would have. What was cut stands in `program.cuts`.
     """
-    channels, cut, plan = _plan(program, known)
+    channels, cut, plan = _plan(program, known, in_training=in_training)
     program.barriers = {where(node): reason for node, reason in channels.barriers.items()}
     followers = {
         node: call
@@ -38,12 +42,12 @@ def eliminate_dead_channels(program: Program, known: Channels | None = None) -> 
         if node not in channels.barriers and node not in cut.gone
     }
     for node, call in followers.items():
-        if call.module is not None:
+        if call.module is not None and not in_training:
             rule_for(node, call.module).absorb(call, cut)
     changes = [
         change
         for state in channels.states.values()
-        if (change := _cut_state(program.module, channels, state, cut)) is not None
+        if (change := _cut_state(program, channels, state, cut)) is not None
     ]
     for node, call in followers.items():
         if call.module is not None:
@@ -55,12 +59,24 @@ def eliminate_dead_channels(program: Program, known: Channels | None = None) -> 
     return changes
 
 
-def _plan(program: Program, known: Channels | None) -> tuple[Channels, Cut, _Plan]:
+def _plan(
+    program: Program, known: Channels | None, *, in_training: bool
+) -> tuple[Channels, Cut, _Plan]:
     """Decide what goes, adding barriers until every operator can follow."""
     seen = observe(program)
     barriers: dict[fx.Node, str] = {}
     while True:
-        channels, known = known or analyse(program, barriers=barriers, observation=seen), None
+        channels, known = (
+            known
+            or analyse(
+                program,
+                generic=in_training,
+                absorbing=not in_training,
+                barriers=barriers,
+                observation=seen,
+            ),
+            None,
+        )
         cut = settle(channels)
         plan: _Plan = {}
         refused = False
@@ -93,16 +109,20 @@ def _erase(program: Program, cut: Cut) -> list[Change]:
     return [Change(node.name, "removed: all its channels are dead") for node in reversed(found)]
 
 
-def _cut_state(module: fx.GraphModule, channels: Channels, state: State, cut: Cut) -> Change | None:
+def _cut_state(program: Program, channels: Channels, state: State, cut: Cut) -> Change | None:
     tensor, before = state.tensor.detach(), tuple(state.tensor.shape)
+    kept: list[tuple[int, Tensor]] = []
     for axis, keep in _keeps(state, cut):
         if not bool(keep.any()):
             return None  # it goes with the nodes that use it
         if not bool(keep.all()):
-            tensor = tensor.index_select(axis, keep.nonzero().reshape(-1).to(tensor.device))
-    if tuple(tensor.shape) == before:
+            kept.append((axis, keep.nonzero().reshape(-1)))
+    if not kept:
         return None
-    _replace(module, channels.names.get(state.name, [state.name]), state.tensor, tensor)
+    names = channels.names.get(state.name, [state.name])
+    tensor = narrowed(tensor, kept)
+    _replace(program.module, names, state.tensor, tensor)
+    program.cuts |= dict.fromkeys(names, kept)
     after = tuple(tensor.shape)
     what = f"{'×'.join(map(str, before))} → {'×'.join(map(str, after))}"
     return Change(state.name, what, (("before", before), ("after", after)))

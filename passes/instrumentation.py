@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx, nn
 
+from fxprune.accounts import account
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import UNGATED, DepthSite, Gates, WidthSite, linear_gate, width_gate
 from fxprune.observation import observe
 from fxprune.out_of_place import make_out_of_place, overwrites
 from fxprune.penalties import paper_penalties
 from fxprune.pipeline import Change
-from fxprune.program import Program
+from fxprune.program import Program, device_of
 from fxprune.sites import Candidate, Plan, find_candidates, plan_sites
 from fxprune.values import Value
 
@@ -37,13 +38,17 @@ def insert_gates(
     candidates, refused = find_candidates(program, seen)
     plan = plan_sites(program, candidates, seen)
     depth, undecided = _depth_sites(program, plan.candidates)
-    width = _width_sites(plan)
+    width, units = _width_sites(plan)
     changes = refused + plan.refused + _refusals(plan) + undecided
     if not width and not depth:
         reasons = "; ".join(map(str, changes)) or "it has no nonlinearity with f(0) = 0"
         raise NothingToDoError(f"no gate could be inserted: {reasons}")
     program.module.gates = Gates(
-        width, list(depth.values()), width_init=width_init, linear_init=linear_init
+        width,
+        list(depth.values()),
+        width_init=width_init,
+        linear_init=linear_init,
+        costs=account(program, plan, seen, units).to(device_of(program.module)),
     )
     program.module.penalties = paper_penalties() if penalties is None else penalties
     program.module.gates.train(program.module.training)
@@ -53,8 +58,8 @@ def insert_gates(
     return changes
 
 
-def _width_sites(plan: Plan) -> list[WidthSite]:
-    """Give every freed class a number, in the order in which the sites meet them."""
+def _width_sites(plan: Plan) -> tuple[list[WidthSite], dict[int, int]]:
+    """Return the sites, and the number of every freed class, in the order they meet them."""
     indices: dict[int, int] = {}
     sites: list[WidthSite] = []
     free = plan.freed.tolist()
@@ -65,7 +70,7 @@ def _width_sites(plan: Plan) -> list[WidthSite]:
             for label in plan.channels.classes[value.tags.reshape(-1)].tolist()
         )
         sites.append(WidthSite(site.name, units, tuple(value.tags.shape)))
-    return sites
+    return sites, indices
 
 
 def _refusals(plan: Plan) -> list[Change]:

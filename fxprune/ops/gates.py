@@ -20,4 +20,5 @@ def refuse_to_shrink(call: Call, cut: Cut) -> None:
         raise Barrier("it is a gate, which still counts these channels")
 
 
-register(OpRule("gate", gate_flow, rewrite=refuse_to_shrink), width_gate, linear_gate)
+register(OpRule("gate", gate_flow, rewrite=refuse_to_shrink), width_gate)
+register(OpRule("linearity gate", gate_flow), linear_gate)  # its gate counts no channels

@@ -1,0 +1,265 @@
+"""Train to a budget: the λs are moved by feedback until the model costs what was asked for.
+
+    penalty = λ·(Σ p·(½w(1 − w) + w) + ½Σ d(1 − d)),   p_u ∝ √(marginal cost of u), mean 1
+    log λ += clamp(0.05·(log cost − log target), ±0.02)
+
+The target falls exponentially from the full cost to the budget. Prices are those of the model with
+all its units, and grow with the root of the cost: a layer is not emptied because its units are
+dear, nor dearer for being small. At every gate the pull outweighs the hold of w(1 − w), whatever
+the price, so that what λ asks for can be reached. After the shrinking the gates are
+made binary, the budget is met to the unit, and the weights settle. While it shrinks every tensor
+keeps its strongest unit. All is computed on the gates' device, without waiting for it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxprune.errors import BudgetError
+from fxprune.gates import HALF, Gates
+from fxprune.inspection import freeze
+from fxprune.penalties import cost_of, gates_by_name, require_undecayed
+from fxprune.selection import least_cost, meet_, strongest, units_of
+from fxprune.unit_costs import MACS, NEURONS, PARAMETERS
+
+CHECK_EVERY = 50  # steps, where looking at a number means waiting for the device
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Where the phases end, as parts of the steps: warm-up, shrinking, and its coming to rest.
+
+    Up to `warm_up` no gate is pulled at; up to `shrink` the target falls; up to `settle` it is
+    held; then the gates are frozen and only the weights train on.
+    """
+
+    warm_up: float = 0.02
+    shrink: float = 0.5
+    settle: float = 0.7
+
+    def __post_init__(self) -> None:
+        """Raise `BudgetError` unless they follow each other."""
+        if not 0 <= self.warm_up < self.shrink <= self.settle <= 1:
+            raise BudgetError(
+                f"{self} are no phases; take 0 ≤ warm_up < shrink ≤ settle ≤ 1, as parts of a run"
+            )
+
+
+class Budget:
+    """A controller of the penalties of a gated model.
+
+        budget = fxprune.Budget(gated, macs=0.5, steps=epochs * len(loader))
+        for x, y in loader:
+            loss = criterion(gated(x), y) + budget.penalty()
+            optimizer.zero_grad(); loss.backward(); optimizer.step(); budget.step()
+
+    gated: what `instrument` returned, also inside a wrapper. neurons, parameters, macs: one of
+    them, the cost to reach: a fraction of the full cost if ≤ 1, else a number (of units, of
+    parameters, of multiply-accumulates a sample), before layers are folded. steps: optimizer steps
+    in the whole run. phases: when what happens. strength: the first λ. optimizer: if given it is
+    checked not to decay gates.
+
+    In `DistributedDataParallel` take `find_unused_parameters=True`: frozen gates get no gradient.
+
+    It stands in for `fxprune.penalty(gated)`: the terms of `gated.penalties` do not enter. Gates
+    that the user freezes stay as they are. Of a model instrumented region by region the regions
+    are counted. Raises `BudgetError` for a budget nobody can meet, `GateError` without gates.
+    """
+
+    def __init__(
+        self,
+        gated: nn.Module,
+        *,
+        steps: int,
+        neurons: float | None = None,
+        parameters: float | None = None,
+        macs: float | None = None,
+        phases: Phases | None = None,
+        strength: float = 1e-4,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        if optimizer is not None:
+            require_undecayed(gated, optimizer)
+        asked = {NEURONS: neurons, PARAMETERS: parameters, MACS: macs}
+        given = {kind: amount for kind, amount in asked.items() if amount is not None}
+        if len(given) != 1:
+            raise BudgetError(f"give one of neurons, parameters and macs, not {len(given)}")
+        if steps < 1 or not strength > 0:
+            raise BudgetError(f"steps={steps}, strength={strength}: both must be positive")
+        ((self.kind, amount),) = given.items()
+        self.steps, self.phases = steps, phases or Phases()
+        self.steps_done = 0
+        self.follow(gated)
+        self.full = sum(gates.costs.full(self.kind) for gates in self._gates if gates.costs)
+        self.target = amount * self.full if amount <= 1 else float(amount)
+        least = least_cost(self._gates, self._groups, self.kind)
+        if not least <= self.target <= self.full:
+            raise BudgetError(
+                f"{self.target:,.0f} {self.kind} cannot be met: with a unit in every layer they "
+                f"are {least:,.0f}, with all units {self.full:,.0f}"
+            )
+        device = _width(self._gates[0]).device
+        self._log_strength = torch.tensor(math.log(strength), device=device)
+
+    def follow(self, gated: nn.Module) -> None:
+        """Go on with what `fxprune.compact` returned; the budget stays as it was."""
+        self.gated = gated
+        self._gates = [g for g in gates_by_name(gated).values() if g.width is not None]
+        if not self._gates:
+            raise BudgetError("the model has no width gates, so that nothing can get smaller")
+        self._groups = [units_of(gates) for gates in self._gates]
+        self._prices = _prices(self._gates, self.kind)
+
+    @property
+    def strength(self) -> float:
+        """λ now; waits for the device."""
+        return math.exp(float(self._log_strength))
+
+    @property
+    def cost(self) -> float:
+        """What the model would cost finalised now, unfolded; waits for the device."""
+        return float(self._cost())
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the gates are frozen, by the budget or by `fxprune.freeze`."""
+        return not any(_width(gates).requires_grad for gates in self._gates)
+
+    @property
+    def phase(self) -> str:
+        """The phase of the next step: "warm-up", "shrink", "hold" or "settle"."""
+        part = self.steps_done / self.steps
+        if self.frozen or part >= self.phases.settle:
+            return "settle"
+        if part < self.phases.warm_up:
+            return "warm-up"
+        return "shrink" if part < self.phases.shrink else "hold"
+
+    @property
+    def status(self) -> str:
+        """One line on how it stands; waits for the device."""
+        cost = self.cost
+        return (
+            f"step {self.steps_done}/{self.steps} {self.phase}: {self.kind} {cost:,.0f} "
+            f"({cost / self.full:.1%} of all, {cost / self.target:.1%} of the budget), "
+            f"λ {self.strength:.2e}"
+        )
+
+    def penalty(self) -> Tensor:
+        """Return what to add to the loss: a scalar, differentiable, on the gates' device."""
+        total = _width(self._gates[0]).new_zeros(())
+        if self.phase in ("warm-up", "settle"):
+            return total
+        over = self._cost() > self._aim()  # no pull below the target: units come back there
+        for gates, price in zip(self._gates, self._prices, strict=True):
+            width = _width(gates).clamp(0, 1)
+            pull = 0.5 * (1 - width) + over.to(width.device, width.dtype)
+            total = total + (price * width * pull).sum().to(total.device)
+            if gates.linear is not None:
+                linear = gates.linear.clamp(0, 1)
+                total = total + 0.5 * (linear * (1 - linear)).sum().to(total.device)
+        return self._log_strength.exp().to(total.dtype) * total
+
+    def step(self, loss: Tensor | None = None) -> None:
+        """Move λ and, when it is time, freeze the gates; call it after `optimizer.step()`.
+
+        loss: if given it is looked at too. Raises `BudgetError` if it or a gate is NaN: at once on
+        the CPU, on another device within 50 steps.
+        """
+        phase = self.phase
+        self.steps_done += 1
+        self._require_numbers(loss)
+        if self.frozen:
+            return
+        with torch.no_grad():
+            for gates, groups in zip(self._gates, self._groups, strict=True):
+                chosen = strongest(_width(gates), groups)
+                _width(gates)[chosen] = _width(gates)[chosen].clamp_min(HALF)
+            if phase in ("shrink", "hold"):
+                excess = self._cost().log() - math.log(self._aim())
+                limit = max(0.02, 16 / self.steps)  # short runs have to hurry
+                move = (2.5 * limit * excess).clamp(-limit, limit)
+                self._log_strength += move.to(self._log_strength)
+            if self.steps_done >= round(self.phases.settle * self.steps):
+                self.finish()
+
+    def finish(self) -> None:
+        """Freeze the gates now, keeping as many of the strongest units as the budget allows."""
+        self._require_numbers(None, wait=True)
+        if not self.frozen:
+            meet_(self._gates, self._groups, self.kind, self.target)
+            freeze(self.gated)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs to go on, beside the model's and the optimizer's state."""
+        return {
+            "kind": self.kind,
+            "target": self.target,
+            "steps": self.steps,
+            "steps_done": self.steps_done,
+            "log_strength": self._log_strength.clone(),
+            "frozen": self.frozen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a run stopped; the model and the optimizer load their own state.
+
+        Raises `BudgetError` if the state is that of another budget.
+        """
+        mine = (self.kind, self.target)
+        if (state["kind"], state["target"]) != mine:
+            raise BudgetError(
+                f"the state is of a budget of {state['target']:,.0f} {state['kind']}, this one is "
+                f"of {self.target:,.0f} {self.kind}; make the budget as it was made then"
+            )
+        self.steps, self.steps_done = state["steps"], state["steps_done"]
+        self._log_strength.copy_(state["log_strength"])
+        if state["frozen"]:
+            freeze(self.gated)
+
+    def _aim(self) -> float:
+        """Return the target of this step, between the full cost and the budget."""
+        start, end = self.phases.warm_up, self.phases.shrink
+        done = (self.steps_done / self.steps - start) / (end - start)
+        return self.full * (self.target / self.full) ** min(max(done, 0.0), 1.0)
+
+    def _cost(self) -> Tensor:
+        with torch.no_grad():
+            costs = [cost_of(gates, self.kind) for gates in self._gates]
+            return torch.stack([cost.to(costs[0].device) for cost in costs]).sum()
+
+    def _require_numbers(self, loss: Tensor | None, *, wait: bool = False) -> None:
+        """Raise if the loss or a gate is NaN."""
+        waits = _width(self._gates[0]).device.type != "cpu"
+        if waits and not wait and self.steps_done % CHECK_EVERY:
+            return
+        found = ["the gates"] * any(bool(torch.isnan(_width(g)).any()) for g in self._gates)
+        if loss is not None and not bool(torch.isfinite(loss.detach()).all()):
+            found.insert(0, "the loss")
+        if found:
+            raise BudgetError(
+                f"{' and '.join(found)} became NaN by step {self.steps_done}; take up the last "
+                "checkpoint with a lower learning rate, of gates or weights, or clip gradients"
+            )
+
+
+def _prices(all_gates: Sequence[Gates], kind: str) -> list[Tensor]:
+    """Return what each unit costs beside all others, to the power ½ and with mean 1."""
+    prices: list[Tensor] = []
+    for gates in all_gates:
+        with torch.enable_grad():
+            everything = torch.ones_like(_width(gates)).requires_grad_()
+            (price,) = torch.autograd.grad(cost_of(gates, kind, everything), everything)
+        prices.append(price.clamp_min(0).sqrt())
+    mean = sum(float(price.sum()) for price in prices) / sum(map(len, prices))
+    return [price / (mean or 1.0) for price in prices]
+
+
+def _width(gates: Gates) -> nn.Parameter:
+    assert gates.width is not None
+    return gates.width

@@ -1,0 +1,117 @@
+"""Remove dead units while training goes on, so that the rest of it costs what is left.
+
+A unit whose gate is 0 sends zeros and receives no gradient: without it every loss is what it would
+have been, until the gate would have opened again. What remains of every parameter also remains of
+what the optimizer knows of it.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxprune.compiler import GatedModel, gated_model, inputs_for
+from fxprune.errors import GateError
+from fxprune.gates import Gates
+from fxprune.passes.dead_channels import eliminate_dead_channels
+from fxprune.passes.gate_marking import mark_gates, restore_gates
+from fxprune.penalties import gates_of
+from fxprune.pipeline import Change, run
+from fxprune.program import Program, copy_model, device_of, memory_of, narrowed, to_device
+from fxprune.selection import strongest, units_of
+
+_Cuts = dict[str, list[tuple[int, Tensor]]]
+
+
+def compact(
+    gated: nn.Module, optimizer: Optimizer | None = None, *, patience: int = 0
+) -> GatedModel:
+    """Return the gated model without its dead units; let the optimizer train what remains.
+
+    Train on with what it returns, as with the model before: gates, penalties, modes, values and
+    gradients are those of the units that remain. A dead unit can open again; a removed one is gone.
+
+    gated: what `instrument` returned; it is not modified, but the optimizer no longer trains it. Of
+    a wrapper (DistributedDataParallel, torch.compile) the model inside is taken: wrap the result
+    anew. optimizer: its groups get the new parameters, its state what remains of it: every tensor
+    of the parameter's shape. patience: leave a unit until that many calls before found it dead.
+
+    A tensor all of whose units are dead keeps the strongest. Returns the very model if nothing
+    goes. Raises `GateError` if it was instrumented region by region, or if the optimizer keeps a
+    state that cannot be cut (Adafactor); nothing has changed then.
+    """
+    model = gated_model(gated)
+    gates = gates_of(model)
+    if memory_of(model).get("regions"):
+        raise GateError("a model instrumented region by region cannot be compacted while training")
+    keep = _kept(gates, patience)
+    if gates.width is None or bool(keep.all()):
+        return cast(GatedModel, model)
+    args, kwargs = to_device(inputs_for(model, None), device_of(model))
+    program = Program(copy_model(model), args, kwargs)
+
+    def mark(program: Program) -> list[Change]:
+        return mark_gates(program, keep)
+
+    def cut(program: Program) -> list[Change]:
+        return eliminate_dead_channels(program, in_training=True)
+
+    run(program, (mark, cut, restore_gates))
+    _hand_over(model, program.module, optimizer, program.cuts)
+    return cast(GatedModel, program.module)
+
+
+def _kept(gates: Gates, patience: int) -> Tensor:
+    """Count the calls, and return which units stay, bool (units,)."""
+    if gates.width is None:
+        return torch.ones(0, dtype=torch.bool)
+    live = gates.live()
+    gates.dead_calls.add_(1).mul_((~live).long())
+    keep = gates.dead_calls <= patience
+    keep[strongest(gates.width, units_of(gates))] = True
+    return keep
+
+
+def _hand_over(old: nn.Module, new: nn.Module, optimizer: Optimizer | None, cuts: _Cuts) -> None:
+    """Give the gradients to the new parameters, and the new parameters to the optimizer."""
+    successors = dict(new.named_parameters())
+    pairs = {p: (successors.get(name), cuts.get(name, [])) for name, p in old.named_parameters()}
+    states = {} if optimizer is None else _states(optimizer, pairs)
+    for parameter, (successor, kept) in pairs.items():
+        if successor is not None and parameter.grad is not None:
+            successor.grad = narrowed(parameter.grad, kept)
+    if optimizer is None:
+        return
+    for parameter in pairs:
+        optimizer.state.pop(parameter, None)
+    optimizer.state.update(states)
+    for group in optimizer.param_groups:
+        found = [pairs[p][0] if p in pairs else p for p in group["params"]]
+        group["params"] = [parameter for parameter in found if parameter is not None]
+
+
+def _states(optimizer: Optimizer, pairs: dict[nn.Parameter, Any]) -> dict[Any, dict[str, Any]]:
+    """Return what remains of the optimizer's state."""
+    states: dict[Any, dict[str, Any]] = {}
+    for parameter, (successor, kept) in pairs.items():
+        if parameter in optimizer.state and successor is not None:
+            state = optimizer.state[parameter]
+            states[successor] = {
+                name: _cut(optimizer, parameter, name, value, kept) for name, value in state.items()
+            }
+    return states
+
+
+def _cut(
+    optimizer: Optimizer, parameter: Tensor, name: str, value: Any, kept: list[tuple[int, Tensor]]
+) -> Any:
+    if not kept or not isinstance(value, Tensor) or value.numel() == 1 != parameter.numel():
+        return value
+    if value.shape != parameter.shape:
+        raise GateError(
+            f"{type(optimizer).__name__} keeps {name} of shape {tuple(value.shape)} for a "
+            f"parameter of shape {tuple(parameter.shape)}: it cannot be cut; compact without the "
+            "optimizer, and make a new one"
+        )
+    return narrowed(value, kept)

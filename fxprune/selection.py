@@ -1,0 +1,97 @@
+"""Which units to keep, the strongest first, so that a cost is met and no tensor left empty.
+
+A unit is as strong as its real gate; where gates are equal, as many are that were clipped, the last
+gradient decides, since it says by how much the loss would rise without the unit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxprune.errors import GateError
+from fxprune.gates import Gates
+from fxprune.penalties import cost_of
+
+TRIES = 256
+
+
+def units_of(gates: Gates) -> Tensor:
+    """Return sets of units of which one has to live, int64 (sets, size).
+
+    Short ones are filled up with the number of units. Raises `GateError` if there are no costs.
+    """
+    if gates.costs is None or gates.width is None:
+        raise GateError("these gates know of no costs; instrument the model again")
+    groups = gates.costs.groups()
+    size = max(map(len, groups), default=0)
+    rows = [(*group, *(len(gates.width),) * (size - len(group))) for group in groups]
+    found = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), size)
+    return found.to(gates.width.device)
+
+
+def strongest(strength: Tensor, groups: Tensor) -> Tensor:
+    """Return the strongest unit of every set, int64 (sets,)."""
+    filled = torch.cat([strength.detach(), strength.new_full((1,), -torch.inf)])
+    return groups.gather(1, filled[groups].argmax(1, keepdim=True)).reshape(-1)
+
+
+def least_cost(all_gates: Sequence[Gates], all_groups: Sequence[Tensor], kind: str) -> float:
+    """Return a cost that can surely be met: with the first unit of every set alone."""
+    total = 0.0
+    for gates, groups in zip(all_gates, all_groups, strict=True):
+        assert gates.width is not None
+        alone = torch.zeros_like(gates.width)
+        alone[groups[:, 0]] = 1
+        total += float(cost_of(gates, kind, alone))
+    return total
+
+
+@torch.no_grad()
+def meet_(
+    all_gates: Sequence[Gates], all_groups: Sequence[Tensor], kind: str, target: float
+) -> None:
+    """Set every gate to 0 or 1: the strongest units that cost no more than `target` together."""
+    strengths: list[Tensor] = []
+    for gates, groups in zip(all_gates, all_groups, strict=True):
+        strength = _strength(gates)
+        strength[strongest(strength, groups)] = torch.inf
+        strengths.append(strength)
+    whole = torch.cat([strength.cpu() for strength in strengths])
+    order = whole.argsort(descending=True, stable=True)
+    live = torch.zeros(len(whole), dtype=torch.float64)
+
+    def fits() -> bool:
+        parts = live.split([len(strength) for strength in strengths])
+        pairs = zip(all_gates, parts, strict=True)
+        costs = [
+            float(cost_of(g, kind, part.to(s)))
+            for (g, part), s in zip(pairs, strengths, strict=True)
+        ]
+        return sum(costs) <= target
+
+    least, most = int(whole.isinf().sum()), len(whole)
+    while least < most:
+        middle = (least + most + 1) // 2
+        live[:] = 0
+        live[order[:middle]] = 1
+        least, most = (middle, most) if fits() else (least, middle - 1)
+    live[:] = 0
+    live[order[:least]] = 1
+    for unit in order[least : least + TRIES].tolist():  # a cheaper one may still fit
+        live[unit] = 1
+        live[unit] = float(fits())
+    for gates, part in zip(all_gates, live.split(list(map(len, strengths))), strict=True):
+        assert gates.width is not None
+        gates.width.copy_(part)
+
+
+def _strength(gates: Gates) -> Tensor:
+    """Return how strong every unit is."""
+    assert gates.width is not None
+    width = gates.width.detach().clamp(0, 1)
+    if gates.width.grad is None:
+        return width
+    gradient = gates.width.grad.detach()
+    scale = gradient.abs().amax().clamp_min(torch.finfo(gradient.dtype).tiny)
+    return width - 1e-4 * (gradient / scale).nan_to_num()

@@ -1,0 +1,200 @@
+"""A budget: met at the end of any run, by binary gates, in every way a run can go."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import BudgetError
+from fxprune.gates import Gates
+from fxprune.penalties import gates_of
+from tests.test_accounts import Residual
+
+STEPS = 60
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # the steps are too small to share
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 3)]
+    return nn.Sequential(*layers)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(256, 10, generator=generator)
+    return x, (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 1).long()
+
+
+class Run:
+    """A training run that can be stopped and taken up again."""
+
+    def __init__(self, make: Callable[..., Any] = torch.optim.SGD, **options: Any) -> None:
+        self.gated = fxprune.instrument(network(), data()[0][:2])
+        groups = fxprune.parameter_groups(self.gated, lr=0.05, gate_lr=0.1)
+        extra = {"momentum": 0.9} if make is torch.optim.SGD else {}
+        self.optimizer = make(groups, **extra)
+        options = {"steps": STEPS, **(options or {"macs": 0.3})}
+        self.budget = fxprune.Budget(self.gated, **options)
+        self.losses: list[float] = []
+
+    def train(self, steps: int) -> "Run":
+        x, y = data()
+        self.gated.train()
+        for _ in range(steps):
+            first = 32 * (self.budget.steps_done % 8)
+            picked = slice(first, first + 32)
+            loss = F.cross_entropy(self.gated(x[picked]), y[picked])
+            self.optimizer.zero_grad()
+            (loss + self.budget.penalty()).backward()
+            self.optimizer.step()
+            self.budget.step(loss)
+            self.losses.append(float(loss.detach()))
+        return self
+
+    def save(self) -> io.BytesIO:
+        file = io.BytesIO()
+        parts = (self.gated, self.optimizer, self.budget)
+        torch.save([part.state_dict() for part in parts], file)
+        file.seek(0)
+        return file
+
+    def load(self, file: io.BytesIO) -> "Run":
+        parts = (self.gated, self.optimizer, self.budget)
+        for part, state in zip(parts, torch.load(file, weights_only=True), strict=True):
+            part.load_state_dict(state)
+        return self
+
+
+def width_of(gated: nn.Module) -> Tensor:
+    gates: Gates = gates_of(gated)
+    assert gates.width is not None
+    return gates.width.detach()
+
+
+def is_binary(gated: nn.Module) -> bool:
+    return bool(((width_of(gated) == 0) | (width_of(gated) == 1)).all())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"macs": 0.3}, {"parameters": 0.1}, {"neurons": 0.5}, {"parameters": 900}, {"macs": 1.0}],
+    ids=str,
+)
+def test_a_run_ends_with_binary_gates_and_the_budget_met(options: dict[str, Any]) -> None:
+    run = Run(**options).train(STEPS)
+    budget = run.budget
+    assert is_binary(run.gated) and budget.frozen and budget.phase == "settle"
+    assert 0.95 * budget.target <= budget.cost <= budget.target
+    assert all(site["live"] >= 1 for site in fxprune.architecture(run.gated).values())
+    small = fxprune.finalize(run.gated, fold=False)
+    found = fxprune.count_costs(small, ((data()[0][:2],), {}))
+    if budget.kind != "neurons":
+        assert getattr(found, budget.kind) == budget.cost
+    assert run.losses[-1] < run.losses[0]
+
+
+def test_the_controller_comes_near_before_the_gates_are_fixed() -> None:
+    run = Run(macs=0.3, steps=400).train(round(0.7 * 400) - 1)
+    assert not run.budget.frozen
+    assert 0.8 < run.budget.cost / run.budget.target < 1.2
+
+
+def test_no_layer_is_emptied_by_a_tight_budget() -> None:
+    model = Residual()
+    x = torch.randn(8, 3, 8, 8)
+    gated = fxprune.instrument(model, x)
+    budget = fxprune.Budget(gated, macs=0.1, steps=60, strength=1.0)
+    optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.01, gate_lr=1.0))
+    for _ in range(60):
+        optimizer.zero_grad()
+        (gated(x).square().mean() + budget.penalty()).backward()
+        optimizer.step()
+        budget.step()
+        assert all(site["live"] >= 1 for site in fxprune.architecture(gated).values())
+    assert budget.cost <= budget.target and is_binary(gated)
+    assert fxprune.finalize(gated).report.verification
+
+
+@pytest.mark.parametrize("stop", [1, 20, 42, 50])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW], ids=["sgd", "adamw"])
+def test_a_run_taken_up_again_ends_as_if_it_had_not_stopped(
+    stop: int, make: Callable[..., Any]
+) -> None:
+    whole = Run(make).train(STEPS)
+    resumed = Run(make).load(Run(make).train(stop).save()).train(STEPS - stop)
+    assert torch.equal(width_of(resumed.gated), width_of(whole.gated))
+    for left, right in zip(
+        resumed.gated.state_dict().values(), whole.gated.state_dict().values(), strict=True
+    ):
+        assert torch.equal(left, right)
+    assert resumed.budget.status == whole.budget.status
+
+
+def test_gates_the_user_freezes_stay_as_they_are() -> None:
+    run = Run(macs=0.3).train(15)
+    fxprune.freeze(run.gated)
+    before = width_of(run.gated).clone()
+    run.train(STEPS - 15)
+    assert torch.equal(width_of(run.gated), before) and run.budget.phase == "settle"
+
+
+def test_a_run_can_be_finished_early() -> None:
+    run = Run(macs=0.3).train(10)
+    run.budget.finish()
+    assert is_binary(run.gated) and 0.95 <= run.budget.cost / run.budget.target <= 1
+
+
+def test_its_status_is_one_line() -> None:
+    run = Run(macs=0.3)
+    assert run.budget.phase == "warm-up" and not run.budget.penalty().requires_grad
+    phases = [run.train(1).budget.phase for _ in range(STEPS)]
+    assert list(dict.fromkeys(phases)) == ["warm-up", "shrink", "hold", "settle"]
+    assert run.budget.status.startswith("step 60/60 settle: macs ")
+    assert "\n" not in run.budget.status
+
+
+def test_nan_is_an_error_that_says_what_to_do() -> None:
+    run = Run(macs=0.3).train(5)
+    with pytest.raises(BudgetError, match=r"^the loss became NaN by step 6; take up the last"):
+        run.budget.step(torch.tensor(torch.nan))
+    (run.gated(data()[0]).sum() * torch.nan).backward()
+    run.optimizer.step()
+    with pytest.raises(BudgetError, match=r"^the gates became NaN by step 7"):
+        run.budget.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of neurons, parameters and macs, not 0"),
+        ({"macs": 0.5, "parameters": 0.5}, "not 2"),
+        ({"macs": 0.001}, "cannot be met: with a unit in every layer they are"),
+        ({"parameters": 1e9}, "with all units"),
+        ({"macs": 0.5, "strength": 0.0}, "both must be positive"),
+    ],
+)
+def test_impossible_budgets_are_refused(options: dict[str, Any], message: str) -> None:
+    gated = fxprune.instrument(network(), data()[0][:2])
+    with pytest.raises(BudgetError, match=message):
+        fxprune.Budget(gated, steps=10, **options)
+
+
+def test_the_phases_follow_each_other() -> None:
+    with pytest.raises(BudgetError, match="are no phases"):
+        fxprune.Phases(warm_up=0.5, shrink=0.4)
+
+
+def test_a_state_of_another_budget_is_refused() -> None:
+    state = Run(macs=0.3).budget.state_dict()
+    with pytest.raises(BudgetError, match="make the budget as it was made then"):
+        Run(macs=0.4).budget.load_state_dict(state)

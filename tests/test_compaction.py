@@ -1,0 +1,184 @@
+"""Compaction: the training goes on as it would have, with less."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import GateError
+from fxprune.penalties import gates_of
+from tests.conftest import randomise
+from tests.test_accounts import NETS
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
+    "adamw": torch.optim.AdamW,
+    "amsgrad": lambda groups: torch.optim.Adam(groups, amsgrad=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Training:
+    """A training in float64 whose dead gates stay dead."""
+
+    def __init__(self, name: str, optimizer: str = "sgd") -> None:
+        make, shape = NETS[name]
+        torch.manual_seed(0)
+        model = randomise(make()).double()
+        self.inputs = torch.randn(12, *shape[1:], dtype=torch.float64)
+        self.gated: Any = fxprune.instrument(model, self.inputs[:2])
+        groups = fxprune.parameter_groups(self.gated, lr=0.01, gate_lr=0.01, weight_decay=0.01)
+        self.optimizer = OPTIMIZERS[optimizer](groups)
+
+    def close(self) -> "Training":
+        width = gates_of(self.gated).width
+        assert width is not None
+        with torch.no_grad():
+            width.copy_(torch.where(torch.arange(len(width)) % 3 == 0, 0.2, 0.8))
+        return self
+
+    def steps(self, count: int) -> list[Tensor]:
+        losses: list[Tensor] = []
+        self.gated.train()
+        for step in range(count):
+            output = self.gated(self.inputs[4 * (step % 3) :][:4])
+            loss = (output - 1).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            width = gates_of(self.gated).width
+            assert width is not None and width.grad is not None
+            width.grad[width.detach() < 0.5] = 0  # no unit comes back
+            self.optimizer.step()
+            losses.append(loss.detach())
+        return losses
+
+    def size(self) -> int:
+        return sum(p.numel() for p in self.gated.parameters())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", NETS)
+def test_losses_go_on_unchanged(name: str, optimizer: str) -> None:
+    whole, cut = Training(name, optimizer).close(), Training(name, optimizer).close()
+    assert torch.equal(torch.stack(whole.steps(3)), torch.stack(cut.steps(3)))
+    before, size = cut.gated, cut.size()
+    cut.gated = fxprune.compact(cut.gated, cut.optimizer)
+    assert cut.size() < size and cut.gated is not before and cut.gated.training
+    torch.testing.assert_close(
+        torch.stack(cut.steps(5)), torch.stack(whole.steps(5)), rtol=1e-9, atol=1e-12
+    )
+    left, right = (fxprune.finalize(run.gated.eval(), fold=False) for run in (whole, cut))
+    x = cut.inputs
+    torch.testing.assert_close(left(x), right(x), rtol=1e-8, atol=1e-10)
+    assert fxprune.count_costs(left, ((x,), {})) == fxprune.count_costs(right, ((x,), {}))
+    grouped = {p for group in cut.optimizer.param_groups for p in group["params"]}
+    assert grouped == set(cut.gated.parameters()) and set(cut.optimizer.state) <= grouped
+    for parameter, state in cut.optimizer.state.items():
+        shapes = {v.shape for v in state.values() if isinstance(v, Tensor) and v.dim()}
+        assert shapes <= {parameter.shape}
+
+
+def test_gates_costs_gradients_and_reports_go_along() -> None:
+    run = Training("residual").close()
+    run.steps(1)
+    before = gates_of(run.gated)
+    small = fxprune.compact(run.gated, run.optimizer)
+    after = gates_of(small)
+    assert before.width is not None and after.width is not None and after.costs is not None
+    assert torch.equal(after.width, before.width[before.live()])
+    assert after.width.grad is not None and before.width.grad is not None
+    assert torch.equal(after.width.grad, before.width.grad[before.live()])
+    assert after.costs.full("macs") == fxprune.count_costs(small, ((run.inputs,), {})).macs
+    assert fxprune.architecture(small).keys() == fxprune.architecture(run.gated).keys()
+    assert all(s["live"] == s["total"] for s in fxprune.architecture(small).values())
+    assert [site.name for site in after.width_sites] == [s.name for s in before.width_sites]
+    assert small.report is not None and "layer" in str(fxprune.inspect(small))
+    assert copy.deepcopy(small).gates.costs is not None
+
+
+def test_a_model_can_be_compacted_again_and_again() -> None:
+    run = Training("joined").close()
+    sizes = [run.size()]
+    for unit in (0, 1, 2):
+        run.gated = fxprune.compact(run.gated, run.optimizer)
+        sizes.append(run.size())
+        width = gates_of(run.gated).width
+        assert width is not None
+        width.data[unit::4] = 0.1
+        run.steps(1)
+    assert sizes == sorted(set(sizes), reverse=True)
+
+
+def test_nothing_dead_is_nothing_done() -> None:
+    run = Training("grouped")
+    assert fxprune.compact(run.gated, run.optimizer) is run.gated
+
+
+def test_a_unit_goes_only_when_it_was_dead_often_enough() -> None:
+    run = Training("flattened").close()
+    assert fxprune.compact(run.gated, run.optimizer, patience=2) is run.gated
+    width = gates_of(run.gated).width
+    assert width is not None
+    width.data[0] = 0.9  # came back in time
+    assert fxprune.compact(run.gated, run.optimizer, patience=2) is run.gated
+    width.data[0] = 0.1
+    small = fxprune.compact(run.gated, run.optimizer, patience=2)
+    assert len(gates_of(small).live()) - int(gates_of(small).live().sum()) == 1
+
+
+def test_no_tensor_is_emptied() -> None:
+    run = Training("residual")
+    width = gates_of(run.gated).width
+    assert width is not None
+    width.data.fill_(0.1)
+    small = fxprune.compact(run.gated, run.optimizer)
+    assert all(s["total"] == 1 for s in fxprune.architecture(small).values())
+    assert torch.isfinite(small(run.inputs)).all()
+
+
+def test_zero_weights_are_not_dead_in_training() -> None:
+    run = Training("residual").close()
+    run.gated.bn2.weight.data.zero_()  # as a residual network may start
+    small = fxprune.compact(run.gated, run.optimizer)
+    assert len(gates_of(small).live()) == int(gates_of(run.gated).live().sum())
+    assert torch.allclose(small(run.inputs), run.gated(run.inputs))
+
+
+def test_constants_that_are_not_zero_are_not_folded_in_training() -> None:
+    layers = [nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1, groups=6), nn.Conv2d(6, 2, 1)]
+    gated = fxprune.instrument(randomise(nn.Sequential(*layers)), torch.randn(2, 3, 4, 4))
+    assert gated.gates.width is not None
+    gated.gates.width.data[::2] = 0.1
+    small, x = fxprune.compact(gated), torch.randn(2, 3, 4, 4)
+    assert torch.allclose(small(x), gated(x), atol=1e-6)
+    assert torch.equal(small.state_dict()["3.bias"], gated.state_dict()["3.bias"])
+
+
+def test_states_that_cannot_be_cut_are_refused() -> None:
+    run = Training("flattened").close()
+    optimizer = torch.optim.Adafactor(run.gated.parameters(), lr=0.01)
+    run.optimizer = optimizer
+    run.steps(1)
+    before = [p for group in optimizer.param_groups for p in group["params"]]
+    with pytest.raises(GateError, match="Adafactor keeps row_var"):
+        fxprune.compact(run.gated, optimizer)
+    assert [p for group in optimizer.param_groups for p in group["params"]] == before
+
+
+def test_a_budget_goes_on_with_the_compacted_model() -> None:
+    run = Training("residual").close()
+    budget = fxprune.Budget(run.gated, parameters=0.5, steps=10)
+    cost = budget.cost
+    run.gated = fxprune.compact(run.gated, run.optimizer)
+    budget.follow(run.gated)
+    assert budget.cost == cost
+    budget.finish()
+    assert budget.cost <= budget.target

@@ -1,0 +1,184 @@
+"""Gated models in all that a training may do to a model."""
+
+import copy
+import io
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+import fxprune
+from fxprune.errors import GateError
+from fxprune.penalties import gates_of
+from tests.test_accounts import Residual
+
+SHAPE = (8, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def gated_model(make: Callable[[], nn.Module] = Residual) -> Any:
+    torch.manual_seed(0)
+    gated = fxprune.instrument(make().double(), torch.randn(2, *SHAPE[1:]).double())
+    gated = gated.double()  # the gates too
+    width = gates_of(gated).width
+    assert width is not None
+    width.data[::3] = 0.3
+    return gated
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    return x, torch.randint(4, (8,), generator=generator)
+
+
+def loss_of(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys() and left
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-9, atol=1e-12)
+
+
+def test_checkpoints_before_and_after_hold_plain_tensors() -> None:
+    x, y = batch()
+    gated, other = gated_model(), gated_model()
+    optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.1))
+    (loss_of(gated, x, y) + fxprune.penalty(gated)).backward()
+    optimizer.step()
+    small = fxprune.finalize(gated.eval())
+    for source, target in ((gated, other), (small, copy.deepcopy(small))):
+        file = io.BytesIO()
+        torch.save(source.state_dict(), file)
+        file.seek(0)
+        target.load_state_dict(torch.load(file, weights_only=True))
+        assert torch.equal(source.eval()(x), target.eval()(x))
+    assert torch.equal(fxprune.finalize(other)(x), small(x))
+
+
+def test_gradients_of_parts_of_a_batch_add_up() -> None:
+    x, y = batch()
+    whole, parts = gated_model().eval(), gated_model().eval()  # the batch's statistics aside
+    (loss_of(whole, x, y) + fxprune.penalty(whole)).backward()
+    for some in range(0, 8, 2):
+        loss = loss_of(parts, x[some : some + 2], y[some : some + 2]) + fxprune.penalty(parts)
+        (loss / 4).backward()
+    close(gradients(parts), gradients(whole))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_gates_compile_without_a_break(backend: str) -> None:
+    x, y = batch()
+    plain, gated = gated_model(), gated_model()
+    compiled = torch.compile(gated, fullgraph=True, backend=backend)
+    for model, run in ((plain, plain), (gated, compiled)):
+        (loss_of(run, x, y) + fxprune.penalty(model)).backward()
+    close(gradients(gated), gradients(plain))
+
+
+def test_activations_can_be_computed_again() -> None:
+    x, y = batch()
+    plain, again = gated_model(), gated_model()
+    loss_of(plain, x, y).backward()
+    output: Any = checkpoint(again, x, use_reentrant=False)
+    F.cross_entropy(output, y).backward()
+    close(gradients(again), gradients(plain))
+
+
+def test_averaged_models_are_finalised_like_others() -> None:
+    x, y = batch()
+    gated = gated_model()
+    optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.05))
+    averaged = AveragedModel(gated, avg_fn=lambda a, b, _: 0.9 * a + 0.1 * b, use_buffers=True)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (loss_of(gated, x, y) + fxprune.penalty(gated)).backward()
+        optimizer.step()
+        averaged.update_parameters(gated)
+    small = fxprune.finalize(averaged.eval())
+    assert torch.allclose(small(x), averaged(x), rtol=1e-9, atol=1e-12)
+    assert small.report.verification and small.report.verification.verdict == "equal"
+
+
+def test_gates_among_decayed_weights_are_refused() -> None:
+    gated = gated_model()
+    decaying = torch.optim.SGD(gated.parameters(), lr=0.1, weight_decay=0.1)
+    with pytest.raises(GateError, match=r"fxprune\.parameter_groups"):
+        fxprune.require_undecayed(gated, decaying)
+    fxprune.require_undecayed(gated, torch.optim.SGD(gated.parameters(), lr=0.1))
+    groups = fxprune.parameter_groups(gated, lr=0.1, weight_decay=0.1)
+    fxprune.require_undecayed(gated, torch.optim.AdamW(groups))
+    with pytest.raises(GateError, match="weight decay"):
+        fxprune.Budget(gated, macs=0.5, steps=10, optimizer=decaying)
+
+
+def train(model: Any, x: Tensor, y: Tensor) -> None:
+    """Train with a budget that freezes the gates half way."""
+    optimizer = torch.optim.SGD(fxprune.parameter_groups(model, lr=0.05), momentum=0.9)
+    budget = fxprune.Budget(model, parameters=0.6, steps=10, strength=0.05)
+    model.train()
+    for _ in range(10):
+        optimizer.zero_grad()
+        (loss_of(model, x, y) + budget.penalty()).backward()
+        optimizer.step()
+        budget.step()
+
+
+class Plain(nn.Module):
+    """Without batch norms, whose statistics are those of each process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.first(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def replica(rank: int, port: int, path: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(gated_model(Plain), find_unused_parameters=True)
+    x, y = batch()
+    train(model, x[rank::2], y[rank::2])
+    torch.save(model.module.state_dict(), f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over sockets")
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(replica, (port, str(tmp_path)), nprocs=2)
+    alone = gated_model(Plain)
+    train(alone, *batch())
+    assert not gates_of(alone).live().all() and not alone.gates.width.requires_grad
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        close(state, alone.state_dict())
