@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExampleInputError, where
@@ -96,6 +97,10 @@ class _Observer(fx.Interpreter):
             self.run(*_positional(self.program.graph, args, kwargs))
         return self.seen
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """Return arguments whose lists are ordinary ones, as in the generated code."""
+        return _ordinary(super().fetch_args_kwargs_from_env(n))
+
     def run_node(self, n: fx.Node) -> Any:
         inputs = {node: self.env[node] for node in n.all_input_nodes}
         before = {node: [t._version for t in _tensors(value)] for node, value in inputs.items()}
@@ -147,6 +152,19 @@ def _positional(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             yield args[index]
         else:
             yield kwargs[node.target] if node.target in kwargs else node.args[0]
+
+
+def _ordinary(structure: Any) -> Any:
+    """Return nested arguments with lists and dicts that may be written to."""
+    if isinstance(structure, (immutable_list, immutable_dict)):
+        structure = dict(structure) if isinstance(structure, dict) else list(structure)
+    if type(structure) is list:
+        return [_ordinary(part) for part in structure]
+    if type(structure) is tuple:
+        return tuple(_ordinary(part) for part in structure)
+    if type(structure) is dict:
+        return {key: _ordinary(part) for key, part in structure.items()}
+    return structure
 
 
 def _described(value: Any) -> Any:

@@ -28,6 +28,8 @@ SPREAD_FLOOR = torch.finfo(torch.float32).eps
 ROUNDING_MARGIN = 10.0
 # How many ε of the dtype that a reference rounds to by itself float64 cannot resolve.
 UNRESOLVED = 100.0
+# What is left in float64 of an error in float32: 2⁻²⁹, and a margin, as chaos has a ceiling.
+DIGITS = 1e-5
 
 # How large an error rounding alone may explain: up to there, what exceeds a tolerance is undecided.
 _Allowance = Callable[[Difference], float]
@@ -66,10 +68,13 @@ def judge_all(
         runs64, runs32 = double[0][name], single[0][name]
         in64 = _Evidence(name, inputs, "float64", double[1], spreads64[name], runs64)
         in32 = _Evidence(name, inputs, "float32", single[1], spreads32[name], runs32)
-        check = in64.judge(_rounding(runs64[0]), "the reference itself rounds to a shorter dtype")
+        noise = _noise(runs32[0], runs64[0])
+        allowed = _resolution(_rounding(runs64[0]), noise)
+        check = in64.judge(
+            allowed, "the reference itself rounds to a shorter dtype, or is as sensitive"
+        )
         checks.append(check)
-        proved = check.verdict in ("equal", "inconclusive")
-        noise = _noise(runs32[0], runs64[0]) if proved else _no_noise
+        noise = noise if check.verdict in ("equal", "inconclusive") else _no_noise
         checks.append(in32.judge(noise, "rounding moves the reference itself as much"))
     return tuple(checks)
 
@@ -139,6 +144,16 @@ def _rounding(reference: Run) -> _Allowance:
     """Allow what float64 cannot resolve in a reference that rounds to a shorter dtype."""
     flips = FLIPS if reference.rounding else 0.0
     return lambda difference: flips if difference.exact else UNRESOLVED * reference.rounding
+
+
+def _resolution(rounding: _Allowance, noise: _Allowance) -> _Allowance:
+    """Allow also what float64 cannot resolve where rounding to float32 changes everything."""
+
+    def allowed(difference: Difference) -> float:
+        moved = 0.0 if difference.exact else noise(difference)
+        return max(rounding(difference), DIGITS * moved if math.isfinite(moved) else 0.0)
+
+    return allowed
 
 
 def _noise(single: Run, double: Run) -> _Allowance:

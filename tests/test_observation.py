@@ -286,3 +286,14 @@ def test_what_was_seen_is_kept_and_follows_removals() -> None:
     fewer = observe(program)
     assert relu not in fewer.values and not fewer.mutated
     assert sum(fewer.macs.values()) == sum(found.macs.values()) == 2 * (4 * 4 + 4 * 2)
+
+
+@torch.fx.wrap
+def _halved(x: Tensor, sizes: list[int]) -> Tensor:
+    sizes[0] //= 2
+    return x[:, : sizes[0]]
+
+
+def test_a_function_may_write_to_the_list_it_is_given() -> None:
+    _, found = seen(Model(lambda m, x: _halved(m.layer(x), [4])))
+    assert TensorSpec((2, 2), torch.float32) in found.values.values()
