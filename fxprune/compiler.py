@@ -14,6 +14,7 @@ from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
+from fxprune.passes.affine_inputs import fold_affine_inputs
 from fxprune.passes.batch_norm import fold_batch_norm
 from fxprune.passes.constant_branches import remove_constant_branches
 from fxprune.passes.dead_channels import eliminate_dead_channels
@@ -86,6 +87,8 @@ FOLD: tuple[Pass, ...] = (
     remove_no_ops,
     # A batch norm between two layers would keep them apart.
     fold_batch_norm,
+    # What is left stands behind no layer of its own; the one behind it may take it in.
+    fold_affine_inputs,
     fold_linear_chains,
     # Folding leaves modules behind that nobody calls.
     remove_no_ops,

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program",),
     ("sharing", "out_of_place"),
     ("observation",),
+    ("affine_maps",),
     ("example_inputs",),
     ("values",),
     ("cuts",),
