@@ -27,7 +27,8 @@ Pass = Callable[[Program], list[Change]]
 def keeps_shapes(one: Pass) -> Pass:
     """Mark a pass after which every node that is left computes a tensor of the shape it had.
 
-    It adds no nodes, so that what a run showed before the pass still holds after it.
+    It adds no nodes, and corrects what nodes cost, so that what a run showed before the pass still
+    holds after it; where that cannot be, it forgets the run itself.
     """
     one.__dict__["keeps_shapes"] = True
     return one
