@@ -74,9 +74,10 @@ class Layer:
 
 def geometry_of(module: Any) -> Geometry | None:
     """Read a linear layer or convolution; None for what is neither, or pads no zeros."""
-    if type(module) is nn.Linear:
+    kind: Any = type(module)
+    if kind is nn.Linear:
         return Geometry(module.in_features, module.out_features, bias=module.bias is not None)
-    if type(module) not in CONVS or module.padding_mode != "zeros":
+    if kind not in CONVS or module.padding_mode != "zeros":
         return None
     padding = module.padding
     if padding == "valid":
@@ -161,7 +162,7 @@ def summed(layers: Sequence[Geometry]) -> Geometry:
     Taps are as far apart as all allow.
     """
     first = layers[0]
-    if len({(g.inputs, g.outputs, g.stride, g.surplus, g.ones) for g in layers}) > 1:
+    if len({(g.inputs, g.outputs, g.stride, g.surplus) for g in layers}) > 1:
         raise Inexact("their sizes or strides differ")
     axes = range(len(first.kernel))
     padding = [max(g.padding[i] for g in layers) for i in axes]
@@ -181,6 +182,7 @@ def summed(layers: Sequence[Geometry]) -> Geometry:
         dilation=tuple(spacing),
         groups=gcd(*(g.groups for g in layers)),
         bias=any(g.bias for g in layers),
+        ones=any(g.ones for g in layers),
     )
 
 
@@ -190,7 +192,9 @@ def added(layers: Sequence[Layer]) -> Layer:
     inputs = (geometry.inputs + geometry.ones) // geometry.groups
     weight = layers[0].weight.new_zeros(geometry.outputs, inputs, *geometry.kernel)
     for layer in layers:
-        weight[_taps(layer.geometry, geometry)] += torch.cat(_dense(layer, geometry.groups))
+        dense = torch.cat(_dense(layer, geometry.groups))
+        columns = slice(0, dense.shape[1])  # it may not read the channel of ones
+        weight[:, columns][_taps(layer.geometry, geometry)] += dense
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return Layer(geometry, weight, sum(biases[1:], biases[0]) if biases else None)
 

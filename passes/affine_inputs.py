@@ -64,6 +64,9 @@ def _consider(
         return None
     if bool((found.shift != 0).any()) and not takes_shift(layer):
         return None
+    written = {seen.alias[node] for nodes in seen.mutated.values() for node in nodes}
+    if seen.alias[found.source] in written:
+        return None  # it may not be the same any more where the layer would read it
     size = given.shape[axis]
     scale, shift = (_repeated(v, channels, size, between) for v in (found.scale, found.shift))
     scale_inputs_(layer, scale, shift)

@@ -9,10 +9,11 @@ Ding et al. 2021). Taken where the one costs no more than the branches do. Compu
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.affine_maps import ANY_AXIS, affine_map, channel_axis
@@ -82,7 +83,16 @@ def _source(term: fx.Node, sole: dict[fx.Node, nn.Module]) -> fx.Node | None:
     """Return the input of a layer that nobody but the sum reads."""
     if geometry_of(sole.get(term)) is None or len(term.users) != 1:
         return None
-    return term.all_input_nodes[0]
+    before = term.all_input_nodes[0]
+    return before.all_input_nodes[0] if _adds_ones(before) else before
+
+
+def _adds_ones(node: fx.Node) -> bool:
+    """Tell whether a node appends a channel of ones, as merged chains do for their bias."""
+    if node.target is not F.pad or node.kwargs != {"value": 1.0} or len(node.args) != 2:
+        return False
+    amounts: Any = node.args[1]
+    return list(amounts[-2:]) == [0, 1] and not any(amounts[:-2])
 
 
 def _consider(
@@ -99,8 +109,10 @@ def _consider(
     same = [seen.values[term] == seen.values[node] for node in sums for term in _operands(node)]
     if seen.alias[source] in written or not all(same):
         return []
-    branches = [b for term in terms if (b := _branch(program, term, source, sole, seen))]
-    kept = next((branch for branch in branches if branch.module is not None), None)
+    reader = next(term for term in terms if _source(term, sole) is source)
+    branches = [b for t in terms if (b := _branch(program, t, source, reader, sole, seen))]
+    convs = [branch for branch in branches if branch.module is not None]
+    kept = max(convs, key=lambda branch: branch.layer.geometry.ones, default=None)
     if kept is None:
         return []
     group = [branch for branch in branches if _fits(branch, kept)]
@@ -126,14 +138,16 @@ def _branch(
     program: Program,
     term: fx.Node,
     source: fx.Node,
+    reader: fx.Node,
     sole: dict[fx.Node, nn.Module],
     seen: Observation,
 ) -> _Branch | None:
     """Read a term as a layer over `source`: a layer, an affine map, or the source itself."""
     if _source(term, sole) is source:
         module, geometry = sole[term], geometry_of(sole[term])
+        if geometry is not None and term.all_input_nodes[0] is not source:
+            geometry = replace(geometry, inputs=geometry.inputs - 1, ones=True)
         return None if geometry is None else _Branch(term, layer_of(module, geometry), module)
-    reader = next(node for node in source.users if geometry_of(sole.get(node)) is not None)
     axis = channel_axis(sole[reader], seen.values[source])
     if axis is None:
         return None

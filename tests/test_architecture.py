@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("channels",),
     ("liveness",),
     ("sites",),
+    ("depth_sites",),
     ("passes",),
     ("costs",),
     ("cases",),

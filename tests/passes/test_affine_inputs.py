@@ -36,6 +36,9 @@ class Still(nn.Module):
 class Constants(nn.Module):
     """What a collapsed branch leaves: sums, differences, products with buffers and numbers."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, layer: nn.Module, *shape: int) -> None:
         super().__init__()
         self.layer = layer

@@ -160,3 +160,17 @@ def test_repvgg_becomes_a_plain_stack() -> None:
     assert not any("add" in str(node.target) for node in small.graph.nodes)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
     assert error(model(x), small(x)) < 1e-9
+
+
+def test_an_inverted_residual_without_nonlinearities_is_one_convolution() -> None:
+    inner = [
+        *(nn.Conv2d(4, 48, 1), nn.BatchNorm2d(48)),
+        *(nn.Conv2d(48, 48, 3, padding=1, groups=48, bias=False), nn.BatchNorm2d(48)),
+        *(nn.Conv2d(48, 4, 1, bias=False), nn.BatchNorm2d(4)),
+    ]
+    model = randomise(Sum(nn.Sequential(*inner), nn.Identity())).eval().double()
+    x = torch.randn(3, 4, 9, 9, dtype=torch.float64)
+    small = fxprune.finalize(model, x)
+    (left,) = [m for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert left.weight.shape == (4, 5, 3, 3) and "add" not in small.code
+    assert error(model(x), small(x)) < 1e-12
