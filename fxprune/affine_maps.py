@@ -125,6 +125,8 @@ def _of_arithmetic(
         return None
     axis, values = found
     scale, shift = combine(values, reverse)
+    if not bool((torch.isfinite(scale) & torch.isfinite(shift)).all()):
+        return None  # what an infinity makes of 0 depends on where it is
     return AffineMap(source, axis, scale, shift)
 
 
@@ -134,8 +136,7 @@ def _constant(program: Program, operand: Any, seen: Observation) -> Tensor | Non
         return torch.tensor(float(operand), dtype=torch.float64)
     if not isinstance(operand, fx.Node) or operand.op != "get_attr":
         return None
-    written = {seen.alias[node] for nodes in seen.mutated.values() for node in nodes}
-    if seen.alias[operand] in written:
+    if seen.written(operand):
         return None
     owner, _, name = str(operand.target).rpartition(".")
     tensor = getattr(program.module.get_submodule(owner), name)

@@ -64,8 +64,7 @@ def _consider(
         return None
     if bool((found.shift != 0).any()) and not takes_shift(layer):
         return None
-    written = {seen.alias[node] for nodes in seen.mutated.values() for node in nodes}
-    if seen.alias[found.source] in written:
+    if seen.written(found.source):
         return None  # it may not be the same any more where the layer would read it
     size = given.shape[axis]
     scale, shift = (_repeated(v, channels, size, between) for v in (found.scale, found.shift))

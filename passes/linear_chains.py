@@ -42,7 +42,6 @@ def _fold_once(program: Program, cost: Cost, unit: str) -> list[Change]:
     if not found:
         return []
     seen = observe(program)
-    written = {seen.alias[node] for nodes in seen.mutated.values() for node in nodes}
     changes: list[Change] = []
     widened = False
     for chain in found:
@@ -53,7 +52,7 @@ def _fold_once(program: Program, cost: Cost, unit: str) -> list[Change]:
         ]
         for piece in cheapest(layers, places, cost):
             nodes = chain[piece.start : piece.stop]
-            if len(nodes) < 2 or seen.alias[nodes[0].all_input_nodes[0]] in written:
+            if len(nodes) < 2 or seen.written(nodes[0].all_input_nodes[0]):
                 continue
             changes.append(_merge(nodes, layers, piece, sole, unit))
             seen.macs[nodes[-1]] = piece.geometry.weights * places[piece.stop - 1]

@@ -105,9 +105,8 @@ def _consider(
 ) -> list[Change]:
     """Merge the branches over one source; those of another geometry are left."""
     seen = observe(program)
-    written = {seen.alias[node] for nodes in seen.mutated.values() for node in nodes}
     same = [seen.values[term] == seen.values[node] for node in sums for term in _operands(node)]
-    if seen.alias[source] in written or not all(same):
+    if seen.written(source) or not all(same):
         return []
     reader = next(term for term in terms if _source(term, sole) is source)
     branches = [b for t in terms if (b := _branch(program, t, source, reader, sole, seen))]

@@ -191,3 +191,15 @@ def test_a_folded_parameter_leaves_the_model() -> None:
     assert sorted(name for name, _ in small.named_parameters()) == [
         *("0.layer.bias", "0.layer.weight", "2.bias", "2.weight"),
     ]
+
+
+def test_a_quotient_by_zero_stays() -> None:
+    class Infinite(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) / 0.0
+
+    assert fold_batch_norm(program(Infinite(), (3, 4))) == []
