@@ -4,7 +4,7 @@ Both work on a copy: what the user holds is never modified.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import fx, nn
 
@@ -14,6 +14,7 @@ from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
+from fxprune.passes.affine_inputs import fold_affine_inputs
 from fxprune.passes.batch_norm import fold_batch_norm
 from fxprune.passes.constant_branches import remove_constant_branches
 from fxprune.passes.dead_channels import eliminate_dead_channels
@@ -22,6 +23,7 @@ from fxprune.passes.in_place import make_functional
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
+from fxprune.passes.parallel_branches import fold_parallel_branches
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
 from fxprune.pipeline import Change, Pass, run
 from fxprune.program import (
@@ -81,15 +83,33 @@ CUT: tuple[Pass, ...] = (
     # Gates that kept all they still have are products with ones by now.
     remove_products_with_ones,
 )
-FOLD: tuple[Pass, ...] = (
-    # Only now: a model that is not folded may be trained on, with its dropout.
-    remove_no_ops,
-    # A batch norm between two layers would keep them apart.
-    fold_batch_norm,
-    fold_linear_chains,
-    # Folding leaves modules behind that nobody calls.
-    remove_no_ops,
-)
+
+
+def folding(cost: str = "parameters") -> tuple[Pass, ...]:
+    """Return the passes that fold; what is merged never costs more than it did apart."""
+
+    def fold_chains(program: Program) -> list[Change]:
+        return fold_linear_chains(program, cost=cost)
+
+    def fold_sums(program: Program) -> list[Change]:
+        return fold_parallel_branches(program, cost=cost)
+
+    fold_chains.__name__ = fold_linear_chains.__name__
+    fold_sums.__name__ = fold_parallel_branches.__name__
+    return (
+        # Only now: a model that is not folded may be trained on, with its dropout.
+        remove_no_ops,
+        # A batch norm between two layers would keep them apart.
+        fold_batch_norm,
+        # What is left stands behind no layer of its own; the one behind it may take it in.
+        fold_affine_inputs,
+        fold_chains,
+        # A branch is one layer by now if it can be; the sum may be one with what follows.
+        fold_sums,
+        fold_chains,
+        # Folding leaves modules behind that nobody calls.
+        remove_no_ops,
+    )
 
 
 def instrument(
@@ -146,6 +166,7 @@ def finalize(
     example_inputs: Any = None,
     *,
     fold: bool = True,
+    cost: Literal["parameters", "macs"] = "parameters",
     check: bool = True,
 ) -> PlainModel:
     """Return a smaller, plain copy of `model` that computes the same, proved by running both.
@@ -155,8 +176,10 @@ def finalize(
     evaluation mode; its `report` says what was done and what was refused.
 
     model: it is not modified. example_inputs: as in `instrument`, which remembers them for its
-    models. fold: also fold batch norms and chains of linear layers; without it the result can be
-    trained on. check: prove trace and result, in float64 to 1e-9 and in the model's dtype to 1e-4.
+    models. fold: also fold batch norms and chains of layers; without it the result can be trained
+    on. cost: what layers are merged to save, and never take more of: "parameters", or "macs" on the
+    example inputs. check: prove trace and result, in float64 to 1e-9 and in the model's dtype to
+    1e-4.
 
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
     not the same function.
@@ -165,7 +188,7 @@ def finalize(
     inputs = inputs_for(reference, example_inputs)
     parts = parts_in_evaluation(reference, inputs, check=check)
     name = str(memory_of(reference).get("model", type(model).__name__))
-    passes = (*CUT, *FOLD) if fold else CUT
+    passes = (*CUT, *folding(cost)) if fold else CUT
     reports = {
         region.path: _cut(region, reference.get_submodule(region.path), passes, check=check)
         for region in parts.regions

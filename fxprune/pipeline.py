@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fxprune.program import Program
 
@@ -24,10 +24,14 @@ Pass = Callable[[Program], list[Change]]
 """Edits the program in place; what it returns is the log, and empty means it did nothing."""
 
 
-def keeps_shapes(one: Pass) -> Pass:
+_P = TypeVar("_P", bound=Callable[..., list[Change]])
+
+
+def keeps_shapes(one: _P) -> _P:
     """Mark a pass after which every node that is left computes a tensor of the shape it had.
 
-    It adds no nodes, so that what a run showed before the pass still holds after it.
+    It adds no nodes, and corrects what nodes cost, so that what a run showed before the pass still
+    holds after it; where that cannot be, it forgets the run itself.
     """
     one.__dict__["keeps_shapes"] = True
     return one

@@ -2,20 +2,21 @@
 
 A width gate goes where setting its units to 0 frees something; which sites these are is the
 question of `fxprune.sites`. A linearity gate goes where the layers around the nonlinearity could be
-merged into one that costs less. What gets no gate is reported, with the reason.
+merged into one that costs less, the question of `fxprune.depth_sites`. What gets no gate is
+reported, with the reason.
 """
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx, nn
 
 from fxprune.accounts import account
+from fxprune.depth_sites import find_depth_sites
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import UNGATED, DepthSite, Gates, WidthSite, linear_gate, width_gate
 from fxprune.observation import observe
-from fxprune.out_of_place import make_out_of_place, overwrites
+from fxprune.out_of_place import make_out_of_place
 from fxprune.penalties import paper_penalties
 from fxprune.pipeline import Change
 from fxprune.program import Program, device_of
@@ -37,7 +38,8 @@ def insert_gates(
     seen = observe(program)
     candidates, refused = find_candidates(program, seen)
     plan = plan_sites(program, candidates, seen)
-    depth, undecided = _depth_sites(program, plan.candidates)
+    mergeable, undecided = find_depth_sites(program, plan.candidates, seen)
+    depth = {c.node: DepthSite(c.name, index) for index, c in enumerate(mergeable)}
     width, units = _width_sites(plan)
     changes = refused + plan.refused + _refusals(plan) + undecided
     if not width and not depth:
@@ -92,57 +94,6 @@ def _refusals(plan: Plan) -> list[Change]:
         )
         changes.append(Change(candidate.name, f"no width gate: {reason}"))
     return changes
-
-
-def _depth_sites(
-    program: Program, candidates: Sequence[Candidate]
-) -> tuple[dict[fx.Node, DepthSite], list[Change]]:
-    """Return the nonlinearities whose neighbours could be merged, and a reason for each other."""
-    modules = dict(program.module.named_modules())
-    calls = Counter(node.target for node in program.graph.nodes if node.op == "call_module")
-    found: dict[fx.Node, DepthSite] = {}
-    refused: list[Change] = []
-    for candidate in candidates:
-        reason = _no_merge(candidate.node, modules)
-        if not reason and calls[candidate.node.target] > 1:
-            if overwrites(candidate.node, program.module):
-                reason = "its module works in place and is called elsewhere too"
-        if reason:
-            refused.append(Change(candidate.name, f"no linearity gate: {reason}"))
-        else:
-            found[candidate.node] = DepthSite(candidate.name, len(found))
-    return found, refused
-
-
-def _no_merge(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    """Say why the layers around a nonlinearity would not be merged; nothing if they would be."""
-    before = _neighbour(node, modules, forward=False)
-    after = _neighbour(node, modules, forward=True)
-    if before is None or after is None:
-        return "only two linear layers with nothing else between them are merged so far"
-    merged = before.in_features * after.out_features
-    apart = before.out_features * (before.in_features + after.out_features)
-    return "" if merged < apart else f"merged, {merged} weights; apart, {apart}"
-
-
-def _neighbour(node: fx.Node, modules: dict[str, nn.Module], *, forward: bool) -> nn.Linear | None:
-    """Return the linear layer next to a node, if nothing but dropout stands between."""
-    while True:
-        if forward:
-            if len(node.users) != 1:
-                return None
-            node = next(iter(node.users))
-        else:
-            if len(node.all_input_nodes) != 1 or len(node.all_input_nodes[0].users) != 1:
-                return None
-            node = node.all_input_nodes[0]
-        if node.op != "call_module":
-            return None
-        module = modules[str(node.target)]
-        if type(module) is nn.Linear:
-            return module
-        if not isinstance(module, (nn.Dropout, nn.Identity)):
-            return None
 
 
 def _insert(program: Program, sites: Sequence[Candidate], depth: dict[fx.Node, DepthSite]) -> None:

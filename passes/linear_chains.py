@@ -1,55 +1,98 @@
-"""Fold two linear layers with nothing between them into one, where that is cheaper.
+"""Fold linear layers, or convolutions, with nothing between them into one, where that is cheaper.
 
     W₂·(W₁·x + b₁) + b₂ = (W₂·W₁)·x + (W₂·b₁ + b₂)
 
-always exact (Srinivas & Babu 2016: a layer with d = 1 is merged with the next). With C inputs, M in
-between and O outputs it saves iff C·O < M·(C + O): a bottleneck must not be folded. Computed in
-float64.
+(Srinivas & Babu 2016: a layer with d = 1 is merged with the next), for convolutions where
+`fxprune.convolutions` finds it exact. With C inputs, M in between and O outputs, 1×1, it saves
+parameters iff C·O < M·(C + O): a bottleneck must not be folded. Of all ways to cut a chain into
+pieces the cheapest is taken, which never costs more than the chain. Computed in float64.
 """
 
+from collections.abc import Sequence
+from functools import reduce
+
+import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.pipeline import Change
+from fxprune.chains import COSTS, Cost, Piece, chains, cheapest, output_places
+from fxprune.convolutions import Geometry, compose, geometry_of, install_, layer_of
+from fxprune.observation import observe
+from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.sharing import sole_modules
 
 
-def fold_linear_chains(program: Program) -> list[Change]:
-    """Merge neighbouring linear layers, front to back, while parameters become fewer."""
-    sole = sole_modules(program)
+@keeps_shapes
+def fold_linear_chains(program: Program, *, cost: str = "parameters") -> list[Change]:
+    """Merge neighbouring layers where they are exactly one and that costs less.
+
+    cost: "parameters", or "macs".
+    """
     changes: list[Change] = []
-    for node in list(program.graph.nodes):
-        if len(node.all_input_nodes) != 1 or len(node.all_input_nodes[0].users) != 1:
-            continue
-        before = node.all_input_nodes[0]
-        first, second = sole.get(before), sole.get(node)
-        if type(first) is nn.Linear and type(second) is nn.Linear:
-            changes.append(_consider(before, node, first, second))
-    folded = [change for change in changes if dict(change.detail)["folded"]]
-    if folded:
-        program.seen = None
-    return folded
+    while True:
+        new = _fold_once(program, COSTS[cost], cost)
+        if not new:
+            return changes
+        changes += new
 
 
-def _consider(before: fx.Node, node: fx.Node, first: nn.Linear, second: nn.Linear) -> Change:
-    apart = sum(p.numel() for layer in (first, second) for p in layer.parameters())
-    together = first.in_features * second.out_features + second.out_features
-    detail = (("before", apart), ("after", together))
-    if together >= apart:
-        what = f"kept apart from {node.target}: {apart} parameters, {together} merged"
-        return Change(str(before.target), what, (*detail, ("folded", False)))
-    _merge(first, second)
-    node.replace_input_with(before, before.all_input_nodes[0])
-    node.graph.erase_node(before)
-    what = f"folded into {node.target}: {apart} → {together} parameters"
-    return Change(str(before.target), what, (*detail, ("folded", True)))
+def _fold_once(program: Program, cost: Cost, unit: str) -> list[Change]:
+    sole = sole_modules(program)
+    found = [chain for chain in chains(program.graph, sole) if len(chain) > 1]
+    if not found:
+        return []
+    seen = observe(program)
+    changes: list[Change] = []
+    widened = False
+    for chain in found:
+        layers = [geometry for node in chain if (geometry := geometry_of(sole[node]))]
+        places = [
+            output_places(layer, seen.values[node])
+            for layer, node in zip(layers, chain, strict=True)
+        ]
+        for piece in cheapest(layers, places, cost):
+            nodes = chain[piece.start : piece.stop]
+            if len(nodes) < 2 or seen.written(nodes[0].all_input_nodes[0]):
+                continue
+            changes.append(_merge(nodes, layers, piece, sole, unit))
+            seen.macs[nodes[-1]] = piece.geometry.weights * places[piece.stop - 1]
+            widened = widened or piece.geometry.ones
+    if widened:
+        program.seen = None  # there is a node no run has shown
+    return changes
 
 
-def _merge(first: nn.Linear, second: nn.Linear) -> None:
-    outer, dtype = second.weight.detach().double(), second.weight.dtype
-    biases = [] if second.bias is None else [second.bias.detach().double()]
-    if first.bias is not None:
-        biases.append(outer @ first.bias.detach().double())
-    second.weight = nn.Parameter((outer @ first.weight.detach().double()).to(dtype))
-    second.bias = nn.Parameter(sum(biases[1:], biases[0]).to(dtype)) if biases else None
-    second.in_features = first.in_features
+def _merge(
+    nodes: Sequence[fx.Node],
+    chain: Sequence[Geometry],
+    piece: Piece,
+    sole: dict[fx.Node, nn.Module],
+    unit: str,
+) -> Change:
+    """Let the last of the layers compute what all of them do, and drop the others."""
+    first, last = nodes[0], nodes[-1]
+    geometries = chain[piece.start : piece.stop]
+    layers = [layer_of(sole[node], g) for node, g in zip(nodes, geometries, strict=True)]
+    install_(sole[last], reduce(compose, layers))
+    last.replace_input_with(nodes[-2], first.all_input_nodes[0])
+    for node in reversed(nodes[:-1]):
+        node.graph.erase_node(node)
+    if piece.geometry.ones:
+        _add_ones(last, len(piece.geometry.kernel))
+    names = ", ".join(str(node.target) for node in nodes[:-1])
+    return Change(
+        names,
+        f"folded into {last.target}: {piece.apart} → {piece.cost} {unit}",
+        (("before", piece.apart), ("after", piece.cost), ("cost", unit), ("folded", True)),
+    )
+
+
+def _add_ones(node: fx.Node, axes: int) -> None:
+    """Let a layer read one more channel, of ones: what stands for a bias before its border."""
+    source = node.all_input_nodes[0]
+    with node.graph.inserting_before(node):
+        widened = node.graph.call_function(
+            F.pad, (source, [0] * (2 * axes) + [0, 1]), {"value": 1.0}
+        )
+    widened.meta["source"] = node.meta.get("source")
+    node.replace_input_with(source, widened)

@@ -50,6 +50,7 @@ def remove_no_ops(program: Program) -> list[Change]:
     )
     program.module.delete_all_unused_submodules()
     _drop_unused_tensors(program)
+    _drop_folded_parameters(program)
     return changes
 
 
@@ -134,3 +135,18 @@ def _drop_unused_tensors(program: Program) -> None:
     for name in list(program.module._buffers):
         if name not in used:
             delattr(program.module, name)
+
+
+def _drop_folded_parameters(program: Program) -> None:
+    """Drop what nobody reads of modules that are only there to hold others: folded scales."""
+    nodes = program.graph.nodes
+    used = {str(node.target) for node in nodes if node.op == "get_attr"}
+    called = {str(node.target) for node in nodes if node.op == "call_module"}
+    inside: set[str] = set()
+    for path, module in program.module.named_modules():
+        if path in called or path.rpartition(".")[0] in inside:
+            inside.add(path)
+            continue
+        for name in list(module._parameters):
+            if f"{path}.{name}".lstrip(".") not in used:
+                delattr(module, name)

@@ -1,4 +1,6 @@
-"""Folding linear layers with nothing between them."""
+"""Folding linear layers and convolutions with nothing between them."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxprune.passes.linear_chains import fold_linear_chains
+from fxprune.pipeline import Change
 from fxprune.program import Program, capture
 from fxprune.testing import check_rewrite
 from tests.conftest import Golden, randomise
@@ -70,3 +73,69 @@ def test_a_layer_somebody_else_needs_is_kept(kind: str) -> None:
             return (self.a if kind == "shared" else self.c)(y.relu())
 
     assert fold_linear_chains(program(Needed(), 3, 8)) == []
+
+
+CHAINS: dict[str, tuple[Callable[[], list[nn.Module]], int]] = {
+    "1x1 between": (
+        lambda: [nn.Conv2d(3, 32, 1, bias=False), nn.Conv2d(32, 4, 3, padding=1)],
+        1,
+    ),
+    "a bias before a border": (lambda: [nn.Conv2d(3, 32, 1), nn.Conv2d(32, 4, 3, padding=1)], 1),
+    "expanded and contracted": (
+        lambda: [
+            *(nn.Conv2d(3, 32, 1, padding=0), nn.Conv2d(32, 64, 3, 2), nn.Conv2d(64, 4, 1)),
+        ],
+        1,
+    ),
+    "an inverted bottleneck": (
+        lambda: [
+            *(nn.Conv2d(3, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48)),
+            nn.Conv2d(48, 3, 1),
+        ],
+        1,
+    ),
+    "a bottleneck": (lambda: [nn.Conv2d(3, 1, 1), nn.Conv2d(1, 8, 1)], 2),
+    "a border between": (
+        lambda: [nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 4, 3, padding=1)],
+        2,
+    ),
+    "volumes": (lambda: [nn.Conv3d(3, 32, 1), nn.Conv3d(32, 4, 2)], 1),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_convolutions_become_one(name: str) -> None:
+    build, left = CHAINS[name]
+    layers = build()
+    size = (2, 3, *(7,) * (3 if "volumes" in name else 2))
+    before = program(nn.Sequential(*layers), *size)
+    after = check_rewrite(fold_linear_chains, before)
+    calls = [node for node in after.graph.nodes if node.op == "call_module"]
+    assert len(calls) == left
+    for changed in (9, 12):  # no size is frozen
+        x = torch.randn(1, 3, *(changed,) * (len(size) - 2), dtype=torch.float64)
+        assert torch.allclose(before.module(x), after.module(x), rtol=1e-9, atol=1e-12)
+
+
+def test_multiply_accumulates_may_be_the_cost() -> None:
+    layers = [nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 2, 2)]
+    one = program(nn.Sequential(*layers), 2, 8, 8, 8)
+
+    def fold(program: Program) -> list[Change]:
+        return fold_linear_chains(program, cost="macs")
+
+    assert fold_linear_chains(one.clone()) == []  # 1168 numbers against 840
+    after = check_rewrite(fold, one)
+    assert after.module.get_submodule("1").weight.shape == (8, 8, 4, 4)
+
+
+def test_a_long_chain_becomes_one_layer() -> None:
+    layers = [nn.Linear(40, 40) for _ in range(70)]
+    for layer in layers:
+        layer.weight.data.mul_(1.7)  # or nothing would come through
+    before = program(nn.Sequential(*layers), 3, 40)
+    after = before.clone()
+    assert fold_linear_chains(after)
+    after.check()
+    assert torch.allclose(after.run(), before.run(), rtol=1e-9)
+    assert sum(node.op == "call_module" for node in after.graph.nodes) == 1

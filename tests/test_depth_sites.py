@@ -1,0 +1,100 @@
+"""Linearity gates: where layers would merge, and that they do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from tests.conftest import randomise
+
+
+def linearised(model: nn.Module, x: Tensor) -> tuple[Any, Any]:
+    """Instrument a model, open every linearity gate and finalise it."""
+    gated: Any = fxprune.instrument(randomise(model).eval(), x)
+    with torch.no_grad():
+        gated.gates.linear.fill_(1)
+    small = fxprune.finalize(gated)
+    assert small.report.verification is not None
+    assert small.report.verification.verdict == "equal"  # to 1e-9 in float64
+    return gated, small
+
+
+def left(small: nn.Module) -> list[nn.Module]:
+    return [m for m in small.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+
+
+def test_a_deep_perceptron_collapses() -> None:
+    layers = [part for _ in range(20) for part in (nn.Linear(16, 16), nn.ReLU())]
+    for layer in layers[::2]:
+        assert isinstance(layer, nn.Linear)
+        nn.init.orthogonal_(layer.weight)
+    x = torch.randn(4, 16)
+    gated, small = linearised(nn.Sequential(*layers[:-1]), x)
+    assert len(gated.gates.depth_sites) == 19 and len(left(small)) == 1
+
+
+class InvertedResidual(nn.Module):
+    """Sandler et al. 2018, with an expansion that a fold makes up for."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.expand, self.norm1 = nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.depthwise = nn.Conv2d(inner, inner, 3, 1, 1, groups=inner, bias=False)
+        self.norm2 = nn.BatchNorm2d(inner)
+        self.project = nn.Conv2d(inner, width, 1, bias=False)
+        self.norm3, self.act1, self.act2 = nn.BatchNorm2d(width), nn.ReLU6(), nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act1(self.norm1(self.expand(x)))
+        y = self.act2(self.norm2(self.depthwise(y)))
+        return x + self.norm3(self.project(y))
+
+
+def test_a_residual_block_with_a_linear_interior_becomes_one_convolution() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), InvertedResidual(8, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 12, 12)
+    gated, small = linearised(model, x)
+    assert [site.name for site in gated.gates.depth_sites] == ["1.act1", "1.act2"]
+    assert len(left(small)) == 3 and "add" not in small.code
+
+
+def conv(inputs: int, outputs: int, kernel: int, padding: int = 0) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, kernel, padding=padding)
+
+
+NONE: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
+    "border": (
+        lambda: [conv(3, 64, 3, 1), nn.ReLU(), conv(64, 3, 3, 1)],
+        "zeros are padded between them",
+    ),
+    "pool": (
+        lambda: [conv(3, 64, 1), nn.ReLU(), nn.MaxPool2d(2), conv(64, 3, 1)],
+        "_2 comes before another layer does",
+    ),
+    "dearer": (lambda: [conv(3, 3, 3), nn.ReLU(), conv(3, 3, 3)], "merged, 228 parameters; apart"),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_elsewhere_there_is_a_reason(name: str) -> None:
+    build, reason = NONE[name]
+    x = torch.randn(2, 3, 8, 8)
+    gated: Any = fxprune.instrument(nn.Sequential(*build()), x)
+    assert gated.gates.linear is None
+    changes = [str(c) for log in gated.report.passes.values() for c in log]
+    assert any("no linearity gate" in change and reason in change for change in changes), changes
+
+
+def test_convolutions_with_a_norm_and_dropout_between_merge() -> None:
+    model = nn.Sequential(
+        conv(3, 64, 1), nn.ReLU(), nn.BatchNorm2d(64), nn.Dropout(), conv(64, 3, 3, 1), nn.Tanh()
+    )
+    x = torch.randn(2, 3, 8, 8)
+    gated, small = linearised(model, x)
+    assert len(gated.gates.depth_sites) == 1 and len(left(small)) == 1
