@@ -143,7 +143,7 @@ def test_both_operands_may_be_constant_where_one_is_written_into() -> None:
             total = left + right
             return total.add_(right), total * x[:, :2]
 
-    model = randomise(Twice()).double().eval()
+    model: Any = randomise(Twice()).double().eval()
     for layer in (model.first, model.second):
         layer.weight.data.zero_()
     x = torch.randn(2, 3, dtype=torch.float64)
@@ -159,9 +159,9 @@ def test_a_constant_that_varies_over_a_map_does_not_freeze_its_size() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.pixel_shuffle(self.first(x), 2) + F.interpolate(x[:, :1], scale_factor=2)
 
-    model = randomise(Shuffled()).double().eval()
+    model: Any = randomise(Shuffled()).double().eval()
     model.first.weight.data.zero_()
-    small = fxprune.finalize(model, torch.randn(2, 3, 5, 5, dtype=torch.float64))
+    small: Any = fxprune.finalize(model, torch.randn(2, 3, 5, 5, dtype=torch.float64))
     larger = torch.randn(2, 3, 7, 7, dtype=torch.float64)
     assert error(model(larger), small(larger)) < 1e-12
 
@@ -175,7 +175,7 @@ def test_a_factor_of_a_matrix_product_is_not_broadcast() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.query(x).relu() @ self.key(x).transpose(1, 2)
 
-    model = randomise(Attention()).double().eval()
+    model: Any = randomise(Attention()).double().eval()
     model.query.weight.data.zero_()
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     check_rewrite(remove_constant_branches, capture(model, ((x,), {}), make_masks_permanent=False))
