@@ -55,7 +55,7 @@ class Plan:
 
 def find_candidates(program: Program, seen: Observation) -> tuple[list[Candidate], list[Change]]:
     """Return the nonlinearities with f(0) = 0, and a reason for each other one."""
-    modules = dict(program.module.named_modules())
+    modules: dict[str, nn.Module] = dict(program.module.named_modules())
     found: list[Candidate] = []
     refused: list[Change] = []
     names: dict[str, int] = {}

@@ -30,8 +30,10 @@ from torchvision.models import get_model
 import fxprune
 from fxprune.testing import close_half
 
-MODELS = "resnet18,resnet50,resnet152,mobilenet_v2,mobilenet_v3_large,densenet121,densenet201,"
-MODELS += "regnet_x_400mf,vgg16_bn,efficientnet_b0,convnext_tiny"
+MODELS = (
+    "resnet18,resnet50,resnet152,mobilenet_v2,mobilenet_v3_large,densenet121,densenet201,"
+    "regnet_x_400mf,vgg16_bn,efficientnet_b0,convnext_tiny"
+)
 CHAINS, BLOCKS = (500, 1000, 2500, 5000), (25, 50, 100, 200)
 
 
@@ -77,7 +79,9 @@ def theirs(model: nn.Module, x: Tensor) -> dict[str, float]:
     """Return the seconds of Torch-Pruning's pruner and step; it edits the model it is given."""
     import torch_pruning
 
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+    heads: list[nn.Module] = [
+        m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000
+    ]
     started = time.perf_counter()
     pruner = torch_pruning.pruner.MagnitudePruner(
         model,
@@ -137,7 +141,9 @@ def _compare(console: Console, name: str, repeats: int) -> dict[str, Any]:
     model = get_model(name, weights=None).eval()
     x = torch.randn(1, 3, 224, 224)
     runs: list[dict[str, float]] = []
-    ours(model, x), theirs(copy.deepcopy(model), x)  # what is imported on the way is not counted
+    # What is imported on the way is not counted.
+    ours(model, x)
+    theirs(copy.deepcopy(model), x)
     for _ in range(repeats):
         spent = copy.deepcopy(model)
         gc.collect()
