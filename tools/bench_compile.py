@@ -16,8 +16,8 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import version
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
