@@ -6,14 +6,13 @@ again as small models do.
 
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fxprune.dispatch import DispatchMode
 
-class MacCounter(TorchDispatchMode):
+
+class MacCounter(DispatchMode):
     """Count what runs while it is active."""
-
-    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,10 +22,6 @@ class MacCounter(TorchDispatchMode):
     def macs(self) -> int:
         """The multiply-accumulates so far; each is two floating-point operations."""
         return self.flops // 2
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # to skip it, torch would import it, which takes seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

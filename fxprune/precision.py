@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.comparison import output_leaves
+from fxprune.dispatch import DispatchMode
 from fxprune.errors import one_line
 from fxprune.gates import gate_owners
 from fxprune.program import Inputs, device_of, quiet, tensors_of
@@ -110,15 +110,10 @@ def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Run:
     return Run(outputs, "", float64.rounding, time.perf_counter() - start)
 
 
-class _Float64(TorchDispatchMode):
+class _Float64(DispatchMode):
     """Reads a float32 model as one of float64, also where its forward casts to float32."""
 
-    supports_higher_order_operators = True
     rounding = 0.0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # to skip it, torch would import it, which takes seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -1,5 +1,8 @@
 """Fixtures for all tests: golden texts, and models whose every number is its own."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,24 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 def seed() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def without_fxprune(tmp_path: Path) -> Callable[[nn.Module, str], str]:
+    """Print an expression in `m`, the saved model, where fxprune cannot be imported."""
+
+    def run(model: nn.Module, expression: str) -> str:
+        path = tmp_path / "model.pt"
+        torch.save(model, path)
+        script = (
+            "import sys, torch; sys.modules['fxprune'] = None; "
+            f"m = torch.load({str(path)!r}, weights_only=False); print({expression})"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        return done.stdout.strip()
+
+    return run
 
 
 def randomise(model: nn.Module) -> nn.Module:

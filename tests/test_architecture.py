@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("structure",),
     ("unit_costs",),
     ("gates",),
+    ("dispatch",),
     ("macs",),
     ("tags",),
     ("penalties",),

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxprune.ops.mixing import weight_and_bias
 from fxprune.rules import Call, Flow, OpRule, Read, register
-from fxprune.values import Barrier, State
 
 
 def bilinear_flow(call: Call) -> Flow:
     """Give out new channels that read both inputs."""
     first, second = call.value(0, "input1"), call.value(1, "input2")
-    weight, bias = _states(call)
+    weight, bias = weight_and_bias(call, 2)
     left, right = first.along(-1), second.along(-1)
     outputs = weight.axis(0)
     reason = "it multiplies it with another input"
@@ -44,16 +44,6 @@ def resize_bilinear(call: Call) -> None:
     module: Any = call.module
     if module is not None:
         module.out_features, module.in1_features, module.in2_features = module.weight.shape
-
-
-def _states(call: Call) -> tuple[State, State | None]:
-    if call.module is not None:
-        weight, bias = call.state("weight"), call.state("bias")
-    else:
-        weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
-    if not isinstance(weight, State) or not (bias is None or isinstance(bias, State)):
-        raise Barrier("its weight or bias is computed")
-    return weight, bias
 
 
 def _over(pattern: Tensor | None, axis: int) -> Tensor | None:

@@ -59,17 +59,23 @@ class Mixing:
 def read_call(call: Call) -> Mixing:
     """Read a module or function call as `Mixing`; `Barrier` where its weight is computed."""
     value = call.value()
-    if call.module is not None:
-        weight, bias = call.state("weight"), call.state("bias")
-    else:
-        weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
-    if not isinstance(weight, State) or not (bias is None or isinstance(bias, State)):
-        raise Barrier("its weight or bias is computed")
+    weight, bias = weight_and_bias(call, 1)
     if isinstance(call.module, nn.Linear) or call.node.target in LINEAR_FUNCTIONS:
         return Mixing(value, len(value.shape) - 1, weight, bias, 1, False, 0)
     if call.module is not None:
         return _read_conv_module(call.module, value, weight, bias)
     return _read_conv_function(call, value, weight, bias)
+
+
+def weight_and_bias(call: Call, position: int) -> tuple[State, State | None]:
+    """Return what a layer multiplies and adds, of a function its arguments from `position` on."""
+    if call.module is not None:
+        weight, bias = call.state("weight"), call.state("bias")
+    else:
+        weight, bias = call.argument(position, "weight"), call.argument(position + 1, "bias")
+    if not isinstance(weight, State) or not (bias is None or isinstance(bias, State)):
+        raise Barrier("its weight or bias is computed")
+    return weight, bias
 
 
 def _read_conv_module(module: Any, value: Value, weight: State, bias: State | None) -> Mixing:
