@@ -24,6 +24,7 @@ from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
 from fxprune.passes.parallel_branches import fold_parallel_branches
+from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
 from fxprune.pipeline import Change, Pass, run
 from fxprune.program import (
@@ -68,13 +69,16 @@ PLAIN: tuple[Pass, ...] = (
 
 
 def remove_dead_units(program: Program) -> list[Change]:
-    """Remove constant branches, then dead channels: one analysis serves both if there are none.
+    """Remove constant branches, then dead channels: one analysis serves all that change nothing.
 
     A branch that nothing is left of would keep a unit, and the stream it joins from shrinking.
     """
     known = analyse(program)
     changes = remove_constant_branches(program, known)
-    return changes + eliminate_dead_channels(program, None if changes else known)
+    known = analyse(program) if changes else known
+    gathers = insert_gathers(program, known)
+    changes += gathers + eliminate_dead_channels(program, None if gathers else known)
+    return changes + remove_unsettled_gathers(program)
 
 
 CUT: tuple[Pass, ...] = (

@@ -41,23 +41,19 @@ def settle(channels: Channels) -> Cut:
 def _grow(channels: Channels, live: Tensor) -> None:
     classes = channels.classes
     reads = [
-        (classes[read.outputs], classes[read.inputs], read.pattern, ~read.foldable)
-        for _, read in reversed(channels.reads)
+        (classes[read.outputs], classes[read.inputs], read) for _, read in reversed(channels.reads)
     ]
     seen = [-1] * len(reads)
     changed = True
     while changed:
         changed = False
-        for place, (outputs, inputs, pattern, solid) in enumerate(reads):
+        for place, (outputs, inputs, read) in enumerate(reads):
             alive = live[outputs]
             count = int(alive.sum())
             if count == seen[place]:
                 continue
             seen[place] = count
-            if count == 0:
-                continue
-            needed = solid if pattern is None else solid & pattern[alive].any(0)
-            new = inputs[needed]
+            new = inputs[read.needed(alive)]
             if not bool(live[new].all()):
                 live[new] = True
                 changed = True

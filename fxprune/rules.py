@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -25,8 +26,9 @@ class Read:
     """An operator's outputs mix its inputs.
 
     outputs: tags (O,); inputs: tags (I,). Output o reads input i where `pattern` (O, I) says so,
-    everywhere if it is None. An input for which `foldable` (I,) holds is a constant the operator
-    can absorb, so that its channel may go although it is read.
+    everywhere if it is None; if `pairwise`, output i reads input i alone. An input for which
+    `foldable` (I,) holds is a constant the operator can absorb, so that its channel may go although
+    it is read.
     """
 
     outputs: Tensor
@@ -34,6 +36,16 @@ class Read:
     pattern: Tensor | None
     foldable: Tensor
     reason: str
+    pairwise: bool = False
+
+    def needed(self, alive: Tensor) -> Tensor:
+        """Return which inputs (I,) are read as they are, where the outputs `alive` (O,) are."""
+        if not bool(alive.any()):
+            return torch.zeros_like(self.foldable)
+        solid = ~self.foldable
+        if self.pairwise:
+            return solid & alive
+        return solid if self.pattern is None else solid & self.pattern[alive].any(0)
 
 
 @dataclass
