@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.gates import UNGATED
+from fxprune.passes import stream_gathers
 from fxprune.penalties import gates_of
 from fxprune.permutation import exchange_units
 from fxprune.program import capture, quiet, same
@@ -35,6 +36,7 @@ from tools.cases import Surgery, draw, simpler
 from tools.networks import BATCH, Network, build, example, write
 
 TOLERANCE = 1e-9
+stream_gathers.COPY = 0  # networks are small: no copying would pay
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Tally:
 
     outcomes: Counter[str] = field(default_factory=Counter[str])
     exchanged: int = 0
+    picks: int = 0
     spreads: list[float] = field(default_factory=list[float])
     started: float = field(default_factory=time.perf_counter)
 
@@ -55,7 +58,7 @@ class Tally:
         return (
             f"{total} cases, {1000 * seconds / max(total, 1):.0f} ms each: {found}; "
             f"median spread of outputs {middle:.2g}, {flat} of {len(self.spreads)} flat; "
-            f"{self.exchanged} units exchanged"
+            f"{self.exchanged} units exchanged; readers with channels of their own in {self.picks}"
         )
 
 
@@ -76,6 +79,7 @@ def check(network: Network, surgery: Surgery, tally: Tally) -> None:
     assert before is not None and after is not None
     shrank = after.parameters < before.parameters
     tally.outcomes["shrank" if shrank else "kept all"] += 1
+    tally.picks += any("picks" in str(c) for c in small.report.passes["remove_dead_units"])
     if shrank:
         tally.spreads.append(spreads[0])
 
