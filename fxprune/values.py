@@ -136,6 +136,32 @@ class State:
         return self.tensor.detach().cpu().double()
 
 
+class Transposed(State):
+    """A parameter or buffer with its axes in another order: who cuts it cuts the one it is of."""
+
+    def __init__(self, base: State, order: Sequence[int]) -> None:
+        super().__init__(base.name, base.tensor.permute(*order), base.table, base.generic)
+        self.base, self.order = base, tuple(order)
+
+    def axis(self, axis: int) -> Tensor:
+        """Return the tags along one axis, as in `State`."""
+        return self.base.axis(self.order[axis])
+
+    def value(self) -> Value:
+        """Return the tensor as an operand like any other, as in `State`."""
+        value = self.base.value()
+        tags, constants = value.tags.permute(self.order), value.constants.permute(self.order)
+        return Value(tuple(self.tensor.shape), value.dtype, tags, constants)
+
+    def freeze(self) -> None:
+        """Let no channel of it go."""
+        self.base.freeze()
+
+    def known(self) -> Tensor:
+        """Return its numbers in float64, as in `State`."""
+        return self.base.known().permute(self.order)
+
+
 class ShapeOf(tuple[int, ...]):
     """The shape of a value, which knows whose shape it is."""
 

@@ -24,4 +24,5 @@ from fxprune.ops import reductions as reductions
 from fxprune.ops import resampling as resampling
 from fxprune.ops import sizes as sizes
 from fxprune.ops import statistics as statistics
+from fxprune.ops import transposition as transposition
 from fxprune.ops import triangles as triangles

@@ -44,15 +44,13 @@ register(
     *(nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle),
     *(F.pixel_shuffle, F.pixel_unshuffle),
     *(torch.stack, torch.hstack, torch.vstack),
-    *(torch.dstack, torch.column_stack, torch.row_stack, torch.t, torch.flatten, torch.ravel),
-    *(torch.permute, torch.transpose, torch.swapaxes, torch.swapdims, torch.movedim),
-    *(torch.moveaxis, torch.adjoint, torch.squeeze, torch.unsqueeze, torch.flip, torch.fliplr),
+    *(torch.dstack, torch.column_stack, torch.row_stack, torch.flatten, torch.ravel),
+    *(torch.squeeze, torch.unsqueeze, torch.flip, torch.fliplr),
     *(torch.flipud, torch.roll, torch.rot90, torch.unbind, torch.narrow, torch.diagonal),
     *(torch.tile, torch.repeat_interleave, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d),
-    *("t", "flatten", "ravel", "permute", "transpose", "swapaxes", "swapdims", "movedim"),
-    *("moveaxis", "adjoint", "squeeze", "unsqueeze", "flip", "fliplr", "flipud", "roll", "rot90"),
+    *("flatten", "ravel", "squeeze", "unsqueeze", "flip", "fliplr", "flipud", "roll", "rot90"),
     *("unbind", "narrow", "diagonal", "tile", "repeat", "repeat_interleave", "unfold"),
-    *("t_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_"),
+    *("squeeze_", "unsqueeze_"),
 )
 register(OpRule("like", like_flow, rewrite=rewrite_nothing), "expand_as", "view_as", "reshape_as")
 register(

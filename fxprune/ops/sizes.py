@@ -13,11 +13,12 @@ from torch import fx
 from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import rewrite_nothing
+from fxprune.ops.transposition import rewrite_transposed, transposed_flow
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.values import Barrier, ShapeOf, Value, as_value
 
 _HARMLESS = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}
-_MOVED = {"T", "mT", "H", "mH", "data"}
+_TRANSPOSED = {"T", "mT", "H", "mH"}
 
 
 def getattr_flow(call: Call) -> Flow:
@@ -27,14 +28,18 @@ def getattr_flow(call: Call) -> Flow:
         return size_flow(call)
     if name in _HARMLESS:
         return Flow(call.spec)
-    if name in _MOVED:
+    if name in _TRANSPOSED:
+        return transposed_flow(call)
+    if name == "data":
         return movement_flow(call)
     raise Barrier(f"the attribute {name!r} is read")
 
 
 def rewrite_getattr(call: Call, cut: Cut) -> Arguments | None:
     """Check that a transposed tensor follows."""
-    return rewrite_nothing(call, cut) if call.args[1] in _MOVED else None
+    if call.args[1] in _TRANSPOSED:
+        return rewrite_transposed(call, cut)
+    return rewrite_nothing(call, cut) if call.args[1] == "data" else None
 
 
 def size_flow(call: Call) -> Flow:

@@ -387,3 +387,56 @@ def test_torchs_own_attention_says_why_it_stays() -> None:
 
     (reason,) = analyse(program(Own(), 5, 2, 8)).barriers.values()
     assert "one size in this module" in reason
+
+
+class Untransposed(nn.Module):
+    """Layers whose weights are kept the other way round, the last one tied to the embedding."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.product = product
+        self.embedding = nn.Embedding(11, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.inner = nn.Parameter(torch.randn(16, 12))
+        self.outer = nn.Parameter(torch.randn(12, 16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embedding(ids).flatten(0, 1))
+        x = x + self.product(F.relu(self.product(x, self.inner)), self.outer)
+        return self.product(x, self.embedding.weight)
+
+
+TRANSPOSITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "T": lambda x, w: x @ w.T,
+    "t": lambda x, w: torch.matmul(x, w.t()),
+    "mT": lambda x, w: x @ w.mT,
+    "transpose": lambda x, w: x.matmul(w.transpose(-2, -1)),
+    "permute": lambda x, w: torch.mm(x, torch.permute(w, (1, 0))),
+    "twice": lambda x, w: F.linear(x, w.t().swapaxes(0, 1)),
+}
+
+
+@pytest.mark.parametrize("spelling", TRANSPOSITIONS)
+def test_a_transposed_parameter_is_cut_like_a_weight(spelling: str) -> None:
+    model: Any = randomise(Untransposed(TRANSPOSITIONS[spelling])).double().eval()
+    ids = torch.randint(0, 11, (3, 5))
+    with torch.no_grad():
+        model.inner[::2] = 0
+    small: Any = fxprune.finalize(model, ids)
+    assert error(model(ids), small(ids)) < 1e-12 < spread(model(ids))
+    assert small.inner.shape == (8, 12) and small.outer.shape == (12, 8)
+    with torch.no_grad():  # the stream, tied to the words at both ends
+        for tensor in (model.embedding.weight.T, model.norm.weight, model.norm.bias, model.outer):
+            tensor[:3] = 0
+    small = fxprune.finalize(model, ids)
+    assert error(model(ids), small(ids)) < 1e-12 < spread(model(ids))
+    assert small.get_submodule("embedding").weight.shape == (11, 9)
+    assert small.inner.shape == (8, 9) and small.outer.shape == (9, 8)
+
+
+def test_a_transposed_parameter_is_gated() -> None:
+    gated = fxprune.instrument(Untransposed(TRANSPOSITIONS["T"]), torch.randint(0, 11, (3, 5)))
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.inner.shape[0] < 16
