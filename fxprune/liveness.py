@@ -69,9 +69,19 @@ def _superfluous(
             continue
         if node.op != "get_attr" and not _is_dead(channels, live, node):
             continue
-        if all(user in gone or _may_leave_out(channels, live, user) for user in node.users):
+        staying = [user for user in node.users if user not in gone]
+        if staying and node.op == "get_attr" and not _is_dead_state(channels, live, node):
+            continue
+        if all(_may_leave_out(channels, live, user) for user in staying):
             gone.add(node)
     return gone
+
+
+def _is_dead_state(channels: Channels, live: Tensor, node: fx.Node) -> bool:
+    """Tell whether no channel of a parameter is live, element by element as a part has them."""
+    state = channels.values[node]
+    whole = state.whole if isinstance(state, State) else None
+    return whole is not None and not bool(live[channels.classes[whole]].any())
 
 
 def _is_dead(channels: Channels, live: Tensor, node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxprune
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.program import Program, capture
 from fxprune.testing import check_rewrite
@@ -352,3 +353,29 @@ def test_an_index_that_is_overwritten_stays() -> None:
     before = Program(module, (torch.randn(2, 3, 5, 5, dtype=torch.float64),))
     unread(at(before, "after"), 0, 4)
     assert not eliminate_dead_channels(before)
+
+
+class Concatenated(nn.Module):
+    """A layer whose bias is put together from parameters and a buffer, as in BEiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 9)
+        self.weight = nn.Parameter(torch.randn(9, 9))
+        self.low, self.high = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+        self.middle: Tensor
+        self.register_buffer("middle", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat((self.low, self.middle, self.high))
+        return F.linear(F.relu(self.inner(x)), self.weight, bias)
+
+
+def test_a_concatenated_bias_stays_whole() -> None:
+    model = Concatenated().double()
+    with torch.no_grad():
+        model.low.zero_()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    small: Any = fxprune.finalize(model, x)
+    assert small.report.verification.verdict == "equal"
+    assert small.low.shape == small.middle.shape == small.high.shape == (3,)
