@@ -24,6 +24,7 @@ from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
 from fxprune.passes.parallel_branches import fold_parallel_branches
+from fxprune.passes.size_unpacking import unpack_sizes
 from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
 from fxprune.pipeline import Change, Pass, run
@@ -65,6 +66,8 @@ PLAIN: tuple[Pass, ...] = (
     remove_gates,
     # Bypassing operators is safe once none of them overwrites its input.
     make_functional,
+    # A size inside a computed tuple could not follow the channels it counts.
+    unpack_sizes,
 )
 
 
@@ -155,7 +158,9 @@ def instrument(
     def gate(region: Region) -> None:
         _require_both_modes(region.program, model)
         before = _outputs(region.program) if check else None
-        reports[region.path] = Report("instrument", name, run(region.program, (insertion,)))
+        reports[region.path] = Report(
+            "instrument", name, run(region.program, (unpack_sizes, insertion))
+        )
         if check and not same(before, _outputs(region.program)):
             raise VerificationError(
                 f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from fxprune.channels import Channels, analyse
 from fxprune.cuts import Cut
 from fxprune.errors import where
+from fxprune.handwritten import is_handwritten
 from fxprune.observation import Observation, TensorSpec
 from fxprune.ops.elementwise import NONLINEARITIES, preserves_zero
 from fxprune.pipeline import Change
@@ -54,18 +55,25 @@ class Plan:
 
 
 def find_candidates(program: Program, seen: Observation) -> tuple[list[Candidate], list[Change]]:
-    """Return the nonlinearities with f(0) = 0, and a reason for each other one."""
+    """Return the nonlinearities a gate may stand at, and a reason for each other one.
+
+    These are those with f(0) = 0, and those written out as products.
+    """
     modules: dict[str, nn.Module] = dict(program.module.named_modules())
     found: list[Candidate] = []
     refused: list[Change] = []
     names: dict[str, int] = {}
+    gateable: set[fx.Node] = set()
     for node in program.graph.nodes:
         module = modules[str(node.target)] if node.op == "call_module" else None
         spec = seen.values[node]
+        if is_handwritten(node, modules, seen, gateable):
+            found.append(Candidate(_name(node, names), node, _behind_affine(node, modules)))
         if key_of(node, module) not in NONLINEARITIES or not isinstance(spec, TensorSpec):
             continue
         name = _name(node, names)
         if preserves_zero(node, module, spec.dtype):
+            gateable.add(node)
             found.append(Candidate(name, node, _behind_affine(node, modules)))
         else:
             refused.append(Change(name, f"no gate: f(0) is not 0: {where(node)}"))

@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("boxes",),
     ("channels",),
     ("liveness",),
+    ("handwritten",),
     ("sites",),
     ("accounts",),
     ("depth_sites",),

@@ -1,0 +1,59 @@
+"""Activations written out as products: x·σ(1.7x), ½x·(1 + tanh(…)), a·σ(b).
+
+None of their operators is an activation with f(0) = 0, and yet their product is what a width gate
+would multiply.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import fx, nn
+
+from fxprune.observation import Observation, TensorSpec
+from fxprune.ops.elementwise import NONLINEARITIES
+from fxprune.rules import RULES, key_of
+
+_BENDING = NONLINEARITIES | {torch.erf, torch.special.erf, torch.exp, "erf", "exp"}
+_POINTWISE = {"elementwise", "product", "identity"}
+FARTHEST = 16  # operators looked back at
+
+
+def is_handwritten(
+    node: fx.Node, modules: dict[str, nn.Module], seen: Observation, known: Collection[fx.Node]
+) -> bool:
+    """Tell whether a node multiplies two tensors of one shape, one of them bent by an activation.
+
+    known: activations that can be gated themselves; as a factor one gates the product.
+    """
+    if _rule(node, modules) != "product" or len(node.all_input_nodes) != 2:
+        return False
+    specs = [seen.values[factor] for factor in node.all_input_nodes]
+    if not all(isinstance(spec, TensorSpec) and spec == seen.values[node] for spec in specs):
+        return False
+    if any(factor in known or factor.op == "get_attr" for factor in node.all_input_nodes):
+        return False
+    return any(_is_bent(factor, modules) for factor in node.all_input_nodes)
+
+
+def _is_bent(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Follow elementwise operators back to an activation."""
+    pending, met = [node], set[fx.Node]()
+    while pending and len(met) < FARTHEST:
+        node = pending.pop()
+        if node in met:
+            continue
+        met.add(node)
+        if key_of(node, _module(node, modules)) in _BENDING:
+            return True
+        if _rule(node, modules) in _POINTWISE:
+            pending.extend(node.all_input_nodes)
+    return False
+
+
+def _rule(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    rule = RULES.get(key_of(node, _module(node, modules)))
+    return "" if rule is None else rule.name
+
+
+def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    return modules[str(node.target)] if node.op == "call_module" else None
