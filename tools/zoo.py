@@ -1,6 +1,6 @@
 """Put every torchvision model through fxprune, each in a process of its own.
 
-    python -m tools.zoo [--only PATTERN] [--minutes 15] [--results FILE] [--table FILE]
+    python -m tools.zoo [--only PATTERN] [--names A,B,timm/C] [--minutes 15] [--table FILE]
 
 A model that was done with the same versions is not done again, so that an interrupted run resumes.
 """
@@ -40,6 +40,7 @@ COLUMNS = {
 
 def zoo(
     only: Annotated[str, typer.Option(help="a shell pattern of model names")] = "*",
+    given: Annotated[str, typer.Option("--names", help="these instead; timm/NAME is timm's")] = "",
     minutes: Annotated[float, typer.Option(help="the most one model may take")] = 15,
     results: Annotated[Path, typer.Option(help="JSON lines, one a model")] = Path("out/zoo.jsonl"),
     table: Annotated[Path, typer.Option(help="the Markdown table")] = Path("out/zoo.md"),
@@ -48,6 +49,7 @@ def zoo(
     """Run the zoo; exit with 1 if any model came out wrong."""
     console = Console()
     names = [n for n in list_models() if fnmatch.fnmatch(n, only) and "quantized" not in n]
+    names = given.split(",") if given else names
     done = {} if again else finished(results)
     results.parent.mkdir(parents=True, exist_ok=True)
     for place, name in enumerate(names, 1):

@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def study(name: str) -> dict[str, Any]:
 
 def build(name: str) -> nn.Module:
     """Return an untrained model; there is nothing to download."""
+    if name.startswith("timm/"):
+        return import_module("timm").create_model(name[5:], pretrained=False)
     try:
         model = get_model(name, weights=None, weights_backbone=None)
     except (TypeError, ValueError):
@@ -83,6 +86,9 @@ def build(name: str) -> nn.Module:
 def example(model: nn.Module, name: str) -> Any:
     """Return the first input the model runs on."""
     model.eval()
+    config: dict[str, Any] = getattr(model, "default_cfg", {})
+    if "input_size" in config:
+        return torch.randn(1, *config["input_size"])
     candidates: list[Any] = [torch.randn(1, 3, size, size) for size in SIZES]
     candidates += [torch.randn(1, 3, 16, 112, 112), torch.randn(1, 3, 16, 224, 224)]
     candidates += [(torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128))]
