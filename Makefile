@@ -14,10 +14,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fuzz zoo bench clean
+.PHONY: help setup demo test check fuzz zoo bench bench-step clean
 
 help: ## show this list
-	@awk 'BEGIN {FS = ": .*## "} /^[a-z]+: .*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ": .*## "} /^[a-z-]+: .*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## make or renew .venv, as the others do by themselves
 
@@ -43,6 +43,10 @@ zoo: $(READY) ## put every torchvision model through fxprune (takes long)
 bench: $(READY) ## time instrument and finalize beside Torch-Pruning (pip install -e '.[experiments]')
 	@echo "==> bench: python -m tools.bench_compile $(ARGS)"
 	@$(BIN)/python -m tools.bench_compile $(ARGS)
+
+bench-step: $(READY) ## time a training step with gates beside the plain one
+	@echo "==> bench-step: python -m tools.bench_step $(ARGS)"
+	@$(BIN)/python -m tools.bench_step $(ARGS)
 
 clean: ## remove builds, results and caches; .venv stays
 	rm -rf build dist out .pytest_cache .ruff_cache .hypothesis .coverage htmlcov

@@ -187,7 +187,6 @@ class _Select(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value, activated, gate = ctx.saved_tensors
         grad = grads[0]
-        linear = gate >= HALF
-        zero = torch.zeros_like(grad)
+        to_value = grad * (gate >= HALF).to(grad.dtype)  # half the time of a selection
         to_gate = (grad * (value - activated)).sum(dtype=gate.dtype)
-        return torch.where(linear, grad, zero), torch.where(linear, zero, grad), to_gate
+        return to_value, grad - to_value, to_gate
