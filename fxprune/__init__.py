@@ -43,6 +43,7 @@ from fxprune.penalties import (
     require_undecayed,
 )
 from fxprune.report import Report
+from fxprune.sharding import replicate_gates
 from fxprune.verification import Verification, verify
 
 try:
@@ -80,6 +81,7 @@ __all__ = [
     "paper_penalties",
     "parameter_groups",
     "penalty",
+    "replicate_gates",
     "require_undecayed",
     "verify",
 ]

@@ -44,6 +44,7 @@ from fxprune.program import (
 )
 from fxprune.regions import Region
 from fxprune.report import Report
+from fxprune.sharding import require_whole
 from fxprune.verification import Verification, verify
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
 
 def gated_model(model: nn.Module) -> nn.Module:
     """Unwrap an instrumented model from DDP or torch.compile; a model without gates is returned."""
+    require_whole(model)
     owners = gate_owners(model).values()
     if not owners or model in owners or memory_of(model):
         return model

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from fxprune.errors import GateError
 from fxprune.gates import Gates, binarize, gate_owners
+from fxprune.sharding import require_whole_gates
 from fxprune.unit_costs import MACS, require_kind
 
 
@@ -216,6 +217,8 @@ def _owners(model: nn.Module) -> dict[Gates, nn.Module]:
             f"{type(model).__name__} has no gates; call fxprune.instrument(model) first and train "
             "what it returns"
         )
+    for gates in found:
+        require_whole_gates(gates)
     return found
 
 

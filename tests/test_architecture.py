@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("dispatch",),
     ("macs",),
     ("tags",),
+    ("sharding",),
     ("penalties",),
     ("selection",),
     ("modes",),

@@ -14,13 +14,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fxprune
 from fxprune.errors import GateError
 from fxprune.penalties import gates_of
+from fxprune.unit_costs import KINDS
 from tests.test_accounts import Residual
 
 SHAPE = (8, 3, 8, 8)
@@ -133,16 +138,68 @@ def test_gates_among_decayed_weights_are_refused() -> None:
         fxprune.Budget(gated, macs=0.5, steps=10, optimizer=decaying)
 
 
-def train(model: Any, x: Tensor, y: Tensor) -> None:
+def test_training_in_bfloat16_with_a_scaler_moves_gates_and_weights() -> None:
+    x, y = batch()
+    gated = gated_model().float()
+    optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.05, gate_lr=0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = {name: p.detach().clone() for name, p in gated.named_parameters()}
+    losses: list[float] = []
+    for _ in range(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(gated, x.float(), y)
+        optimizer.zero_grad()
+        scaled: Tensor = scaler.scale(loss + fxprune.penalty(gated))
+        scaled.backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(before[name], p) for name, p in gated.named_parameters())
+    assert gated.gates.width.dtype == torch.float32
+    small = fxprune.finalize(gated.eval(), x[:2].float())
+    assert small.report.verification and small.report.verification.verdict == "equal"
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to read a number off the device, which on a GPU would wait for it."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        assert func.overloadpacket.__name__ not in self.WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_never_waits_for_the_device(kind: str) -> None:
+    x, y = batch()
+    gated = gated_model()
+    gated.penalties["cost"] = fxprune.Cost(1e-3, of=kind)
+    budget = fxprune.Budget(gated, steps=10, **{kind: 0.5})
+    budget.steps_done = 3
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        gated.gates.width.sum().item()
+    with NoWaiting():
+        (loss_of(gated, x, y) + fxprune.penalty(gated) + budget.penalty()).backward()
+    assert gated.gates.width.grad is not None
+
+
+def train(model: Any, x: Tensor, y: Tensor, after_step: Callable[[], None] = lambda: None) -> None:
     """Train with a budget that freezes the gates half way."""
     optimizer = torch.optim.SGD(fxprune.parameter_groups(model, lr=0.05), momentum=0.9)
     budget = fxprune.Budget(model, parameters=0.6, steps=10, strength=0.05)
     model.train()
     for _ in range(10):
         optimizer.zero_grad()
-        (loss_of(model, x, y) + budget.penalty()).backward()
+        for half in (slice(None, None, 2), slice(1, None, 2)):  # gradients are accumulated
+            loss = loss_of(model, x[half], y[half]) + budget.penalty()
+            (loss / 2).backward()
         optimizer.step()
         budget.step()
+        after_step()
 
 
 class Plain(nn.Module):
@@ -158,27 +215,60 @@ class Plain(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def replica(rank: int, port: int, path: str) -> None:
+def replicated(gated: Any) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(gated, find_unused_parameters=True)
+
+
+def sharded(gated: Any) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(GateError, match=r"ignored_params=fxprune\.replicate_gates"):
+        fxprune.parameter_groups(fully_shard(gated_model(Plain), mesh=mesh), lr=0.1)
+    return fully_shard(gated, mesh=mesh, ignored_params=fxprune.replicate_gates(gated))
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def worker(rank: int, spread: Callable[[Any], nn.Module], port: int, path: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(gated_model(Plain), find_unused_parameters=True)
+    gated = gated_model(Plain)
+    model = spread(gated)
+    widths: list[Tensor] = []
+
+    def compare_ranks() -> None:
+        mine = gated.gates.width.detach().clone()
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        assert torch.equal(*both)
+        widths.append(mine)
+
     x, y = batch()
-    train(model, x[rank::2], y[rank::2])
-    torch.save(model.module.state_dict(), f"{path}/{rank}.pt")
+    train(model, x[rank::2], y[rank::2], compare_ranks)
+    assert len({tuple(width.tolist()) for width in widths}) > 5  # they moved
+    if spread is sharded:
+        with pytest.raises(GateError, match="get_model_state_dict"):
+            fxprune.finalize(model)
+    torch.save(whole_state(model), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over sockets")
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spread", [replicated, sharded])
+def test_two_processes_train_as_one(spread: Callable[[Any], nn.Module], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(replica, (port, str(tmp_path)), nprocs=2)
+    spawn(worker, (spread, port, str(tmp_path)), nprocs=2)
     alone = gated_model(Plain)
-    train(alone, *batch())
+    x, y = batch()
+    train(alone, x, y)
     assert not gates_of(alone).live().all() and not alone.gates.width.requires_grad
-    for rank in range(2):
-        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        close(state, alone.state_dict())
+    state = torch.load(tmp_path / "0.pt", weights_only=True)
+    close(state, alone.state_dict())
+    gathered = gated_model(Plain)
+    gathered.load_state_dict(state)
+    assert fxprune.finalize(gathered).report.verification.verdict == "equal"
