@@ -94,6 +94,7 @@ class Budget:
         ((self.kind, amount),) = given.items()
         self.steps, self.phases = steps, phases or Phases()
         self.steps_done = 0
+        self._log_strength = torch.tensor(math.log(strength))
         self.follow(gated)
         self.full = sum(gates.costs.full(self.kind) for gates in self._gates if gates.costs)
         self.target = amount * self.full if amount <= 1 else float(amount)
@@ -103,17 +104,16 @@ class Budget:
                 f"{self.target:,.0f} {self.kind} cannot be met: with a unit in every layer they "
                 f"are {least:,.0f}, with all units {self.full:,.0f}"
             )
-        device = _width(self._gates[0]).device
-        self._log_strength = torch.tensor(math.log(strength), device=device)
 
     def follow(self, gated: nn.Module) -> None:
-        """Go on with what `fxprune.compact` returned; the budget stays as it was."""
+        """Go on with what `fxprune.compact` returned, or on another device, as before."""
         self.gated = gated
         self._gates = [g for g in gates_by_name(gated).values() if g.width is not None]
         if not self._gates:
             raise BudgetError("the model has no width gates, so that nothing can get smaller")
         self._groups = [units_of(gates) for gates in self._gates]
         self._prices = _prices(self._gates, self.kind)
+        self._log_strength = self._log_strength.to(_width(self._gates[0]).device)
 
     @property
     def strength(self) -> float:
@@ -124,6 +124,13 @@ class Budget:
     def cost(self) -> float:
         """What the model would cost finalised now, unfolded; waits for the device."""
         return float(self._cost())
+
+    @property
+    def aim(self) -> float:
+        """The target of this step, between the full cost and the budget."""
+        start, end = self.phases.warm_up, self.phases.shrink
+        done = (self.steps_done / self.steps - start) / (end - start)
+        return self.full * (self.target / self.full) ** min(max(done, 0.0), 1.0)
 
     @property
     def frozen(self) -> bool:
@@ -155,7 +162,7 @@ class Budget:
         total = _width(self._gates[0]).new_zeros(())
         if self.phase in ("warm-up", "settle"):
             return total
-        over = self._cost() > self._aim()  # no pull below the target: units come back there
+        over = self._cost() > self.aim  # no pull below the target: units come back there
         for gates, price in zip(self._gates, self._prices, strict=True):
             width = _width(gates).clamp(0, 1)
             pull = 0.5 * (1 - width) + over.to(width.device, width.dtype)
@@ -181,7 +188,7 @@ class Budget:
                 chosen = strongest(_width(gates), groups)
                 _width(gates)[chosen] = _width(gates)[chosen].clamp_min(HALF)
             if phase in ("shrink", "hold"):
-                excess = self._cost().log() - math.log(self._aim())
+                excess = self._cost().log() - math.log(self.aim)
                 limit = max(0.02, 16 / self.steps)  # short runs have to hurry
                 move = (2.5 * limit * excess).clamp(-limit, limit)
                 self._log_strength += move.to(self._log_strength)
@@ -221,12 +228,6 @@ class Budget:
         self._log_strength.copy_(state["log_strength"])
         if state["frozen"]:
             freeze(self.gated)
-
-    def _aim(self) -> float:
-        """Return the target of this step, between the full cost and the budget."""
-        start, end = self.phases.warm_up, self.phases.shrink
-        done = (self.steps_done / self.steps - start) / (end - start)
-        return self.full * (self.target / self.full) ** min(max(done, 0.0), 1.0)
 
     def _cost(self) -> Tensor:
         with torch.no_grad():

@@ -66,6 +66,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("compiler",),
     ("inspection", "compaction"),
     ("budget",),
+    ("loops",),
+    ("lightning", "huggingface"),
     ("testing",),
     ("permutation",),
     ("cli",),

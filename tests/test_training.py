@@ -178,7 +178,8 @@ def test_a_step_never_waits_for_the_device(kind: str) -> None:
     x, y = batch()
     gated = gated_model()
     gated.penalties["cost"] = fxprune.Cost(1e-3, of=kind)
-    budget = fxprune.Budget(gated, steps=10, **{kind: 0.5})
+    half: dict[str, Any] = {kind: 0.5}
+    budget = fxprune.Budget(gated, steps=10, **half)
     budget.steps_done = 3
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
         gated.gates.width.sum().item()
@@ -271,4 +272,5 @@ def test_two_processes_train_as_one(spread: Callable[[Any], nn.Module], tmp_path
     close(state, alone.state_dict())
     gathered = gated_model(Plain)
     gathered.load_state_dict(state)
-    assert fxprune.finalize(gathered).report.verification.verdict == "equal"
+    proof = fxprune.finalize(gathered).report.verification
+    assert proof and proof.verdict == "equal"
