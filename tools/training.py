@@ -43,6 +43,27 @@ class History:
     seconds: float = 0.0
 
 
+@dataclass
+class BudgetHistory:
+    """What a budget did, at each of `steps`: the cost, where it should be, λ, and the loss."""
+
+    kind: str
+    target: float
+    steps: list[int] = field(default_factory=list[int])
+    costs: list[float] = field(default_factory=list[float])
+    aims: list[float] = field(default_factory=list[float])
+    strengths: list[float] = field(default_factory=list[float])
+    losses: list[float] = field(default_factory=list[float])
+
+    def note(self, budget: fxprune.Budget, loss: float) -> None:
+        """Write down how the budget stands."""
+        self.steps.append(budget.steps_done)
+        self.costs.append(budget.cost)
+        self.aims.append(budget.aim)
+        self.strengths.append(budget.strength)
+        self.losses.append(loss)
+
+
 def train(gated: nn.Module, data: Data, recipe: Recipe, console: Console) -> History:
     """Train weights and gates together, in place, by stochastic gradient descent."""
     images, labels = data
@@ -56,7 +77,7 @@ def train(gated: nn.Module, data: Data, recipe: Recipe, console: Console) -> His
         task = progress.add_task("training", total=steps, state="")
         for epoch in range(recipe.epochs):
             for picked in torch.randperm(len(images), generator=order).split(recipe.batch):
-                optimizer.param_groups[0]["lr"] = _cosine(recipe.lr, step / steps)
+                optimizer.param_groups[0]["lr"] = cosine(recipe.lr, step / steps)
                 logits = gated(images[picked])
                 loss = F.cross_entropy(logits, labels[picked])
                 total = loss + fxprune.penalty(gated)
@@ -95,7 +116,8 @@ def _note(gated: nn.Module, history: History, step: int, loss: float, right: flo
     return f"loss {loss:.3f} accuracy {right:.1%} widths {'-'.join(live)}"
 
 
-def _cosine(lr: float, part: float) -> float:
+def cosine(lr: float, part: float) -> float:
+    """Return the rate after a part of the steps."""
     return lr * 0.5 * (1 + math.cos(math.pi * part))
 
 

@@ -1,0 +1,129 @@
+"""LeNet (20-50-500) trained to budgets of parameters, on MNIST: what accuracy is left.
+
+    python -m tools.experiments.lenet_budget [--budgets 2000,8000] [--seeds 3] [--epochs 20]
+
+One run each, no pretraining, no augmentation; the accuracy is that of the finalised model after the
+last epoch. One JSON line a run goes to the standard output, the table and what is on the way to
+the standard error; with `--plots DIR` also a picture of every run.
+"""
+
+import json
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fxprune
+from models.lenet import LeNet
+from models.mnist import load_images, load_mnist
+from tools.plots import plot_budget
+from tools.training import BudgetHistory, Data, Recipe, accuracy, cosine
+
+NOTE_EVERY = 50  # steps
+
+
+def experiment(
+    budgets: Annotated[str, typer.Option(help="parameters, comma-separated")] = "2000,8000",
+    seeds: Annotated[int, typer.Option(min=1, help="how many runs of each")] = 3,
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    data: Annotated[
+        Path | None, typer.Option(help="a torchvision root with MNIST, else FXPRUNE_DATA")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="the weights', falling as a cosine")] = 0.02,
+    gate_lr: Annotated[float, typer.Option(help="the gates'")] = 0.1,
+    plots: Annotated[Path | None, typer.Option(help="where pictures go")] = None,
+) -> None:
+    """Run every budget with every seed."""
+    torch.set_num_threads(1)
+    console = Console(stderr=True)
+    root = data or (Path(os.environ["FXPRUNE_DATA"]) if "FXPRUNE_DATA" in os.environ else None)
+    training, test = (load_images(part) for part in load_mnist(root))
+    rows: list[dict[str, Any]] = []
+    for target in map(float, budgets.split(",")):
+        for seed in range(seeds):
+            recipe = Recipe(epochs=epochs, lr=lr, gate_lr=gate_lr, seed=seed)
+            row, history = run(training, test, target, recipe, console)
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            if plots is not None:
+                plot_budget(history, plots / f"lenet-{target:.0f}-{seed}.png")
+    console.print(show(rows))
+
+
+def run(
+    training: Data, test: Data, target: float, recipe: Recipe, console: Console
+) -> tuple[dict[str, Any], BudgetHistory]:
+    """Train once, finalise, and return what came of it."""
+    torch.manual_seed(recipe.seed)
+    images, labels = training
+    steps = recipe.epochs * math.ceil(len(images) / recipe.batch)
+    gated = fxprune.instrument(LeNet(), images[:2])
+    groups = fxprune.parameter_groups(gated, lr=recipe.lr, gate_lr=recipe.gate_lr)
+    optimizer = torch.optim.SGD(groups, momentum=recipe.momentum)
+    budget = fxprune.Budget(gated, parameters=target, steps=steps, optimizer=optimizer)
+    history = BudgetHistory(budget.kind, budget.target)
+    order = torch.Generator().manual_seed(recipe.seed)
+    started = time.process_time()
+    for epoch in range(recipe.epochs):
+        gated.train()
+        for picked in torch.randperm(len(images), generator=order).split(recipe.batch):
+            optimizer.param_groups[0]["lr"] = cosine(recipe.lr, budget.steps_done / steps)
+            loss = F.cross_entropy(gated(images[picked]), labels[picked])
+            optimizer.zero_grad()
+            (loss + budget.penalty()).backward()
+            optimizer.step()
+            budget.step(loss)
+            if budget.steps_done % NOTE_EVERY == 0:
+                history.note(budget, float(loss.detach()))
+        console.print(f"epoch {epoch + 1} {budget.status} {_widths(gated)}", highlight=False)
+    seconds = time.process_time() - started
+    gated.eval()
+    small = fxprune.finalize(gated)
+    assert small.report.after and small.report.verification
+    row = {
+        "budget": target,
+        "seed": recipe.seed,
+        "epochs": recipe.epochs,
+        "widths": _widths(gated),
+        "parameters_before_folding": round(budget.cost),
+        "parameters": small.report.after.parameters,
+        "macs": small.report.after.macs,
+        "accuracy": float(accuracy(small, test).float().mean()),
+        "verdict": small.report.verification.verdict,
+        "cpu_seconds": round(seconds),
+    }
+    return row, history
+
+
+def show(rows: list[dict[str, Any]]) -> Table:
+    """Return the table of all runs, with the means of each budget."""
+    table = Table(title="LeNet on MNIST, to a budget of parameters")
+    for name in ("budget", "runs", "widths", "parameters", "accuracy"):
+        table.add_column(name, justify="right")
+    for target in dict.fromkeys(row["budget"] for row in rows):
+        mine = [row for row in rows if row["budget"] == target]
+        parameters = [f"{row['parameters']:,}" for row in mine]
+        mean = statistics.mean(row["accuracy"] for row in mine)
+        each = ", ".join(f"{row['accuracy']:.2%}" for row in mine)
+        widths = ", ".join(row["widths"] for row in mine)
+        table.add_row(
+            f"{target:,.0f}", str(len(mine)), widths, ", ".join(parameters), f"{mean:.2%} ({each})"
+        )
+    return table
+
+
+def _widths(gated: torch.nn.Module) -> str:
+    sites = fxprune.architecture(gated).values()
+    return "-".join(f"{site['live']}{'l' if site['linear'] else ''}" for site in sites)
+
+
+if __name__ == "__main__":
+    typer.run(experiment)
