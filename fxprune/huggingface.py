@@ -8,7 +8,6 @@ The optimizer of the Trainer's own making would train gates at the rate of the w
 that is logged has no penalty in it; gradients are clipped (`max_grad_norm`) before it is added.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from fxprune.budget import Budget
 from fxprune.errors import BudgetError
-from fxprune.loops import add_penalty_gradients_, finish_step_, library
+from fxprune.loops import add_penalty_gradients_, finish_step_, library, unscale_
 from fxprune.penalties import require_undecayed
 
 _Callback: Any = library("transformers", "huggingface").TrainerCallback
@@ -53,11 +52,10 @@ class GateCallback(_Callback):
         self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any
     ) -> None:
         """Add the penalty's gradients: those of the loss are complete now."""
-        optimizer = kwargs["optimizer"]
-        scaler = getattr(optimizer, "scaler", None)
-        if scaler is not None:
-            with suppress(RuntimeError):  # the Trainer has, if it clipped them
-                scaler.unscale_(optimizer.optimizer)
+        accelerated = kwargs["optimizer"]
+        unscale_(
+            getattr(accelerated, "scaler", None), getattr(accelerated, "optimizer", accelerated)
+        )
         add_penalty_gradients_(model, self.budget)
 
     def on_optimizer_step(

@@ -9,7 +9,7 @@ penalty in it.
 from typing import Any
 
 from fxprune.budget import Budget
-from fxprune.loops import add_penalty_gradients_, finish_step_, library, trains_gates
+from fxprune.loops import add_penalty_gradients_, finish_step_, library, trains_gates, unscale_
 from fxprune.penalties import require_undecayed
 
 _Callback: Any = library("lightning.pytorch", "lightning").Callback
@@ -37,6 +37,7 @@ class GateCallback(_Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Add the penalty's gradients: gradients are complete now, and not yet clipped."""
         if trains_gates(optimizer, pl_module):
+            unscale_(getattr(trainer.precision_plugin, "scaler", None), optimizer)
             add_penalty_gradients_(pl_module, self.budget)
             self._stepped = True
 

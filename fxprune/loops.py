@@ -5,6 +5,7 @@ loop has accumulated, averaged over ranks and unscaled. That is what adding it t
 have done, but for the number the loop shows.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -26,6 +27,13 @@ def library(module: str, name: str) -> Any:
         raise FxpruneError(
             f"fxprune.{name} needs {module.split('.')[0]}; pip install 'fxprune[{name}]'"
         ) from error
+
+
+def unscale_(scaler: Any, optimizer: Optimizer) -> None:
+    """Take a `GradScaler`'s factor out of the gradients, unless the loop has, as when it clips."""
+    if scaler is not None:
+        with suppress(RuntimeError):  # raised by a second time, which the scaler remembers
+            scaler.unscale_(optimizer)
 
 
 def add_penalty_gradients_(gated: nn.Module, budget: Budget | None = None) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune.errors import FxpruneError, GateError
-from fxprune.loops import add_penalty_gradients_, library
+from fxprune.loops import add_penalty_gradients_, library, unscale_
 from fxprune.penalties import gates_of
 from tests.test_training import close
 
@@ -92,6 +92,25 @@ def test_gradients_added_afterwards_are_those_of_the_sum() -> None:
     alone = gated_model()
     add_penalty_gradients_(alone)  # nothing has a gradient yet
     assert alone.gates.width.grad.any() and alone.first.weight.grad is None
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_scaled_gradients_are_unscaled_first(clipped: bool) -> None:
+    x, labels = data()[:8]
+    whole, after = gated_model(), gated_model()
+    (whole(x, labels)["loss"] + fxprune.penalty(whole)).backward()
+    optimizer, scaler = optimizer_of(after), torch.amp.GradScaler("cpu")
+    scaled: Tensor = scaler.scale(after(x, labels)["loss"])
+    scaled.backward()
+    if clipped:
+        scaler.unscale_(optimizer)
+    unscale_(scaler, optimizer)
+    add_penalty_gradients_(after)
+    mine, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (after, whole))
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    scaler.step(optimizer)
+    optimizer_of(whole).step()
+    close(dict(after.named_parameters()), dict(whole.named_parameters()))
 
 
 def test_frozen_gates_get_no_gradients() -> None:
