@@ -159,6 +159,7 @@ def width_gate(value: Tensor, gate: Tensor) -> Tensor:
     """Return w'·value; ∂/∂w' = value, so that a removed unit can come back."""
     if isinstance(value, fx.Proxy):
         return _whole(value, width_gate, value, gate)
+    # In ResNets an autograd function that reuses memory, or batch norm's kernels, take longer.
     return value * gate.to(value.dtype)
 
 
