@@ -47,7 +47,7 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
 
-def network() -> nn.Sequential:
+def network() -> nn.Module:
     convs = Conv(3, 8, 3, padding=1, bias=False), Conv(8, 8, 3, stride=2, padding=1, groups=2)
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), Linear(8, 5))
     return randomise(nn.Sequential(convs[0], NormAct(8), convs[1], NormAct(8), *head)).double()

@@ -42,7 +42,7 @@ class Dense(nn.Module):
         return F.relu(self.bn3(torch.cat([x, one, two], 1)))
 
 
-def network(stream: nn.Module, width: int) -> nn.Sequential:
+def network(stream: nn.Module, width: int) -> Any:
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
     first = nn.Conv2d(3, 24 if isinstance(stream, Dense) else 64, 3, padding=1)
     return randomise(nn.Sequential(first, stream, *head)).double().eval()
@@ -56,7 +56,7 @@ def switch_off(norm: Any, channels: Tensor) -> None:
 
 def finalized(model: nn.Module) -> Any:
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    small = fxprune.finalize(model, x)
+    small: Any = fxprune.finalize(model, x)
     assert small.report.verification.verdict == "equal"
     assert error(model(x), small(x)) < 1e-12 < spread(model(x))
     assert all(node.target is not pick_channels for node in small.graph.nodes)
