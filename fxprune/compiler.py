@@ -18,6 +18,7 @@ from fxprune.passes.affine_inputs import fold_affine_inputs
 from fxprune.passes.batch_norm import fold_batch_norm
 from fxprune.passes.constant_branches import remove_constant_branches
 from fxprune.passes.dead_channels import eliminate_dead_channels
+from fxprune.passes.early_pools import advance_pools
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.in_place import make_functional
 from fxprune.passes.instrumentation import insert_gates
@@ -98,10 +99,13 @@ def folding(cost: str = "parameters") -> tuple[Pass, ...]:
     def fold_chains(program: Program) -> list[Change]:
         return fold_linear_chains(program, cost=cost)
 
+    def fold_pools(program: Program) -> list[Change]:
+        return fold_linear_chains(program, cost=cost, pools=True)
+
     def fold_sums(program: Program) -> list[Change]:
         return fold_parallel_branches(program, cost=cost)
 
-    fold_chains.__name__ = fold_linear_chains.__name__
+    fold_chains.__name__ = fold_pools.__name__ = fold_linear_chains.__name__
     fold_sums.__name__ = fold_parallel_branches.__name__
     return (
         # Only now: a model that is not folded may be trained on, with its dropout.
@@ -114,6 +118,10 @@ def folding(cost: str = "parameters") -> tuple[Pass, ...]:
         # A branch is one layer by now if it can be; the sum may be one with what follows.
         fold_sums,
         fold_chains,
+        # Where a 1×1 was one with the layer before it, there is no 1×1 any more.
+        advance_pools,
+        # A pool between two layers does not keep them apart, but is better left alone.
+        fold_pools,
         # Folding leaves modules behind that nobody calls.
         remove_no_ops,
     )
