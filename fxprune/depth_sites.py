@@ -1,9 +1,9 @@
 """Where linearity gates could let layers be merged, and why not elsewhere.
 
 A gate goes where the two layers around a nonlinearity would be exactly one, of no more parameters
-(`fxprune.convolutions`), or where the cheapest plan for the whole chain merges across it, were all
+(`fxprune.linear_layers`), or where the cheapest plan for the whole chain merges across it, were all
 its nonlinearities linear. Batch norms, which fold into the layer before them, and dropout may stand
-between as well.
+between as well, and what flattens a map for a linear layer.
 """
 
 from collections import Counter
@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from fxprune.affine_maps import NORMS
-from fxprune.chains import cheapest, parameters
-from fxprune.convolutions import Geometry, Inexact, composed, geometry_of
+from fxprune.chains import cheapest, in_order, parameters
+from fxprune.convolutions import Geometry, Inexact, geometry_of
+from fxprune.flattening import flattens, moves_data, only_reader
+from fxprune.linear_layers import composed
 from fxprune.observation import Observation
 from fxprune.out_of_place import overwrites
 from fxprune.pipeline import Change
@@ -51,7 +53,8 @@ def find_depth_sites(
     for link in links.values():
         reasons |= dict.fromkeys(link.passed, link.reason)
     for chain in _chains(links):
-        _judge(chain, links, layers, reasons)
+        biased = {n: replace(layers[n], bias=layers[n].bias or links[n].norm) for n in chain}
+        _judge(chain, in_order(chain, biased, seen), links, reasons)
     found = [candidate for candidate in candidates if not reasons[candidate.node]]
     refused = [
         Change(candidate.name, f"no linearity gate: {reasons[candidate.node]}")
@@ -70,25 +73,43 @@ def _link(
     seen: Observation,
 ) -> _Link:
     """Follow a layer's only reader to the next layer."""
-    link, first = _Link([]), node
+    link, first, moves = _Link([]), node, list[fx.Node]()
     while True:
-        if len(node.users) != 1:
+        reader = only_reader(node, seen)
+        if reader is None:
             link.reason = f"{node.name} has several readers"
             return link
-        node = next(iter(node.users))
-        if len(node.all_input_nodes) != 1 or node.op == "output":
-            link.reason = f"{node.name} comes before another layer does"
-            return link
+        node = reader
         if node in layers:
-            link.then = node
+            link.reason = _misfit(program, first, moves, node, layers, seen)
+            link.then = None if link.reason else node
             return link
-        if node in usable:
+        if moves_data(program, node, seen):
+            moves.append(node)
+        elif node in usable:
             link.passed.append(node)
-        elif _folds(layers[first], sole.get(node), seen.values[node]):
+        elif not moves and _folds(layers[first], sole.get(node), seen.values[node]):
             link.norm = True
         elif not _is_dropout(program, node):
             link.reason = f"{node.name} comes before another layer does"
             return link
+
+
+def _misfit(
+    program: Program,
+    first: fx.Node,
+    moves: list[fx.Node],
+    then: fx.Node,
+    layers: dict[fx.Node, Geometry],
+    seen: Observation,
+) -> str:
+    """Say why two layers are not neighbours, with these operators between; nothing if they are."""
+    if not moves:
+        alike = len(layers[first].kernel) == len(layers[then].kernel)
+        return "" if alike else "the layers around it work along different axes"
+    batched = len(seen.values[first].shape) == len(layers[first].kernel) + 2
+    flat = layers[first].kernel and not layers[then].kernel and batched
+    return "" if flat and flattens(program, moves, seen) else f"{moves[0].name} moves what it reads"
 
 
 def _folds(layer: Geometry, module: nn.Module | None, spec: object) -> bool:
@@ -120,22 +141,21 @@ def _chains(links: dict[fx.Node, _Link]) -> list[list[fx.Node]]:
 
 def _judge(
     chain: list[fx.Node],
+    layers: list[Geometry],
     links: dict[fx.Node, _Link],
-    layers: dict[fx.Node, Geometry],
     reasons: dict[fx.Node, str],
 ) -> None:
     """Note for the nonlinearities of a chain why none of its pieces pays; nothing if one does."""
-    geometries = [replace(layers[n], bias=layers[n].bias or links[n].norm) for n in chain]
     places = [1] * len(chain)
     merged = {
         place
-        for piece in cheapest(geometries, places, parameters)
+        for piece in cheapest(layers, places, parameters)
         for place in range(piece.start, piece.stop - 1)
     }
     for place, node in enumerate(chain[:-1]):
-        pair = cheapest(geometries[place : place + 2], [1, 1], parameters)
+        pair = cheapest(layers[place : place + 2], [1, 1], parameters)
         pays = place in merged or len(pair) == 1
-        reason = "" if pays else _reason(geometries[place], geometries[place + 1])
+        reason = "" if pays else _reason(layers[place], layers[place + 1])
         reasons |= dict.fromkeys(links[node].passed, reason)
 
 

@@ -98,3 +98,56 @@ def test_convolutions_with_a_norm_and_dropout_between_merge() -> None:
     x = torch.randn(2, 3, 8, 8)
     gated, small = linearised(model, x)
     assert len(gated.gates.depth_sites) == 1 and len(left(small)) == 1
+
+
+FLAT: dict[str, Callable[[], list[nn.Module]]] = {
+    "before": lambda: [conv(1, 16, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 4)],
+    "behind": lambda: [conv(1, 16, 3, 1), nn.Flatten(), nn.ReLU(), nn.Linear(1024, 4)],
+    "normed": lambda: [
+        *(conv(1, 16, 3, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(), nn.Flatten()),
+        nn.Linear(1024, 4),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_flattening_may_stand_between(name: str) -> None:
+    x = torch.randn(3, 1, 8, 8)
+    gated, small = linearised(nn.Sequential(*FLAT[name]()), x)
+    assert len(gated.gates.depth_sites) == 1
+    (layer,) = left(small)
+    assert isinstance(layer, nn.Linear) and layer.weight.shape == (4, 64)
+
+
+def test_a_whole_network_of_images_may_become_linear() -> None:
+    layers = [
+        *(conv(1, 16, 3, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(512, 100), nn.ReLU(), nn.Linear(100, 4)),
+    ]
+    gated, small = linearised(nn.Sequential(*layers), torch.randn(3, 1, 8, 8))
+    assert len(gated.gates.depth_sites) == 3 and len(left(small)) == 1
+
+
+UNFLAT: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
+    "norm of places": (
+        lambda: [conv(1, 8, 1), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(512), nn.Linear(512, 4)],
+        "comes before another layer does",
+    ),
+    "last axis": (
+        lambda: [conv(1, 8, 1), nn.ReLU(), nn.Linear(8, 4)],
+        "work along different axes",
+    ),
+    "unfolded": (
+        lambda: [conv(1, 8, 1), nn.ReLU(), nn.Flatten(2), nn.Linear(64, 4)],
+        "moves what it reads",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFLAT)
+def test_what_is_no_flattened_map_is_refused(name: str) -> None:
+    build, reason = UNFLAT[name]
+    model = nn.Sequential(conv(1, 2, 1), nn.ReLU(), conv(2, 1, 1), *build())
+    gated: Any = fxprune.instrument(model, torch.randn(3, 1, 8, 8))
+    changes = [str(c) for log in gated.report.passes.values() for c in log]
+    assert any("no linearity gate" in change and reason in change for change in changes), changes
