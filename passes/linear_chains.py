@@ -3,9 +3,12 @@
     W₂·(W₁·x + b₁) + b₂ = (W₂·W₁)·x + (W₂·b₁ + b₂)
 
 (Srinivas & Babu 2016: a layer with d = 1 is merged with the next), for convolutions where
-`fxprune.convolutions` finds it exact. With C inputs, M in between and O outputs, 1×1, it saves
+`fxprune.linear_layers` finds it exact. With C inputs, M in between and O outputs, 1×1, it saves
 parameters iff C·O < M·(C + O): a bottleneck must not be folded. Of all ways to cut a chain into
 pieces the cheapest is taken, which never costs more than the chain. Computed in float64.
+
+To fold only the neurons of a layer that are linear would save iff these were more than C·O/(C + O),
+half of them at one width; as a site has one gate for all of its neurons, there are none or all.
 """
 
 from typing import Any
