@@ -23,6 +23,7 @@ from fxprune.passes.in_place import make_functional
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
+from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.passes.parallel_branches import fold_parallel_branches
 from fxprune.passes.size_unpacking import unpack_sizes
 from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
 
 else:  # at run time both are what they are: the result needs no class of ours
     GatedModel = PlainModel = fx.GraphModule
+
+# Of the channels around convolutions to be merged, where it is asked whether that could pay.
+ENDS_LEFT = 0.5
 
 PLAIN: tuple[Pass, ...] = (
     # What the gates decided becomes zeros, which all later passes understand.
@@ -126,6 +130,7 @@ def instrument(
     width_init: float = 0.75,
     linear_init: float = 0.25,
     penalties: nn.ModuleDict | None = None,
+    hoist_padding: bool = False,
     check: bool = True,
 ) -> GatedModel:
     """Return a copy of `model` with tri-state gates at its nonlinearities, computing the same.
@@ -136,8 +141,12 @@ def instrument(
     model: any `nn.Module`; it is not modified. example_inputs: a tensor, a tuple of arguments or a
     dict of keyword arguments the model runs on; guessed from the first layer if not given.
     width_init, linear_init: where the real gates start, in [½, 1] and [0, ½). penalties: the
-    regularisers, `fxprune.paper_penalties()` if not given. check: run model, trace and gated model
-    on the example inputs and require the same bits; without it nothing but shapes is looked at.
+    regularisers, `fxprune.paper_penalties()` if not given. hoist_padding: where zeros padded
+    between convolutions keep them from being merged, let the first pad all of them; this changes
+    outputs near the border, which the report states, so train afterwards. It also counts on half of
+    the channels around such convolutions to go when it asks whether merging could pay. check: run
+    model, trace and gated model on the example inputs and require the same bits (with hoist_padding
+    those of the model so changed); without it nothing but shapes is looked at.
 
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `NothingToDoError` with the reasons
     if no gate can go anywhere. After Srinivas & Babu, BMVC 2016.
@@ -148,19 +157,32 @@ def instrument(
     name = type(model).__name__
     reports: dict[str, Report] = {}
 
+    ends = ENDS_LEFT if hoist_padding else 1.0
+
     def insertion(program: Program) -> list[Change]:
         return insert_gates(
-            program, width_init=width_init, linear_init=linear_init, penalties=penalties
+            *(program,),
+            width_init=width_init,
+            linear_init=linear_init,
+            penalties=penalties,
+            ends=ends,
         )
 
+    def hoisting(program: Program) -> list[Change]:
+        return hoist(program, ends=ends)
+
     insertion.__name__ = insert_gates.__name__
+    hoisting.__name__ = hoist.__name__
 
     def gate(region: Region) -> None:
         _require_both_modes(region.program, model)
+        report = reports[region.path] = Report("instrument", name, {})
+        if hoist_padding and region.path:
+            report.refused.append(Change("padding", "not moved: that is for models traced whole"))
+        elif hoist_padding:
+            report.passes |= run(region.program, (hoisting,))
         before = _outputs(region.program) if check else None
-        reports[region.path] = Report(
-            "instrument", name, run(region.program, (unpack_sizes, insertion))
-        )
+        report.passes |= run(region.program, (unpack_sizes, insertion))
         if check and not same(before, _outputs(region.program)):
             raise VerificationError(
                 f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"

@@ -98,3 +98,20 @@ def test_convolutions_with_a_norm_and_dropout_between_merge() -> None:
     x = torch.randn(2, 3, 8, 8)
     gated, small = linearised(model, x)
     assert len(gated.gates.depth_sites) == 1 and len(left(small)) == 1
+
+
+def test_a_module_in_place_that_others_call_is_gated_by_itself() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 64), nn.Linear(64, 6), nn.Linear(6, 3)
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = self.b(self.act(self.a(x)))
+            return self.c(self.act(seen) + seen)  # the second call is felt in `seen`
+
+    model, x = randomise(Twice()).eval(), torch.randn(4, 6)
+    gated, small = linearised(model, x)
+    assert [site.name for site in gated.gates.depth_sites] == ["act"]
+    assert len(left(small)) == 2
