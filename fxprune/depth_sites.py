@@ -202,7 +202,7 @@ def _cheapest(layers: Sequence[Geometry], ends: float) -> list[Piece]:
         left[0] = replace(left[0], inputs=ceil(left[0].inputs * ends))
     if left[-1].groups == 1:
         left[-1] = replace(left[-1], outputs=ceil(left[-1].outputs * ends))
-    return cheapest(left, [1] * len(left), parameters)
+    return cheapest(left, [(1,)] * len(left), parameters).pieces
 
 
 def _runs(places: set[int]) -> list[tuple[int, int]]:

@@ -10,11 +10,12 @@ pieces the cheapest is taken, which never costs more than the chain. Computed in
 
 from collections.abc import Sequence
 from functools import reduce
+from math import prod
 
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.chains import COSTS, Cost, Piece, chains, cheapest, output_places
+from fxprune.chains import COSTS, Cost, Piece, chains, cheapest, output_places, unit_of
 from fxprune.convolutions import Geometry, compose, geometry_of, install_, layer_of
 from fxprune.observation import observe
 from fxprune.pipeline import Change, keeps_shapes
@@ -26,7 +27,7 @@ from fxprune.sharing import sole_modules
 def fold_linear_chains(program: Program, *, cost: str = "parameters") -> list[Change]:
     """Merge neighbouring layers where they are exactly one and that costs less.
 
-    cost: "parameters", or "macs".
+    cost: "parameters", "macs" or "latency". How every chain was cut is in `program.plans`.
     """
     changes: list[Change] = []
     while True:
@@ -42,6 +43,7 @@ def _fold_once(program: Program, cost: Cost, unit: str) -> list[Change]:
     if not found:
         return []
     seen = observe(program)
+    left = _left(program)
     changes: list[Change] = []
     widened = False
     for chain in found:
@@ -50,16 +52,28 @@ def _fold_once(program: Program, cost: Cost, unit: str) -> list[Change]:
             output_places(layer, seen.values[node])
             for layer, node in zip(layers, chain, strict=True)
         ]
-        for piece in cheapest(layers, places, cost):
+        plan = cheapest(layers, places, cost)
+        names = tuple(str(node.target) for node in chain)
+        if names not in left:
+            program.plans[names] = Change(
+                names[0], plan.text(names, unit_of(unit)), plan.data(names, unit)
+            )
+        for piece in plan.pieces:
             nodes = chain[piece.start : piece.stop]
             if len(nodes) < 2 or seen.written(nodes[0].all_input_nodes[0]):
                 continue
             changes.append(_merge(nodes, layers, piece, sole, unit))
-            seen.macs[nodes[-1]] = piece.geometry.weights * places[piece.stop - 1]
+            seen.macs[nodes[-1]] = piece.geometry.weights * prod(places[piece.stop - 1])
             widened = widened or piece.geometry.ones
     if widened:
         program.seen = None  # there is a node no run has shown
     return changes
+
+
+def _left(program: Program) -> set[tuple[str, ...]]:
+    """Return the chains that earlier plans left, of which there is nothing new to say."""
+    chosen = [dict(plan.detail)["chosen"] for plan in program.plans.values()]
+    return {tuple(piece["layers"][-1] for piece in pieces) for pieces in chosen}
 
 
 def _merge(
@@ -82,7 +96,7 @@ def _merge(
     names = ", ".join(str(node.target) for node in nodes[:-1])
     return Change(
         names,
-        f"folded into {last.target}: {piece.apart} → {piece.cost} {unit}",
+        f"folded into {last.target}: {piece.apart} → {piece.cost} {unit_of(unit)}",
         (("before", piece.apart), ("after", piece.cost), ("cost", unit), ("folded", True)),
     )
 

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sharing", "out_of_place"),
     ("observation",),
     ("affine_maps", "convolutions"),
+    ("latency",),
     ("chains",),
     ("example_inputs",),
     ("values",),
