@@ -80,7 +80,7 @@ def experiment(
     right = {
         "gated": accuracy(gated, test),
         "folded": accuracy(small, test),
-        "onnxruntime": accuracy(session(check.path), test),
+        "onnxruntime": accuracy(session(Path(check.path)), test),
     }
     linear = [site["linear"] for site in fxprune.architecture(gated).values()]
     table = Table(
