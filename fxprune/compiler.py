@@ -28,7 +28,7 @@ from fxprune.passes.parallel_branches import fold_parallel_branches
 from fxprune.passes.size_unpacking import unpack_sizes
 from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
-from fxprune.pipeline import Change, Pass, run
+from fxprune.pipeline import Change, Pass, keeps_shapes, run
 from fxprune.program import (
     Inputs,
     Program,
@@ -99,14 +99,17 @@ CUT: tuple[Pass, ...] = (
 def folding(cost: str = "parameters") -> tuple[Pass, ...]:
     """Return the passes that fold; what is merged never costs more than it did apart."""
 
-    def fold_chains(program: Program) -> list[Change]:
-        return fold_linear_chains(program, cost=cost)
+    @keeps_shapes
+    def fold_layers(program: Program) -> list[Change]:
+        """Merge chains and sums in turns: a branch becomes one layer first, then its sum does."""
+        changes: list[Change] = []
+        while True:
+            new = fold_linear_chains(program, cost=cost)
+            new += fold_parallel_branches(program, cost=cost)
+            if not new:
+                return changes
+            changes += new
 
-    def fold_sums(program: Program) -> list[Change]:
-        return fold_parallel_branches(program, cost=cost)
-
-    fold_chains.__name__ = fold_linear_chains.__name__
-    fold_sums.__name__ = fold_parallel_branches.__name__
     return (
         # Only now: a model that is not folded may be trained on, with its dropout.
         remove_no_ops,
@@ -114,10 +117,7 @@ def folding(cost: str = "parameters") -> tuple[Pass, ...]:
         fold_batch_norm,
         # What is left stands behind no layer of its own; the one behind it may take it in.
         fold_affine_inputs,
-        fold_chains,
-        # A branch is one layer by now if it can be; the sum may be one with what follows.
-        fold_sums,
-        fold_chains,
+        fold_layers,
         # Folding leaves modules behind that nobody calls.
         remove_no_ops,
     )

@@ -2,73 +2,24 @@
 
 A gate goes where the two layers around a nonlinearity would be exactly one, of no more parameters
 (`fxprune.convolutions`), or where the cheapest plan for the whole chain merges across it, were all
-its nonlinearities linear. Batch norms, which fold into the layer before them, and dropout may stand
-between as well. Where only the zeros that a layer pads are in the way, the first of the layers may
-pad them all instead.
+its nonlinearities linear. Where only the zeros that a layer pads are in the way, the first of the
+layers may pad them all instead.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from math import ceil
 
-from torch import fx, nn
+from torch import fx
 
-from fxprune.affine_maps import NORMS
 from fxprune.chains import Piece, cheapest, parameters
-from fxprune.convolutions import Geometry, Inexact, composed, geometry_of
+from fxprune.convolutions import Geometry, Inexact, composed
+from fxprune.links import Links, find_links
 from fxprune.observation import Observation
 from fxprune.pipeline import Change
 from fxprune.program import Program
-from fxprune.sharing import sole_modules
 from fxprune.sites import Candidate
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
-
-
-@dataclass
-class _Link:
-    """What stands behind a layer, up to the next: nonlinearities, and whether a batch norm does."""
-
-    passed: list[fx.Node]
-    norm: bool = False
-    then: fx.Node | None = None
-    reason: str = ""
-
-
-@dataclass
-class _Links:
-    """The layers of a program, what is behind each, and why a candidate has no gate so far."""
-
-    layers: dict[fx.Node, Geometry]
-    links: dict[fx.Node, _Link]
-    reasons: dict[fx.Node, str]
-
-    def chains(self) -> list[list[fx.Node]]:
-        """Return the longest runs of linked layers that work along the same axes."""
-        reached = {link.then for link in self.links.values()}
-        found: list[list[fx.Node]] = []
-        for node in self.links:
-            if node not in reached:
-                found += self._chain(node)
-        return found
-
-    def geometries(self, chain: Sequence[fx.Node]) -> list[Geometry]:
-        """Return the layers of a chain as they are with the batch norms behind them folded."""
-        biased = (self.layers[n].bias or self.links[n].norm for n in chain)
-        return [replace(self.layers[n], bias=b) for n, b in zip(chain, biased, strict=True)]
-
-    def _chain(self, node: fx.Node) -> list[list[fx.Node]]:
-        found = [[node]]
-        while (then := self.links[node].then) is not None:
-            if len(self.layers[then].kernel) == len(self.layers[node].kernel):
-                found[-1].append(then)
-            else:
-                found.append([then])
-                reason = "the layers around it work along different axes"
-                self.reasons |= dict.fromkeys(self.links[node].passed, reason)
-            node = then
-        return found
 
 
 def find_depth_sites(
@@ -79,10 +30,12 @@ def find_depth_sites(
     ends: what part of the channels at the ends of merged layers to count, as if the others had gone
     by then; with few of them, and many in between, merging pays.
     """
-    known = _find_links(program, candidates, seen)
-    reasons = known.reasons
+    reasons = {c.node: "no layer of its own stands before it" for c in candidates}
+    known = find_links(program, reasons.keys(), seen)
+    for link in known.links.values():
+        reasons |= dict.fromkeys(link.passed, link.reason)
     for chain in known.chains():
-        _judge(chain, known, ends)
+        reasons |= _judge(chain, known, ends)
     found = [candidate for candidate in candidates if not reasons[candidate.node]]
     refused = [
         Change(candidate.name, f"no linearity gate: {reasons[candidate.node]}")
@@ -99,7 +52,7 @@ def find_padded_segments(
 
     ends: as in `find_depth_sites`.
     """
-    known = _find_links(program, candidates, seen)
+    known = find_links(program, {c.node for c in candidates}, seen, blocks=False)
     found: list[tuple[list[fx.Node], list[Geometry]]] = []
     for chain in known.chains():
         layers = known.geometries(chain)
@@ -124,66 +77,15 @@ def hoisted(layers: Sequence[Geometry]) -> list[Geometry]:
     return [replace(first, padding=padding), *(replace(one, padding=nothing) for one in others)]
 
 
-def _find_links(program: Program, candidates: Sequence[Candidate], seen: Observation) -> _Links:
-    reasons = {c.node: "no layer of its own stands before it" for c in candidates}
-    sole = sole_modules(program)
-    layers = {node: g for node in program.graph.nodes if (g := geometry_of(sole.get(node)))}
-    links = {node: _link(program, node, reasons, layers, sole, seen) for node in layers}
-    for link in links.values():
-        reasons |= dict.fromkeys(link.passed, link.reason)
-    return _Links(layers, links, reasons)
-
-
-def _link(
-    program: Program,
-    node: fx.Node,
-    usable: Mapping[fx.Node, str],
-    layers: dict[fx.Node, Geometry],
-    sole: dict[fx.Node, nn.Module],
-    seen: Observation,
-) -> _Link:
-    """Follow a layer's only reader to the next layer."""
-    link, first = _Link([]), node
-    while True:
-        if len(node.users) != 1:
-            link.reason = f"{node.name} has several readers"
-            return link
-        node = next(iter(node.users))
-        if len(node.all_input_nodes) != 1 or node.op == "output":
-            link.reason = f"{node.name} comes before another layer does"
-            return link
-        if node in layers:
-            link.then = node
-            return link
-        if node in usable:
-            link.passed.append(node)
-        elif _folds(layers[first], sole.get(node), seen.values[node]):
-            link.norm = True
-        elif not _is_dropout(program, node):
-            link.reason = f"{node.name} comes before another layer does"
-            return link
-
-
-def _folds(layer: Geometry, module: nn.Module | None, spec: object) -> bool:
-    """Tell whether a module is a batch norm of the layer's outputs, with stored statistics."""
-    if type(module) not in NORMS or getattr(module, "running_mean", None) is None:
-        return False
-    return bool(layer.kernel) or len(getattr(spec, "shape", ())) == 2
-
-
-def _is_dropout(program: Program, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    return type(program.module.get_submodule(str(node.target))) in _DROPOUTS
-
-
-def _judge(chain: list[fx.Node], known: _Links, ends: float) -> None:
-    """Note for the nonlinearities of a chain why none of its pieces pays; nothing if one does."""
+def _judge(chain: list[fx.Node], known: Links, ends: float) -> dict[fx.Node, str]:
+    """Say for the nonlinearities of a chain why none of its pieces pays; nothing if one does."""
     layers = known.geometries(chain)
     paying = _paying(layers, ends)
+    found: dict[fx.Node, str] = {}
     for place, node in enumerate(chain[:-1]):
         reason = "" if place in paying else _reason(layers[place], layers[place + 1])
-        known.reasons |= dict.fromkeys(known.links[node].passed, reason)
+        found |= dict.fromkeys(known.links[node].passed, reason)
+    return found
 
 
 def _paying(layers: Sequence[Geometry], ends: float) -> set[int]:

@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("observation",),
     ("affine_maps", "convolutions"),
     ("latency",),
-    ("chains",),
+    ("chains", "links"),
     ("example_inputs",),
     ("values",),
     ("cuts",),
