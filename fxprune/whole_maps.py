@@ -57,7 +57,8 @@ def compose_whole(first: Layer, second: Layer) -> Layer:
 
 def _of_size_one(layer: Geometry, axes: int) -> Geometry:
     ones = (1,) * axes
-    return replace(layer, kernel=ones, stride=ones, padding=(0,) * axes, dilation=ones)
+    zeros = (0,) * axes
+    return replace(layer, kernel=ones, stride=ones, padding=zeros, dilation=ones, size=ones)
 
 
 def _whole(layer: Geometry, inputs: int, size: Sizes) -> WholeMap:

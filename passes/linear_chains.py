@@ -11,13 +11,14 @@ To fold only the neurons of a layer that are linear would save iff these were mo
 half of them at one width; as a site has one gate for all of its neurons, there are none or all.
 """
 
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.chains import COSTS, Chain, Cost, Piece, chains, cheapest, output_places
+from fxprune.chains import COSTS, Chain, Cost, Piece, chains, cheapest, output_places, unit_of
 from fxprune.linear_layers import can_be, compose_all, covers_map, install_, layer_of
 from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
@@ -31,7 +32,8 @@ def fold_linear_chains(
 ) -> list[Change]:
     """Merge neighbouring layers where they are exactly one and that costs less.
 
-    cost: "parameters", or "macs". pools: average pools are layers too, which cost nothing alone.
+    cost: "parameters", "macs" or "latency". pools: average pools are layers too. How every chain
+    was cut is in `program.plans`.
     """
     changes: list[Change] = []
     while True:
@@ -43,25 +45,40 @@ def fold_linear_chains(
 
 def _fold_once(program: Program, cost: Cost, unit: str, pools: bool) -> list[Change]:
     sole, seen = sole_modules(program), observe(program)
+    left = _left(program)
     changes: list[Change] = []
     grown = False
     for chain in chains(program, sole, seen, pools=pools):
+        if len(chain.nodes) < 2:
+            continue
         places = [
             output_places(layer, seen.values[node])
             for layer, node in zip(chain.layers, chain.nodes, strict=True)
         ]
-        for piece in cheapest(chain.layers, places, cost):
+        plan = cheapest(chain.layers, places, cost)
+        names = tuple(str(node.target) for node in chain.nodes)
+        if names not in left:
+            program.plans[names] = Change(
+                names[0], plan.text(names, unit_of(unit)), plan.data(names, unit)
+            )
+        for piece in plan.pieces:
             if piece.stop - piece.start < 2 or seen.written(_source(chain, piece)):
                 continue
             merge = _Merge(program, chain, piece, sole)
             changes.append(merge.change(unit))
-            merge.do(seen, places[piece.stop - 1])
+            merge.do(seen, prod(places[piece.stop - 1]))
             grown = grown or merge.adds_node
     if changes:
         program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
     if grown:
         program.seen = None  # there is a node no run has shown
     return changes
+
+
+def _left(program: Program) -> set[tuple[str, ...]]:
+    """Return the chains that earlier plans left, of which there is nothing new to say."""
+    chosen = [dict(plan.detail)["chosen"] for plan in program.plans.values()]
+    return {tuple(piece["layers"][-1] for piece in pieces) for pieces in chosen}
 
 
 def _source(chain: Chain, piece: Piece) -> fx.Node:
@@ -90,7 +107,7 @@ class _Merge:
         names = ", ".join(str(node.target) for node in self.nodes if node is not self.kept)
         return Change(
             names,
-            f"folded into {self.kept.target}: {piece.apart} → {piece.cost} {unit}",
+            f"folded into {self.kept.target}: {piece.apart} → {piece.cost} {unit_of(unit)}",
             (("before", piece.apart), ("after", piece.cost), ("cost", unit), ("folded", True)),
         )
 
