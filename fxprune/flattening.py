@@ -15,12 +15,10 @@ from torch.fx.node import map_arg
 
 from fxprune import ops as ops
 from fxprune.observation import Observation, TensorSpec
-from fxprune.ops.execution import is_settled
+from fxprune.ops.execution import is_settled, movement_flow
 from fxprune.program import Program
 from fxprune.rules import execute, rule_for
 from fxprune.values import Barrier
-
-_MOVEMENTS = ("movement", "sizes")
 
 
 def moves_data(program: Program, node: fx.Node, seen: Observation) -> bool:
@@ -36,7 +34,7 @@ def moves_data(program: Program, node: fx.Node, seen: Observation) -> bool:
         rule = rule_for(node, _module(program, node))
     except Barrier:
         return False
-    return rule.name in _MOVEMENTS and _is_tensor(node, seen)
+    return rule.flow is movement_flow and _is_tensor(node, seen)
 
 
 def flattens(program: Program, path: Sequence[fx.Node], seen: Observation) -> bool:
