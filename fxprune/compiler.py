@@ -22,10 +22,12 @@ from fxprune.passes.early_pools import advance_pools
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.in_place import make_functional
 from fxprune.passes.instrumentation import insert_gates
+from fxprune.passes.layer_modules import make_layers_modules
 from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.passes.parallel_branches import fold_parallel_branches
+from fxprune.passes.rank_questions import ask_inputs_for_ranks
 from fxprune.passes.size_unpacking import unpack_sizes
 from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
@@ -66,13 +68,21 @@ else:  # at run time both are what they are: the result needs no class of ours
 # Of the channels around convolutions to be merged, where it is asked whether that could pay.
 ENDS_LEFT = 0.5
 
+READABLE: tuple[Pass, ...] = (
+    # A size inside a computed tuple could not follow the channels it counts.
+    unpack_sizes,
+    # A layer whose rank is asked for has a reader too many to be merged.
+    ask_inputs_for_ranks,
+    # Layers written as functions could neither fold nor take constants in.
+    make_layers_modules,
+)
+
 PLAIN: tuple[Pass, ...] = (
     # What the gates decided becomes zeros, which all later passes understand.
     remove_gates,
     # Bypassing operators is safe once none of them overwrites its input.
     make_functional,
-    # A size inside a computed tuple could not follow the channels it counts.
-    unpack_sizes,
+    *READABLE,
 )
 
 
@@ -119,6 +129,8 @@ def folding(cost: str = "parameters") -> tuple[Pass, ...]:
     return (
         # Only now: a model that is not folded may be trained on, with its dropout.
         remove_no_ops,
+        # Gates that stood in the way are gone.
+        ask_inputs_for_ranks,
         # A batch norm between two layers would keep them apart.
         fold_batch_norm,
         # What is left stands behind no layer of its own; the one behind it may take it in.

@@ -50,7 +50,7 @@ def remove_no_ops(program: Program) -> list[Change]:
     )
     program.module.delete_all_unused_submodules()
     _drop_unused_tensors(program)
-    _drop_folded_parameters(program)
+    _drop_folded_tensors(program)
     return changes
 
 
@@ -137,7 +137,7 @@ def _drop_unused_tensors(program: Program) -> None:
             delattr(program.module, name)
 
 
-def _drop_folded_parameters(program: Program) -> None:
+def _drop_folded_tensors(program: Program) -> None:
     """Drop what nobody reads of modules that are only there to hold others: folded scales."""
     nodes = program.graph.nodes
     used = {str(node.target) for node in nodes if node.op == "get_attr"}
@@ -147,6 +147,6 @@ def _drop_folded_parameters(program: Program) -> None:
         if path in called or path.rpartition(".")[0] in inside:
             inside.add(path)
             continue
-        for name in list(module._parameters):
+        for name in [*module._parameters, *module._buffers]:
             if f"{path}.{name}".lstrip(".") not in used:
                 delattr(module, name)
