@@ -2,104 +2,295 @@
 
     best(j) = min over i < j of best(i) + cost(layers i … j as one)
 
-where the layers are exactly one (`fxprune.convolutions`); a layer alone is always a piece, so that
-no plan costs more than the chain as it is. Of plans that cost the same, that of fewer layers.
+where the layers are exactly one (`fxprune.linear_layers`); a layer alone is always a piece, so that
+no plan costs more than the chain as it is. Of plans that cost the same, that which merges fewer
+average pools, then that of fewer layers. What flattens a map may stand between two layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from torch import fx, nn
 
-from fxprune.convolutions import Geometry, Inexact, composed, geometry_of
-from fxprune.observation import TensorSpec
+from fxprune.average_pools import AXES, Pool, pool_at, pool_geometry
+from fxprune.convolutions import Geometry, Inexact, Sizes, geometry_of
+from fxprune.flattening import flattens, moves_data, only_reader
+from fxprune.latency import LATENCY, Latencies
+from fxprune.linear_layers import all_composed, composed, covers_map
+from fxprune.observation import Observation, TensorSpec
+from fxprune.program import Program
+from fxprune.transposed_convolutions import transposed_geometry
+from fxprune.whole_maps import behind_flattening
 
 LONGEST = 32  # of a piece; what is merged is considered again
 
-Cost = Callable[[Geometry, int], int]
-"""What a layer costs at so many places of its output."""
+MOST = 50  # of the pieces a plan tells it did not choose
+
+Cost = Callable[[Geometry, Sizes], int]
+"""What a layer costs at the places of its output: the batch, and the sizes of its axes."""
 
 
-def parameters(geometry: Geometry, places: int) -> int:
+def parameters(geometry: Geometry, places: Sizes) -> int:
     """Return how many numbers a layer has."""
     return geometry.parameters
 
 
-def macs(geometry: Geometry, places: int) -> int:
+def macs(geometry: Geometry, places: Sizes) -> int:
     """Return how many multiply-accumulates a layer takes."""
-    return geometry.weights * places
+    return geometry.macs(prod(places))
 
 
-def output_places(geometry: Geometry, spec: Any) -> int:
-    """Return at how many places, of the whole batch, a layer's outputs are computed."""
-    return prod(spec.shape) // geometry.outputs if isinstance(spec, TensorSpec) else 1
+def output_places(geometry: Geometry, spec: Any) -> Sizes:
+    """Return at which places a layer's outputs are computed: the batch, and the sizes of axes."""
+    if not isinstance(spec, TensorSpec):
+        return (1,) * (1 + len(geometry.kernel))
+    axes = len(geometry.kernel)
+    sizes = spec.shape[len(spec.shape) - axes :]
+    if geometry.size and len(spec.shape) == 2:
+        sizes = (1,) * axes  # behind a flattening
+    return (prod(spec.shape) // geometry.outputs // prod(sizes), *sizes)
 
 
-COSTS: dict[str, Cost] = {"parameters": parameters, "macs": macs}
+def unit_of(cost: str) -> str:
+    """Return what a cost is counted in."""
+    return "ns" if cost == LATENCY else cost
+
+
+COSTS: dict[str, Cost] = {"parameters": parameters, "macs": macs, LATENCY: Latencies()}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Layers start … stop − 1 of a chain, as one layer, and what they cost as one and apart."""
+    """Layers start … stop − 1 of a chain, as one layer, and what they cost as one and apart.
+
+    pools: how many average pools it merges with others.
+    """
 
     start: int
     stop: int
     geometry: Geometry
     cost: int
     apart: int
+    pools: int = 0
 
 
-def chains(graph: fx.Graph, sole: dict[fx.Node, nn.Module]) -> list[list[fx.Node]]:
-    """Return the longest runs of layers of which each is read by the next alone."""
+@dataclass(frozen=True)
+class Chain:
+    """Layers of which each is read by the next alone, and the geometry of each."""
+
+    nodes: list[fx.Node]
+    layers: list[Geometry]
+
+
+def chains(
+    program: Program, sole: dict[fx.Node, nn.Module], seen: Observation, *, pools: bool = False
+) -> list[Chain]:
+    """Return the longest runs of layers of which each is read by the next alone.
+
+    pools: average pools are layers too.
+    """
     found: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if geometry_of(sole.get(node)) is None or len(node.all_input_nodes) != 1:
+    layers: dict[fx.Node, Geometry] = {}
+    for node in program.graph.nodes:
+        layer = _layer(program, node, sole.get(node), seen, pools=pools)
+        if layer is None or len(node.all_input_nodes) != 1:
             continue
-        before = node.all_input_nodes[0]
-        chain = found.pop(before) if before in found and len(before.users) == 1 else []
+        layers[node] = layer
+        before = _layer_before(program, node, found, layers, seen)
+        chain = [] if before is None else found.pop(before)
         found[node] = [*chain, node]
-    return list(found.values())
+    return [Chain(nodes, in_order(nodes, layers, seen)) for nodes in found.values()]
 
 
-def cheapest(layers: Sequence[Geometry], places: Sequence[int], cost: Cost) -> list[Piece]:
+def in_order(
+    nodes: Sequence[fx.Node], layers: dict[fx.Node, Geometry], seen: Observation
+) -> list[Geometry]:
+    """Return the layers of a chain, those from a flattening on as convolutions of whole maps."""
+    chain = [layers[node] for node in nodes]
+    linear = (i for i in range(1, len(chain)) if chain[i - 1].kernel and not chain[i].kernel)
+    place = next(linear, None)
+    if place is None:
+        return chain
+    before = [seen.values[node.all_input_nodes[0]].shape[2:] for node in nodes[:place]]
+    return behind_flattening(chain, place, [*before, seen.values[nodes[place - 1]].shape[2:]])
+
+
+def _layer(
+    program: Program,
+    node: fx.Node,
+    module: nn.Module | None,
+    seen: Observation,
+    *,
+    pools: bool,
+) -> Geometry | None:
+    """Read a node as a layer of its own."""
+    layer = geometry_of(module)
+    if layer is not None or not isinstance(spec := seen.values[node], TensorSpec):
+        return layer
+    if (pool := pool_at(program, node)) is not None:
+        unbatched = len(spec.shape) == 1 + AXES[type(pool)]
+        return None if unbatched or not pools else pool_geometry(pool, spec.shape[1])
+    given = seen.values[node.all_input_nodes[0]] if node.all_input_nodes else None
+    if module is None or not isinstance(given, TensorSpec):
+        return None
+    inputs: Any = getattr(module, "in_channels", 1)
+    return transposed_geometry(module, prod(given.shape) // inputs)
+
+
+def _layer_before(
+    program: Program,
+    node: fx.Node,
+    found: dict[fx.Node, list[fx.Node]],
+    layers: dict[fx.Node, Geometry],
+    seen: Observation,
+) -> fx.Node | None:
+    """Return the layer that a layer alone reads, as it is or flattened."""
+    before, reader = node.all_input_nodes[0], node
+    if before in found:
+        alike = len(layers[before].kernel) == len(layers[node].kernel)
+        return before if alike and len(before.users) == 1 else None
+    path: list[fx.Node] = []
+    while before not in found:
+        if not moves_data(program, before, seen) or only_reader(before, seen) is not reader:
+            return None
+        path.insert(0, before)
+        reader, before = before, path[0].args[0]
+        assert isinstance(before, fx.Node)
+    axes = len(layers[before].kernel)
+    if layers[node].kernel or not axes or only_reader(before, seen) is not reader:
+        return None
+    batched = len(seen.values[before].shape) == axes + 2
+    return before if batched and flattens(program, path, seen) else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to cut a chain: the pieces, all that could have been, and what is not one layer.
+
+    refused: by stop, the start of the shortest run that is not one layer, and why.
+    """
+
+    pieces: list[Piece]
+    options: list[Piece]
+    refused: dict[int, tuple[int, str]]
+
+    @property
+    def cost(self) -> int:
+        """What the chain costs, so cut."""
+        return sum(piece.cost for piece in self.pieces)
+
+    @property
+    def apart(self) -> int:
+        """What its layers cost as they are."""
+        return sum(piece.apart for piece in self.pieces)
+
+    def text(self, names: Sequence[str], unit: str) -> str:
+        """Say in a line what was chosen, and what could not be."""
+        merged = [_named(names, piece.start, piece.stop) for piece in self.pieces]
+        line = f"{' | '.join(merged)}: {self.apart} → {self.cost} {unit}"
+        near = min(self._others(), key=lambda piece: piece.cost - piece.apart, default=None)
+        if near is not None and near.cost > near.apart:
+            which = _named(names, near.start, near.stop)
+            line += f"; {which} would be {near.cost}, apart {near.apart}"
+        reasons: dict[str, list[str]] = {}
+        for stop, (start, reason) in self.refused.items():
+            reasons.setdefault(reason, []).append(_named(names, start, stop))
+        for reason, runs in reasons.items():
+            line += f"; not one: {', '.join(runs[:3])}{' …' * (len(runs) > 3)} ({reason})"
+        return line
+
+    def data(self, names: Sequence[str], cost: str) -> tuple[tuple[str, Any], ...]:
+        """Return it all as data: the alternatives that are nearest to pay, if there are many."""
+        others = sorted(self._others(), key=lambda piece: piece.cost - piece.apart)[:MOST]
+        return (
+            ("cost", cost),
+            ("apart", self.apart),
+            ("chosen", [_entry(names, piece) for piece in self.pieces]),
+            ("alternatives", [_entry(names, piece) for piece in others]),
+            (
+                "refused",
+                [
+                    {"layers": list(names[start:stop]), "reason": reason}
+                    for stop, (start, reason) in list(self.refused.items())[:MOST]
+                ],
+            ),
+        )
+
+    def _others(self) -> list[Piece]:
+        return [p for p in self.options if p.stop - p.start > 1 and p not in self.pieces]
+
+
+def _named(names: Sequence[str], start: int, stop: int) -> str:
+    return "·".join(names[start:stop]) if stop - start <= 4 else f"{names[start]}…{names[stop - 1]}"
+
+
+def _entry(names: Sequence[str], piece: Piece) -> dict[str, Any]:
+    layers = list(names[piece.start : piece.stop])
+    return {"layers": layers, "as one": piece.cost, "apart": piece.apart}
+
+
+def cheapest(layers: Sequence[Geometry], places: Sequence[Sizes], cost: Cost) -> Plan:
     """Cut a chain into the pieces that cost least; places: of the outputs of every layer."""
-    best: list[tuple[int, int, Piece | None]] = [(0, 0, None)]
-    options = pieces(layers, places, cost)
+    best: list[tuple[int, int, int, Piece | None]] = [(0, 0, 0, None)]
+    options, refused = _pieces(layers, places, cost)
     for stop in range(1, len(layers) + 1):
+        plans = [(best[piece.start], piece) for piece in options[stop]]
         best.append(
             min(
                 (
-                    (best[piece.start][0] + piece.cost, best[piece.start][1] + 1, piece)
-                    for piece in options[stop]
+                    (spent + piece.cost, pools + piece.pools, count + 1, piece)
+                    for (spent, pools, count, _), piece in plans
                 ),
-                key=lambda plan: plan[:2],
+                key=lambda plan: plan[:3],
             )
         )
-    plan: list[Piece] = []
+    chosen: list[Piece] = []
     stop = len(layers)
     while stop:
-        piece = best[stop][2]
+        piece = best[stop][3]
         assert piece is not None
-        plan.append(piece)
+        chosen.append(piece)
         stop = piece.start
-    return plan[::-1]
+    return Plan(chosen[::-1], [piece for ending in options for piece in ending], refused)
 
 
-def pieces(layers: Sequence[Geometry], places: Sequence[int], cost: Cost) -> list[list[Piece]]:
-    """Return everything that is one layer, by where it stops."""
+def _pieces(
+    layers: Sequence[Geometry], places: Sequence[Sizes], cost: Cost
+) -> tuple[list[list[Piece]], dict[int, tuple[int, str]]]:
+    """Return everything that is one layer, by where it stops, and why the rest is not."""
+    refused: dict[int, tuple[int, str]] = {}
     found: list[list[Piece]] = [[] for _ in range(len(layers) + 1)]
-    for start, geometry in enumerate(layers):
-        apart = cost(geometry, places[start])
-        merged, stop = geometry, start + 1
-        found[stop].append(Piece(start, stop, merged, apart, apart))
-        while stop < min(len(layers), start + LONGEST):
-            try:
-                merged = composed(merged, layers[stop])
-            except Inexact:
-                break
-            apart += cost(layers[stop], places[stop])
-            stop += 1
-            found[stop].append(Piece(start, stop, merged, cost(merged, places[stop - 1]), apart))
-    return found
+    alone = [cost(layer, where) for layer, where in zip(layers, places, strict=True)]
+    for start in range(len(layers)):
+        for stop, merged in _growing(layers, start):
+            if isinstance(merged, str):
+                refused[stop] = (start, merged)
+                continue
+            whole = cost(merged, places[stop - 1])
+            pools = sum(isinstance(layer, Pool) for layer in layers[start:stop])
+            pools = pools if stop > start + 1 else 0
+            found[stop].append(Piece(start, stop, merged, whole, sum(alone[start:stop]), pools))
+    return found, refused
+
+
+def _growing(layers: Sequence[Geometry], start: int) -> Iterator[tuple[int, Geometry | str]]:
+    """Yield where runs that start at a layer stop, and the one layer each is; a reason at a loss.
+
+    A run that is none goes on only where a flattened map is still to come: of that it is.
+    """
+    merged: Geometry | None = layers[start]
+    yield start + 1, layers[start]
+    for stop in range(start + 2, min(len(layers), start + LONGEST) + 1):
+        whole = covers_map(layers[start:stop])
+        try:
+            if whole:
+                merged = all_composed(layers[start:stop])
+            elif merged is not None:
+                merged = composed(merged, layers[stop - 1])
+        except Inexact as reason:
+            merged = None
+            yield stop, str(reason)
+        if merged is not None:
+            yield stop, merged

@@ -18,18 +18,20 @@ from fxprune.passes.affine_inputs import fold_affine_inputs
 from fxprune.passes.batch_norm import fold_batch_norm
 from fxprune.passes.constant_branches import remove_constant_branches
 from fxprune.passes.dead_channels import eliminate_dead_channels
+from fxprune.passes.early_pools import advance_pools
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.in_place import make_functional
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.layer_modules import make_layers_modules
 from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
+from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.passes.parallel_branches import fold_parallel_branches
 from fxprune.passes.rank_questions import ask_inputs_for_ranks
 from fxprune.passes.size_unpacking import unpack_sizes
 from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
-from fxprune.pipeline import Change, Pass, run
+from fxprune.pipeline import Change, Pass, keeps_shapes, run
 from fxprune.program import (
     Inputs,
     Program,
@@ -63,6 +65,9 @@ if TYPE_CHECKING:
 
 else:  # at run time both are what they are: the result needs no class of ours
     GatedModel = PlainModel = fx.GraphModule
+
+# Of the channels around convolutions to be merged, where it is asked whether that could pay.
+ENDS_LEFT = 0.5
 
 READABLE: tuple[Pass, ...] = (
     # A size inside a computed tuple could not follow the channels it counts.
@@ -106,14 +111,22 @@ CUT: tuple[Pass, ...] = (
 def folding(cost: str = "parameters") -> tuple[Pass, ...]:
     """Return the passes that fold; what is merged never costs more than it did apart."""
 
-    def fold_chains(program: Program) -> list[Change]:
-        return fold_linear_chains(program, cost=cost)
+    @keeps_shapes
+    def fold_layers(program: Program) -> list[Change]:
+        """Merge chains and sums in turns: a branch becomes one layer first, then its sum does."""
+        changes: list[Change] = []
+        while True:
+            new = fold_linear_chains(program, cost=cost)
+            new += fold_parallel_branches(program, cost=cost)
+            if not new:
+                return changes
+            changes += new
 
-    def fold_sums(program: Program) -> list[Change]:
-        return fold_parallel_branches(program, cost=cost)
+    @keeps_shapes
+    def fold_pools(program: Program) -> list[Change]:
+        return fold_linear_chains(program, cost=cost, pools=True)
 
-    fold_chains.__name__ = fold_linear_chains.__name__
-    fold_sums.__name__ = fold_parallel_branches.__name__
+    fold_pools.__name__ = fold_linear_chains.__name__
     return (
         # Only now: a model that is not folded may be trained on, with its dropout.
         remove_no_ops,
@@ -123,10 +136,11 @@ def folding(cost: str = "parameters") -> tuple[Pass, ...]:
         fold_batch_norm,
         # What is left stands behind no layer of its own; the one behind it may take it in.
         fold_affine_inputs,
-        fold_chains,
-        # A branch is one layer by now if it can be; the sum may be one with what follows.
-        fold_sums,
-        fold_chains,
+        fold_layers,
+        # Where a 1×1 was one with the layer before it, there is no 1×1 any more.
+        advance_pools,
+        # A pool between two layers does not keep them apart, but is better left alone.
+        fold_pools,
         # Folding leaves modules behind that nobody calls.
         remove_no_ops,
     )
@@ -139,6 +153,7 @@ def instrument(
     width_init: float = 0.75,
     linear_init: float = 0.25,
     penalties: nn.ModuleDict | None = None,
+    hoist_padding: bool = False,
     check: bool = True,
 ) -> GatedModel:
     """Return a copy of `model` with tri-state gates at its nonlinearities, computing the same.
@@ -149,8 +164,12 @@ def instrument(
     model: any `nn.Module`; it is not modified. example_inputs: a tensor, a tuple of arguments or a
     dict of keyword arguments the model runs on; guessed from the first layer if not given.
     width_init, linear_init: where the real gates start, in [½, 1] and [0, ½). penalties: the
-    regularisers, `fxprune.paper_penalties()` if not given. check: run model, trace and gated model
-    on the example inputs and require the same bits; without it nothing but shapes is looked at.
+    regularisers, `fxprune.paper_penalties()` if not given. hoist_padding: where zeros padded
+    between convolutions keep them from being merged, let the first pad all of them; this changes
+    outputs near the border, which the report states, so train afterwards. It also counts on half of
+    the channels around such convolutions to go when it asks whether merging could pay. check: run
+    model, trace and gated model on the example inputs and require the same bits (with hoist_padding
+    those of the model so changed); without it nothing but shapes is looked at.
 
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `NothingToDoError` with the reasons
     if no gate can go anywhere. After Srinivas & Babu, BMVC 2016.
@@ -161,19 +180,32 @@ def instrument(
     name = type(model).__name__
     reports: dict[str, Report] = {}
 
+    ends = ENDS_LEFT if hoist_padding else 1.0
+
     def insertion(program: Program) -> list[Change]:
         return insert_gates(
-            program, width_init=width_init, linear_init=linear_init, penalties=penalties
+            *(program,),
+            width_init=width_init,
+            linear_init=linear_init,
+            penalties=penalties,
+            ends=ends,
         )
 
+    def hoisting(program: Program) -> list[Change]:
+        return hoist(program, ends=ends)
+
     insertion.__name__ = insert_gates.__name__
+    hoisting.__name__ = hoist.__name__
 
     def gate(region: Region) -> None:
         _require_both_modes(region.program, model)
+        report = reports[region.path] = Report("instrument", name, {})
+        if hoist_padding and region.path:
+            report.refused.append(Change("padding", "not moved: that is for models traced whole"))
+        elif hoist_padding:
+            report.passes |= run(region.program, (hoisting,))
         before = _outputs(region.program) if check else None
-        reports[region.path] = Report(
-            "instrument", name, run(region.program, (unpack_sizes, insertion))
-        )
+        report.passes |= run(region.program, (unpack_sizes, insertion))
         if check and not same(before, _outputs(region.program)):
             raise VerificationError(
                 f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"
@@ -188,7 +220,7 @@ def finalize(
     example_inputs: Any = None,
     *,
     fold: bool = True,
-    cost: Literal["parameters", "macs"] = "parameters",
+    cost: Literal["parameters", "macs", "latency"] = "parameters",
     check: bool = True,
 ) -> PlainModel:
     """Return a smaller, plain copy of `model` that computes the same, proved by running both.
@@ -199,9 +231,10 @@ def finalize(
 
     model: it is not modified. example_inputs: as in `instrument`, which remembers them for its
     models. fold: also fold batch norms and chains of layers; without it the result can be trained
-    on. cost: what layers are merged to save, and never take more of: "parameters", or "macs" on the
-    example inputs. check: prove trace and result, in float64 to 1e-9 and in the model's dtype to
-    1e-4.
+    on. cost: what layers are merged to save, and never take more of: "parameters"; on the example
+    inputs "macs"; or "latency", of single layers in onnxruntime, measured here where the user's
+    cache does not know it. check: prove trace and result, in float64 to 1e-9 and in the model's
+    dtype to 1e-4.
 
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
     not the same function.
@@ -234,6 +267,7 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
     report.passes |= run(program, passes)
     program.module.delete_all_unused_submodules()
     report.after = costs_of(program)
+    report.plans = list(program.plans.values())
     report.refused = [
         Change(place, f"all channels around it stay: {reason}")
         for place, reason in program.barriers.items()

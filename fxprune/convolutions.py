@@ -30,7 +30,10 @@ class Inexact(Exception):
 
 @dataclass(frozen=True)
 class Geometry:
-    """All of a linear layer but its numbers; `ones`: its input has one more channel, of ones."""
+    """All of a linear layer but its numbers; `ones`: its input has one more channel, of ones.
+
+    size: of the maps it is given, where a flattening further on fixes it.
+    """
 
     inputs: int
     outputs: int
@@ -41,16 +44,21 @@ class Geometry:
     groups: int = 1
     bias: bool = True
     ones: bool = False
+    size: Sizes = ()
 
     @property
     def weights(self) -> int:
-        """How many weights it has: the multiply-accumulates of one place of its output."""
+        """How many weights it has."""
         return (self.inputs + self.ones) * self.outputs // self.groups * prod(self.kernel)
 
     @property
     def parameters(self) -> int:
         """How many numbers it has."""
         return self.weights + self.outputs * self.bias
+
+    def macs(self, places: int) -> int:
+        """Return the multiply-accumulates at so many places of its output."""
+        return self.weights * places
 
     @property
     def reach(self) -> Sizes:
@@ -96,7 +104,8 @@ def geometry_of(module: Any) -> Geometry | None:
 def layer_of(module: Any, geometry: Geometry) -> Layer:
     """Return a module's numbers in float64."""
     bias = None if module.bias is None else module.bias.detach().double()
-    return Layer(geometry, module.weight.detach().double(), bias)
+    shape = (geometry.outputs, -1, *geometry.kernel)
+    return Layer(geometry, module.weight.detach().double().reshape(shape), bias)
 
 
 def composed(first: Geometry, second: Geometry) -> Geometry:
@@ -127,21 +136,26 @@ def compose(first: Layer, second: Layer) -> Layer:
     if geometry.ones and not first.geometry.ones:
         first = _with_ones(first)
     groups = geometry.groups
-    inner = _dense(first, groups)
-    outer = _dense(second, groups)
+    inner = dense(first, groups)
+    outer = dense(second, groups)
     weight = torch.cat([_kernel(first, second, i, o) for i, o in zip(inner, outer, strict=True)])
-    bias = second.bias
-    if first.bias is not None:
-        given = first.bias.unflatten(0, (groups, -1))
-        moved = torch.cat(
-            [
-                o.flatten(2).sum(-1) @ b if o.dim() > 2 else o @ b
-                for o, b in zip(outer, given, strict=True)
-            ]
-        )
-        bias = moved if bias is None else bias + moved
+    bias = moved_bias(first.bias, second.bias, outer)
     step = tuple(slice(None, None, d) for d in geometry.dilation)
     return Layer(geometry, weight[(slice(None), slice(None), *step)], bias)
+
+
+def moved_bias(first: Tensor | None, second: Tensor | None, outer: list[Tensor]) -> Tensor | None:
+    """Return what the bias of two layers is, of which the second has the weights `outer`."""
+    if first is None:
+        return second
+    given = first.unflatten(0, (len(outer), -1))
+    moved = torch.cat(
+        [
+            o.flatten(2).sum(-1) @ b if o.dim() > 2 else o @ b
+            for o, b in zip(outer, given, strict=True)
+        ]
+    )
+    return moved if second is None else second + moved
 
 
 def pointwise(scale: Tensor, shift: Tensor, axes: int) -> Layer:
@@ -192,9 +206,9 @@ def added(layers: Sequence[Layer]) -> Layer:
     inputs = (geometry.inputs + geometry.ones) // geometry.groups
     weight = layers[0].weight.new_zeros(geometry.outputs, inputs, *geometry.kernel)
     for layer in layers:
-        dense = torch.cat(_dense(layer, geometry.groups))
-        columns = slice(0, dense.shape[1])  # it may not read the channel of ones
-        weight[:, columns][_taps(layer.geometry, geometry)] += dense
+        part = torch.cat(dense(layer, geometry.groups))
+        columns = slice(0, part.shape[1])  # it may not read the channel of ones
+        weight[:, columns][_taps(layer.geometry, geometry)] += part
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return Layer(geometry, weight, sum(biases[1:], biases[0]) if biases else None)
 
@@ -202,15 +216,13 @@ def added(layers: Sequence[Layer]) -> Layer:
 def install_(module: Any, layer: Layer) -> None:
     """Let a module of the same kind compute what the layer does, in the module's dtype."""
     geometry = layer.geometry
-    dtype, trained = module.weight.dtype, module.weight.requires_grad
-    module.weight = nn.Parameter(layer.weight.to(dtype).contiguous(), requires_grad=trained)
-    module.bias = None
-    if layer.bias is not None:
-        module.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=trained)
-    inputs = geometry.inputs + geometry.ones
     if isinstance(module, nn.Linear):
-        module.in_features, module.out_features = inputs, geometry.outputs
+        weight = layer.weight.flatten(1)
+        install_numbers_(module, weight, layer.bias)
+        module.out_features, module.in_features = weight.shape
         return
+    install_numbers_(module, layer.weight, layer.bias)
+    inputs = geometry.inputs + geometry.ones
     module.in_channels, module.out_channels = inputs, geometry.outputs
     module.kernel_size, module.stride = geometry.kernel, geometry.stride
     module.padding, module.dilation = geometry.padding, geometry.dilation
@@ -218,6 +230,26 @@ def install_(module: Any, layer: Layer) -> None:
     module._reversed_padding_repeated_twice = [
         amount for amount in reversed(geometry.padding) for _ in range(2)
     ]
+
+
+def install_numbers_(module: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a module numbers, in the dtype it has."""
+    dtype, trained = module.weight.dtype, module.weight.requires_grad
+    module.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=trained)
+    module.bias = None
+    if bias is not None:
+        module.bias = nn.Parameter(bias.to(dtype), requires_grad=trained)
+
+
+def dense(layer: Layer, groups: int) -> list[Tensor]:
+    """Return the weights of a layer as that of fewer groups, each dense: zeros where none were."""
+    weight, finer = layer.weight, layer.geometry.groups // groups
+    outputs, inputs = weight.shape[0] // (groups * finer), weight.shape[1]
+    found = weight.new_zeros(groups, finer, outputs, finer, inputs, *weight.shape[2:])
+    parts = weight.unflatten(0, (groups, finer, outputs))
+    for place in range(finer):
+        found[:, place, :, place] = parts[:, place]
+    return list(found.flatten(3, 4).flatten(1, 2))
 
 
 def _carried(first: Geometry, second: Geometry) -> Geometry:
@@ -255,21 +287,10 @@ def _spacing(first: Geometry, second: Geometry, axis: int) -> int:
 def _with_ones(layer: Layer) -> Layer:
     """Let a 1×1 read its bias as the weights of a channel of ones."""
     assert layer.bias is not None
-    weight = _dense(layer, 1)[0]
+    weight = dense(layer, 1)[0]
     bias = layer.bias.reshape(-1, 1, *(1,) * (weight.dim() - 2))
     geometry = replace(layer.geometry, bias=False, ones=True, groups=1)
     return Layer(geometry, torch.cat([weight, bias], 1), None)
-
-
-def _dense(layer: Layer, groups: int) -> list[Tensor]:
-    """Return the weights of a layer as that of fewer groups, each dense: zeros where none were."""
-    weight, finer = layer.weight, layer.geometry.groups // groups
-    outputs, inputs = weight.shape[0] // (groups * finer), weight.shape[1]
-    dense = weight.new_zeros(groups, finer, outputs, finer, inputs, *weight.shape[2:])
-    parts = weight.unflatten(0, (groups, finer, outputs))
-    for place in range(finer):
-        dense[:, place, :, place] = parts[:, place]
-    return list(dense.flatten(3, 4).flatten(1, 2))
 
 
 def _kernel(first: Layer, second: Layer, inner: Tensor, outer: Tensor) -> Tensor:

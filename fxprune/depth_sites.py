@@ -1,57 +1,41 @@
 """Where linearity gates could let layers be merged, and why not elsewhere.
 
 A gate goes where the two layers around a nonlinearity would be exactly one, of no more parameters
-(`fxprune.convolutions`), or where the cheapest plan for the whole chain merges across it, were all
-its nonlinearities linear. Batch norms, which fold into the layer before them, and dropout may stand
-between as well.
+(`fxprune.linear_layers`), or where the cheapest plan for the whole chain merges across it, were all
+its nonlinearities linear. Where only the zeros that a layer pads are in the way, the first of the
+layers may pad them all instead.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import ceil
 
-from torch import fx, nn
+from torch import fx
 
-from fxprune.affine_maps import NORMS
-from fxprune.chains import cheapest, parameters
-from fxprune.convolutions import Geometry, Inexact, composed, geometry_of
+from fxprune.chains import Piece, cheapest, parameters
+from fxprune.convolutions import Geometry, Inexact
+from fxprune.linear_layers import all_composed, composed
+from fxprune.links import Links, find_links
 from fxprune.observation import Observation
-from fxprune.out_of_place import overwrites
 from fxprune.pipeline import Change
 from fxprune.program import Program
-from fxprune.sharing import sole_modules
 from fxprune.sites import Candidate
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
-
-
-@dataclass
-class _Link:
-    """What stands behind a layer, up to the next: nonlinearities, and whether a batch norm does."""
-
-    passed: list[fx.Node]
-    norm: bool = False
-    then: fx.Node | None = None
-    reason: str = ""
 
 
 def find_depth_sites(
-    program: Program, candidates: Sequence[Candidate], seen: Observation
+    program: Program, candidates: Sequence[Candidate], seen: Observation, *, ends: float = 1.0
 ) -> tuple[list[Candidate], list[Change]]:
-    """Return the nonlinearities whose neighbours could be merged, and a reason for each other."""
+    """Return the nonlinearities whose neighbours could be merged, and a reason for each other.
+
+    ends: what part of the channels at the ends of merged layers to count, as if the others had gone
+    by then; with few of them, and many in between, merging pays.
+    """
     reasons = {c.node: "no layer of its own stands before it" for c in candidates}
-    calls = Counter(node.target for node in program.graph.nodes if node.op == "call_module")
-    for node in reasons:
-        if calls[node.target] > 1 and overwrites(node, program.module):
-            reasons[node] = "its module works in place and is called elsewhere too"
-    usable = {node for node, reason in reasons.items() if "elsewhere" not in reason}
-    sole = sole_modules(program)
-    layers = {node: g for node in program.graph.nodes if (g := geometry_of(sole.get(node)))}
-    links = {node: _link(program, node, usable, layers, sole, seen) for node in layers}
-    for link in links.values():
+    known = find_links(program, reasons.keys(), seen)
+    for link in known.links.values():
         reasons |= dict.fromkeys(link.passed, link.reason)
-    for chain in _chains(links):
-        _judge(chain, links, layers, reasons)
+    for chain in known.chains():
+        reasons |= _judge(chain, known, ends)
     found = [candidate for candidate in candidates if not reasons[candidate.node]]
     refused = [
         Change(candidate.name, f"no linearity gate: {reasons[candidate.node]}")
@@ -61,82 +45,85 @@ def find_depth_sites(
     return found, refused
 
 
-def _link(
-    program: Program,
-    node: fx.Node,
-    usable: set[fx.Node],
-    layers: dict[fx.Node, Geometry],
-    sole: dict[fx.Node, nn.Module],
-    seen: Observation,
-) -> _Link:
-    """Follow a layer's only reader to the next layer."""
-    link, first = _Link([]), node
-    while True:
-        if len(node.users) != 1:
-            link.reason = f"{node.name} has several readers"
-            return link
-        node = next(iter(node.users))
-        if len(node.all_input_nodes) != 1 or node.op == "output":
-            link.reason = f"{node.name} comes before another layer does"
-            return link
-        if node in layers:
-            link.then = node
-            return link
-        if node in usable:
-            link.passed.append(node)
-        elif _folds(layers[first], sole.get(node), seen.values[node]):
-            link.norm = True
-        elif not _is_dropout(program, node):
-            link.reason = f"{node.name} comes before another layer does"
-            return link
+def find_padded_segments(
+    program: Program, candidates: Sequence[Candidate], seen: Observation, *, ends: float = 1.0
+) -> list[tuple[list[fx.Node], list[Geometry]]]:
+    """Return runs of layers that could pay as one, but for the zeros that are padded between them.
 
-
-def _folds(layer: Geometry, module: nn.Module | None, spec: object) -> bool:
-    """Tell whether a module is a batch norm of the layer's outputs, with stored statistics."""
-    if type(module) not in NORMS or getattr(module, "running_mean", None) is None:
-        return False
-    return bool(layer.kernel) or len(getattr(spec, "shape", ())) == 2
-
-
-def _is_dropout(program: Program, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    return type(program.module.get_submodule(str(node.target))) in _DROPOUTS
-
-
-def _chains(links: dict[fx.Node, _Link]) -> list[list[fx.Node]]:
-    """Return the longest runs of linked layers."""
-    found: list[list[fx.Node]] = []
-    reached = {link.then for link in links.values()}
-    for node in links:
-        if node in reached:
-            continue
-        chain = [node]
-        while (then := links[chain[-1]].then) is not None:
-            chain.append(then)
-        found.append(chain)
+    ends: as in `find_depth_sites`.
+    """
+    known = find_links(program, {c.node for c in candidates}, seen, blocks=False)
+    found: list[tuple[list[fx.Node], list[Geometry]]] = []
+    for chain in known.chains():
+        layers = known.geometries(chain)
+        paying = _paying(hoisted(layers), ends)
+        for start, stop in _runs(paying):
+            if not _are_one(layers[start:stop]):
+                found.append((chain[start:stop], layers[start:stop]))
     return found
 
 
-def _judge(
-    chain: list[fx.Node],
-    links: dict[fx.Node, _Link],
-    layers: dict[fx.Node, Geometry],
-    reasons: dict[fx.Node, str],
-) -> None:
-    """Note for the nonlinearities of a chain why none of its pieces pays; nothing if one does."""
-    geometries = [replace(layers[n], bias=layers[n].bias or links[n].norm) for n in chain]
-    places = [1] * len(chain)
-    merged = {
-        place
-        for piece in cheapest(geometries, places, parameters)
-        for place in range(piece.start, piece.stop - 1)
-    }
+def hoisted(layers: Sequence[Geometry]) -> list[Geometry]:
+    """Move the padding of a run of layers to its first: its outputs have the size they had.
+
+    For every zero that a layer no longer pads, the one before makes one place more.
+    """
+    first, *others = layers
+    padding = (0,) * len(first.kernel)
+    for layer in reversed(layers):
+        steps = zip(layer.padding, layer.stride, padding, strict=True)
+        padding = tuple(own + stride * behind for own, stride, behind in steps)
+    nothing = (0,) * len(padding)
+    return [replace(first, padding=padding), *(replace(one, padding=nothing) for one in others)]
+
+
+def _judge(chain: list[fx.Node], known: Links, ends: float) -> dict[fx.Node, str]:
+    """Say for the nonlinearities of a chain why none of its pieces pays; nothing if one does."""
+    layers = known.geometries(chain)
+    paying = _paying(layers, ends)
+    found: dict[fx.Node, str] = {}
     for place, node in enumerate(chain[:-1]):
-        pair = cheapest(geometries[place : place + 2], [1, 1], parameters)
-        pays = place in merged or len(pair) == 1
-        reason = "" if pays else _reason(geometries[place], geometries[place + 1])
-        reasons |= dict.fromkeys(links[node].passed, reason)
+        reason = "" if place in paying else _reason(layers[place], layers[place + 1])
+        found |= dict.fromkeys(known.links[node].passed, reason)
+    return found
+
+
+def _paying(layers: Sequence[Geometry], ends: float) -> set[int]:
+    """Return behind which layers of a chain the next two are one that costs no more."""
+    merged = {
+        place for piece in _cheapest(layers, ends) for place in range(piece.start, piece.stop - 1)
+    }
+    pairs = range(len(layers) - 1)
+    return merged | {i for i in pairs if len(_cheapest(layers[i : i + 2], ends)) == 1}
+
+
+def _cheapest(layers: Sequence[Geometry], ends: float) -> list[Piece]:
+    """Cut a chain, of whose first inputs and last outputs only a part is left."""
+    left = list(layers)
+    if left[0].groups == 1:
+        left[0] = replace(left[0], inputs=ceil(left[0].inputs * ends))
+    if left[-1].groups == 1:
+        left[-1] = replace(left[-1], outputs=ceil(left[-1].outputs * ends))
+    return cheapest(left, [(1,)] * len(left), parameters).pieces
+
+
+def _runs(places: set[int]) -> list[tuple[int, int]]:
+    """Return start and stop of every run of layers between which all places are given."""
+    found: list[tuple[int, int]] = []
+    for place in sorted(places):
+        if found and found[-1][1] == place + 1:
+            found[-1] = (found[-1][0], place + 2)
+        else:
+            found.append((place, place + 2))
+    return found
+
+
+def _are_one(layers: Sequence[Geometry]) -> bool:
+    try:
+        all_composed(layers)
+    except Inexact:
+        return False
+    return True
 
 
 def _reason(first: Geometry, second: Geometry) -> str:

@@ -24,6 +24,7 @@ from fxprune.gates import HALF, UNGATED, Gates, WidthSite, gate_owners, linear_g
 from fxprune.liveness import settle
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.instrumentation import insert_gates
+from fxprune.passes.padding_hoisting import BORDERS
 from fxprune.penalties import gates_by_name
 from fxprune.piecewise import parts_in_evaluation
 from fxprune.program import Program, memory_of
@@ -36,7 +37,8 @@ class Row:
     """A layer: its module path or node, its kind, live and total output channels, its gates.
 
     gate: the sites whose units its output channels are. linear: the state of the linearity gate
-    behind it, or nothing. why_not: why it has no gate.
+    behind it, or nothing. why_not: why it has no gate. border: within how many positions of the
+    border its outputs are not the original model's, because padding was moved.
     """
 
     layer: str
@@ -46,6 +48,7 @@ class Row:
     gate: str
     linear: str
     why_not: str
+    border: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,12 @@ class Inspection:
         table = Table(title=self.model)
         for name in ("layer", "kind", "width", "gate", "linear", "why not"):
             table.add_column(name, justify="right" if name == "width" else "left")
+        moved = any(row.border for row in self.rows)
+        if moved:
+            table.add_column("border", justify="right")
         for row in self.rows:
-            width = f"{row.live}/{row.total}"
-            table.add_row(row.layer, row.kind, width, row.gate, row.linear, row.why_not)
+            cells = (row.kind, f"{row.live}/{row.total}", row.gate, row.linear, row.why_not)
+            table.add_row(row.layer, *cells, *[str(row.border or "")][: int(moved)])
         return table
 
     def __str__(self) -> str:
@@ -166,6 +172,7 @@ def _rows(program: Program, channels: Channels, plain: Channels, cut: Cut) -> li
     sites = _sites_by_class(program, channels)
     linear = _linear_by_source(program)
     blocked = channels.blocked()
+    borders: dict[str, int] = program.module.meta.get(BORDERS, {})
     widths = {node.name: value for node, value in plain.values.items()}
     rows: list[Row] = []
     for node, call in channels.calls.items():
@@ -189,6 +196,7 @@ def _rows(program: Program, channels: Channels, plain: Channels, cut: Cut) -> li
                 ", ".join(names),
                 linear.get(node, ""),
                 reason,
+                borders.get(str(node.target), 0),
             )
         )
     return rows

@@ -4,6 +4,8 @@ Torch marks them in four ways: a flag of the module, a flag of the call, a name 
 and augmented arithmetic.
 """
 
+import copy
+import itertools
 import operator
 from typing import Any
 
@@ -24,6 +26,15 @@ def make_out_of_place(node: fx.Node, module: fx.GraphModule) -> bool:
     if node.op == "call_function" and (twin := _out_of_place(node.target)):
         node.target = twin
     return before != (node.target, node.kwargs, overwrites(node, module))
+
+
+def give_own_module(node: fx.Node, module: fx.GraphModule) -> None:
+    """Let a node that calls a module as others do call a copy of it instead."""
+    path, _, name = str(node.target).rpartition(".")
+    owner = module.get_submodule(path)
+    own = next(f"{name}_{i}" for i in itertools.count(2) if not hasattr(owner, f"{name}_{i}"))
+    owner.add_module(own, copy.deepcopy(owner.get_submodule(name)))
+    node.target = f"{path}.{own}" if path else own
 
 
 def overwrites(node: fx.Node, module: fx.GraphModule) -> bool:

@@ -136,6 +136,7 @@ def joined(verb: str, model: str, parts: Parts, reports: dict[str, Report]) -> R
         for name, changes in report.passes.items():
             total.passes.setdefault(name, []).extend(_prefixed(changes, path))
         total.refused += _prefixed(report.refused, path)
+        total.plans += _prefixed(report.plans, path)
         total.assumptions += _prefixed(report.assumptions, path)
     total.refused += parts.refused
     proofs = {path: report.verification for path, report in reports.items()}

@@ -30,8 +30,8 @@ class Program:
 
     seen: what its last run showed, kept by `observation.observe` for whoever asks next; who changes
     a shape, or how much a node computes, leaves None here. barriers: operators around which every
-    channel stayed, and why. cuts: what stayed of parameters and buffers that were cut, by name:
-    axes and positions.
+    channel stayed, and why. plans: how chains of layers were put together, by their names.
+    cuts: what stayed of parameters and buffers that were cut, by name: axes and positions.
     """
 
     module: fx.GraphModule
@@ -39,6 +39,7 @@ class Program:
     kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     seen: Any = field(default=None, repr=False, compare=False)
     barriers: dict[str, str] = field(default_factory=dict[str, str])
+    plans: dict[tuple[str, ...], Any] = field(default_factory=dict[tuple[str, ...], Any])
     cuts: dict[str, list[tuple[int, Tensor]]] = field(
         default_factory=dict[str, list[tuple[int, Tensor]]]
     )

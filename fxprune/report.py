@@ -21,6 +21,7 @@ class Report:
 
     passes: the changes, by pass. refused: what could not be gated, removed or folded, and why.
     assumptions: what Python asked of the example inputs; other inputs are refused at run time.
+    plans: how every chain of layers was cut, and what else was considered.
     """
 
     verb: str
@@ -31,6 +32,7 @@ class Report:
     after: Costs | None = None
     verification: Verification | None = None
     assumptions: list[Change] = field(default_factory=list[Change])
+    plans: list[Change] = field(default_factory=list[Change])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -39,6 +41,7 @@ class Report:
             "model": self.model,
             "passes": {name: [_plain(c) for c in changes] for name, changes in self.passes.items()},
             "refused": [_plain(change) for change in self.refused],
+            "plans": [_plain(change) for change in self.plans],
             "assumptions": [_plain(change) for change in self.assumptions],
             "before": None if self.before is None else self.before.to_dict(),
             "after": None if self.after is None else self.after.to_dict(),
@@ -64,6 +67,7 @@ class Report:
             lines += _costs(self.before, self.after)
         for name, changes in self.passes.items():
             lines += _section(name, changes)
+        lines += _section("plans", self.plans)
         lines += _section("refused", self.refused)
         lines += _section("assumptions", self.assumptions)
         if self.verification is not None:

@@ -22,6 +22,7 @@ from fxprune.affine_maps import (
     scale_inputs_,
     takes_shift,
 )
+from fxprune.average_pools import averages
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
@@ -101,16 +102,8 @@ def _is_transparent(program: Program, node: fx.Node, seen: Observation) -> bool:
     if type(module) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d):
         return after.shape[:2] == before.shape[:2]
     if type(module) in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d):
-        return _averages(module) and after.shape[:2] == before.shape[:2]
+        return averages(module) and after.shape[:2] == before.shape[:2]
     return False
-
-
-def _averages(pool: Any) -> bool:
-    """Tell whether a pool's weights sum to 1 at the border too."""
-    padding = pool.padding if isinstance(pool.padding, tuple) else (pool.padding,)
-    if getattr(pool, "divisor_override", None) is not None or pool.ceil_mode:
-        return False
-    return not any(padding) or not pool.count_include_pad
 
 
 def _repeated(values: Tensor, channels: int, size: int, between: bool) -> Tensor:

@@ -7,6 +7,7 @@ reported, with the reason.
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx, nn
@@ -16,7 +17,7 @@ from fxprune.depth_sites import find_depth_sites
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import UNGATED, DepthSite, Gates, WidthSite, linear_gate, width_gate
 from fxprune.observation import observe
-from fxprune.out_of_place import make_out_of_place
+from fxprune.out_of_place import give_own_module, make_out_of_place, overwrites
 from fxprune.penalties import paper_penalties
 from fxprune.pipeline import Change
 from fxprune.program import Program, device_of
@@ -30,15 +31,17 @@ def insert_gates(
     width_init: float = 0.75,
     linear_init: float = 0.25,
     penalties: nn.ModuleDict | None = None,
+    ends: float = 1.0,
 ) -> list[Change]:
     """Put gates into the program, and `gates` and `penalties` beside its modules.
 
+    ends: as in `find_depth_sites`.
     Raises `NothingToDoError`, with the reasons, if no gate could go anywhere.
     """
     seen = observe(program)
     candidates, refused = find_candidates(program, seen)
     plan = plan_sites(program, candidates, seen)
-    mergeable, undecided = find_depth_sites(program, plan.candidates, seen)
+    mergeable, undecided = find_depth_sites(program, plan.candidates, seen, ends=ends)
     depth = {c.node: DepthSite(c.name, index) for index, c in enumerate(mergeable)}
     width, units = _width_sites(plan)
     changes = refused + plan.refused + _refusals(plan) + undecided
@@ -104,7 +107,11 @@ def _insert(program: Program, sites: Sequence[Candidate], depth: dict[fx.Node, D
         places = range(len(sites) + len(depth))
         vectors = [graph.call_function(operator.getitem, (gates, place)) for place in places]
     gated: dict[fx.Node, fx.Node] = {}
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for (node, _), vector in zip(depth.items(), vectors[len(sites) :], strict=True):
+        if calls[node.target] > 1 and overwrites(node, program.module):
+            calls[node.target] -= 1
+            give_own_module(node, program.module)  # the other calls may have to overwrite
         make_out_of_place(node, program.module)
         gated[node] = _insert_after(node, linear_gate, (node.all_input_nodes[0], node, vector))
     for site, vector in zip(sites, vectors, strict=False):

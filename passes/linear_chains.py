@@ -3,96 +3,142 @@
     W₂·(W₁·x + b₁) + b₂ = (W₂·W₁)·x + (W₂·b₁ + b₂)
 
 (Srinivas & Babu 2016: a layer with d = 1 is merged with the next), for convolutions where
-`fxprune.convolutions` finds it exact. With C inputs, M in between and O outputs, 1×1, it saves
+`fxprune.linear_layers` finds it exact. With C inputs, M in between and O outputs, 1×1, it saves
 parameters iff C·O < M·(C + O): a bottleneck must not be folded. Of all ways to cut a chain into
 pieces the cheapest is taken, which never costs more than the chain. Computed in float64.
+
+To fold only the neurons of a layer that are linear would save iff these were more than C·O/(C + O),
+half of them at one width; as a site has one gate for all of its neurons, there are none or all.
 """
 
-from collections.abc import Sequence
-from functools import reduce
+from math import prod
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.chains import COSTS, Cost, Piece, chains, cheapest, output_places
-from fxprune.convolutions import Geometry, compose, geometry_of, install_, layer_of
-from fxprune.observation import observe
+from fxprune.chains import COSTS, Chain, Cost, Piece, chains, cheapest, output_places, unit_of
+from fxprune.linear_layers import can_be, compose_all, covers_map, install_, layer_of
+from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
+from fxprune.program import Program, device_of
 from fxprune.sharing import sole_modules
 
 
 @keeps_shapes
-def fold_linear_chains(program: Program, *, cost: str = "parameters") -> list[Change]:
+def fold_linear_chains(
+    program: Program, *, cost: str = "parameters", pools: bool = False
+) -> list[Change]:
     """Merge neighbouring layers where they are exactly one and that costs less.
 
-    cost: "parameters", or "macs".
+    cost: "parameters", "macs" or "latency". pools: average pools are layers too. How every chain
+    was cut is in `program.plans`.
     """
     changes: list[Change] = []
     while True:
-        new = _fold_once(program, COSTS[cost], cost)
+        new = _fold_once(program, COSTS[cost], cost, pools)
         if not new:
             return changes
         changes += new
 
 
-def _fold_once(program: Program, cost: Cost, unit: str) -> list[Change]:
-    sole = sole_modules(program)
-    found = [chain for chain in chains(program.graph, sole) if len(chain) > 1]
-    if not found:
-        return []
-    seen = observe(program)
+def _fold_once(program: Program, cost: Cost, unit: str, pools: bool) -> list[Change]:
+    sole, seen = sole_modules(program), observe(program)
+    left = _left(program)
     changes: list[Change] = []
-    widened = False
-    for chain in found:
-        layers = [geometry for node in chain if (geometry := geometry_of(sole[node]))]
+    grown = False
+    for chain in chains(program, sole, seen, pools=pools):
+        if len(chain.nodes) < 2:
+            continue
         places = [
             output_places(layer, seen.values[node])
-            for layer, node in zip(layers, chain, strict=True)
+            for layer, node in zip(chain.layers, chain.nodes, strict=True)
         ]
-        for piece in cheapest(layers, places, cost):
-            nodes = chain[piece.start : piece.stop]
-            if len(nodes) < 2 or seen.written(nodes[0].all_input_nodes[0]):
+        plan = cheapest(chain.layers, places, cost)
+        names = tuple(str(node.target) for node in chain.nodes)
+        if names not in left:
+            program.plans[names] = Change(
+                names[0], plan.text(names, unit_of(unit)), plan.data(names, unit)
+            )
+        for piece in plan.pieces:
+            if piece.stop - piece.start < 2 or seen.written(_source(chain, piece)):
                 continue
-            changes.append(_merge(nodes, layers, piece, sole, unit))
-            seen.macs[nodes[-1]] = piece.geometry.weights * places[piece.stop - 1]
-            widened = widened or piece.geometry.ones
-    if widened:
+            merge = _Merge(program, chain, piece, sole)
+            changes.append(merge.change(unit))
+            merge.do(seen, prod(places[piece.stop - 1]))
+            grown = grown or merge.adds_node
+    if changes:
+        program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+    if grown:
         program.seen = None  # there is a node no run has shown
     return changes
 
 
-def _merge(
-    nodes: Sequence[fx.Node],
-    chain: Sequence[Geometry],
-    piece: Piece,
-    sole: dict[fx.Node, nn.Module],
-    unit: str,
-) -> Change:
-    """Let the last of the layers compute what all of them do, and drop the others."""
-    first, last = nodes[0], nodes[-1]
-    geometries = chain[piece.start : piece.stop]
-    layers = [layer_of(sole[node], g) for node, g in zip(nodes, geometries, strict=True)]
-    install_(sole[last], reduce(compose, layers))
-    last.replace_input_with(nodes[-2], first.all_input_nodes[0])
-    for node in reversed(nodes[:-1]):
-        node.graph.erase_node(node)
-    if piece.geometry.ones:
-        _add_ones(last, len(piece.geometry.kernel))
-    names = ", ".join(str(node.target) for node in nodes[:-1])
-    return Change(
-        names,
-        f"folded into {last.target}: {piece.apart} → {piece.cost} {unit}",
-        (("before", piece.apart), ("after", piece.cost), ("cost", unit), ("folded", True)),
-    )
+def _left(program: Program) -> set[tuple[str, ...]]:
+    """Return the chains that earlier plans left, of which there is nothing new to say."""
+    chosen = [dict(plan.detail)["chosen"] for plan in program.plans.values()]
+    return {tuple(piece["layers"][-1] for piece in pieces) for pieces in chosen}
 
 
-def _add_ones(node: fx.Node, axes: int) -> None:
-    """Let a layer read one more channel, of ones: what stands for a bias before its border."""
-    source = node.all_input_nodes[0]
-    with node.graph.inserting_before(node):
-        widened = node.graph.call_function(
-            F.pad, (source, [0] * (2 * axes) + [0, 1]), {"value": 1.0}
+def _source(chain: Chain, piece: Piece) -> fx.Node:
+    """Return what the one layer would read."""
+    return chain.nodes[piece.start].all_input_nodes[0]
+
+
+class _Merge:
+    """Some layers of a chain, to become one: that of them which is of its kind."""
+
+    def __init__(
+        self, program: Program, chain: Chain, piece: Piece, sole: dict[fx.Node, nn.Module]
+    ) -> None:
+        self.program, self.piece, self.sole = program, piece, sole
+        self.source = _source(chain, piece)
+        self.nodes = chain.nodes[piece.start : piece.stop]
+        self.layers = chain.layers[piece.start : piece.stop]
+        kinds = (node for node in reversed(self.nodes) if can_be(sole.get(node), piece.geometry))
+        self.kept = next(kinds)
+        self.flat = covers_map(self.layers)
+        self.adds_node = self.flat or piece.geometry.ones
+
+    def change(self, unit: str) -> Change:
+        """Say what is done."""
+        piece = self.piece
+        names = ", ".join(str(node.target) for node in self.nodes if node is not self.kept)
+        return Change(
+            names,
+            f"folded into {self.kept.target}: {piece.apart} → {piece.cost} {unit_of(unit)}",
+            (("before", piece.apart), ("after", piece.cost), ("cost", unit), ("folded", True)),
         )
-    widened.meta["source"] = node.meta.get("source")
-    node.replace_input_with(source, widened)
+
+    def do(self, seen: Observation, places: int) -> None:
+        """Let the kept layer compute what all of them do, and what read the last read it."""
+        kept, last, geometry = self.kept, self.nodes[-1], self.piece.geometry
+        device = device_of(self.program.module)
+        pairs = zip(self.nodes, self.layers, strict=True)
+        layers = [layer_of(self.sole.get(node), g, device) for node, g in pairs]
+        module: Any = self.sole[kept]
+        install_(module, compose_all(layers))
+        source = self._given()
+        kept.replace_input_with(kept.all_input_nodes[0], source)
+        if kept is not last:
+            last.replace_all_uses_with(kept)
+        seen.values[kept] = seen.values[last]
+        seen.macs[kept] = geometry.macs(places)
+
+    def _given(self) -> fx.Node:
+        """Return what the one layer reads: the source, flattened or with a channel of ones."""
+        if self.flat:
+            return _insert(self.kept, torch.flatten, (self.source, 1), {})
+        if self.piece.geometry.ones:
+            amounts = [0] * (2 * len(self.piece.geometry.kernel)) + [0, 1]
+            return _insert(self.kept, F.pad, (self.source, amounts), {"value": 1.0})
+        return self.source
+
+
+def _insert(node: fx.Node, function: Any, args: Any, kwargs: Any) -> fx.Node:
+    """Put a call in front of a layer."""
+    with node.graph.inserting_before(node):
+        call = node.graph.call_function(function, args, kwargs)
+    call.meta["source"] = node.meta.get("source")
+    return call

@@ -10,6 +10,7 @@ Ding et al. 2021). Taken where the one costs no more than the branches do. Compu
 
 import operator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.affine_maps import ANY_AXIS, affine_map, channel_axis
-from fxprune.chains import COSTS, output_places
+from fxprune.chains import COSTS, output_places, unit_of
 from fxprune.convolutions import (
     Inexact,
     Layer,
@@ -49,7 +50,7 @@ class _Branch:
 def fold_parallel_branches(program: Program, *, cost: str = "parameters") -> list[Change]:
     """Merge the linear terms of every sum that have one input, where that costs no more.
 
-    cost: "parameters", or "macs".
+    cost: "parameters", "macs" or "latency".
     """
     sole = sole_modules(program)
     changes: list[Change] = []
@@ -126,9 +127,9 @@ def _consider(
     for branch in group:
         if branch is not kept:
             _drop(sums, branch.term)
-    seen.macs[kept.term] = merged.weights * places
+    seen.macs[kept.term] = merged.weights * prod(places)
     names = ", ".join(str(b.term.target) for b in group if b is not kept)
-    what = f"folded into {kept.term.target}: {apart} → {together} {cost}"
+    what = f"folded into {kept.term.target}: {apart} → {together} {unit_of(cost)}"
     detail = (("before", apart), ("after", together), ("cost", cost), ("folded", True))
     return [Change(names, what, detail)]
 

@@ -1,16 +1,28 @@
 """The cheapest way to cut a chain, held against trying all."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from zlib import crc32
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxprune.chains import COSTS, cheapest, macs, parameters
-from fxprune.convolutions import Geometry, Inexact, composed
+from fxprune.chains import COSTS, Cost, cheapest, macs, parameters
+from fxprune.convolutions import Geometry, Inexact, Sizes, composed
+from fxprune.latency import LATENCY, Latencies
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> Geometry:
     return Geometry(inputs, outputs, (kernel,), (stride,), (padding,), (1,))
+
+
+def fake(geometry: Geometry, inputs: Sizes, threads: int) -> int:
+    """Return a time that has nothing to do with the numbers of a layer."""
+    return 1 + crc32(repr((geometry, inputs)).encode()) % 1000
+
+
+NOWHERE = Path(__file__) / "no folder"  # nothing is remembered
+TABLES: dict[str, Cost] = {**COSTS, LATENCY: Latencies(NOWHERE, fake)}
 
 
 def plans(layers: list[Geometry], start: int = 0) -> Iterator[list[tuple[int, Geometry]]]:
@@ -35,29 +47,42 @@ def plans(layers: list[Geometry], start: int = 0) -> Iterator[list[tuple[int, Ge
     kernels=st.lists(st.sampled_from([1, 1, 3]), min_size=6, max_size=6),
     strides=st.lists(st.integers(1, 2), min_size=6, max_size=6),
     padded=st.lists(st.booleans(), min_size=6, max_size=6),
-    unit=st.sampled_from(sorted(COSTS)),
+    unit=st.sampled_from(sorted(TABLES)),
 )
 def test_no_other_plan_is_cheaper(
     widths: list[int], kernels: list[int], strides: list[int], padded: list[bool], unit: str
 ) -> None:
     shapes = zip(widths, widths[1:], kernels, strides, padded, strict=False)
     layers = [conv(i, o, k, s, (k // 2) * p) for i, o, k, s, p in shapes]
-    places, size = [], 4096
+    places, size = list[Sizes](), 4096
     for layer in layers:
         size //= layer.stride[0]
-        places.append(size)
-    cost = COSTS[unit]
+        places.append((1, size))
+    cost = TABLES[unit]
     plan = cheapest(layers, places, cost)
-    assert [p.start for p in plan[1:]] == [p.stop for p in plan[:-1]]
+    assert [p.start for p in plan.pieces[1:]] == [p.stop for p in plan.pieces[:-1]]
+    apart = sum(map(cost, layers, places))
     every = [sum(cost(g, places[stop - 1]) for stop, g in option) for option in plans(layers)]
-    found = sum(piece.cost for piece in plan)
-    assert found == min(every) <= sum(map(cost, layers, places))
+    assert plan.cost == min(every) <= plan.apart == apart
 
 
 def test_what_to_merge_depends_on_what_counts() -> None:
     layers = [conv(8, 8, 3), conv(8, 8, 2, stride=2)]
-    assert len(cheapest(layers, [64, 32], macs)) == 1
-    assert len(cheapest(layers, [64, 64], parameters)) == 1
+    assert len(cheapest(layers, [(1, 64), (1, 32)], macs).pieces) == 1
+    assert len(cheapest(layers, [(1, 64), (1, 64)], parameters).pieces) == 1
     wide = [conv(8, 8, 3), conv(8, 8, 3, stride=2)]
-    assert len(cheapest(wide, [64, 32], macs)) == 1
-    assert len(cheapest([conv(8, 2, 1), conv(2, 8, 1)], [64, 64], parameters)) == 2
+    assert len(cheapest(wide, [(1, 64), (1, 32)], macs).pieces) == 1
+    assert len(cheapest([conv(8, 2, 1), conv(2, 8, 1)], [(1, 64), (1, 64)], parameters).pieces) == 2
+
+
+def test_a_plan_says_what_else_there_was() -> None:
+    layers = [conv(8, 64, 1), conv(64, 8, 3), conv(8, 2, 1), conv(2, 8, 3, padding=1)]
+    plan = cheapest(layers, [(1, 64)] * 4, parameters)
+    assert plan.text("abcd", "parameters") == (
+        "a·b·c | d: 2194 → 106 parameters; not one: b·c·d (zeros are padded between them)"
+    )
+    data = dict(plan.data("abcd", "parameters"))
+    assert data["chosen"][0] == {"layers": ["a", "b", "c"], "as one": 50, "apart": 2138}
+    assert {"layers": ["a", "b"], "as one": 200, "apart": 2120} in data["alternatives"]
+    dear = cheapest(layers[2:], [(1, 64)] * 2, parameters)
+    assert len(dear.pieces) == 2

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.errors import NothingToDoError
 from tests.conftest import randomise
 
 
@@ -98,3 +99,157 @@ def test_convolutions_with_a_norm_and_dropout_between_merge() -> None:
     x = torch.randn(2, 3, 8, 8)
     gated, small = linearised(model, x)
     assert len(gated.gates.depth_sites) == 1 and len(left(small)) == 1
+
+
+def test_a_module_in_place_that_others_call_is_gated_by_itself() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 64), nn.Linear(64, 6), nn.Linear(6, 3)
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = self.b(self.act(self.a(x)))
+            return self.c(self.act(seen) + seen)  # the second call is felt in `seen`
+
+    model, x = randomise(Twice()).eval(), torch.randn(4, 6)
+    gated, small = linearised(model, x)
+    assert [site.name for site in gated.gates.depth_sites] == ["act"]
+    assert len(left(small)) == 2
+
+
+class Residual(nn.Module):
+    """A block over a stream, with a nonlinearity behind the sum."""
+
+    def __init__(self, *inside: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inside, self.act = nn.Sequential(*inside), nn.ReLU()
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.inside(x) + self.shortcut(x))
+
+
+def inside(width: int, inner: int) -> list[nn.Module]:
+    return [
+        *(nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU()),
+        *(nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width)),
+    ]
+
+
+STREAMS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "perceptron": lambda: (
+        nn.Sequential(
+            nn.Linear(5, 8),
+            *(Residual(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8)) for _ in range(3)),
+        ),
+        torch.randn(3, 5),
+    ),
+    "convolutions": lambda: (
+        nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1), Residual(*inside(8, 24)), Residual(*inside(8, 24))),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sigmoid()),
+        ),
+        torch.randn(3, 3, 9, 9),
+    ),
+    "shortcuts": lambda: (
+        nn.Sequential(
+            *(nn.Linear(5, 8), nn.ReLU(), Residual(nn.Linear(8, 8), shortcut=nn.Linear(8, 8))),
+            *(Residual(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), nn.Linear(8, 3)),
+        ),
+        torch.randn(3, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_blocks_on_a_stream_become_one_layer(name: str) -> None:
+    gated, small = linearised(*STREAMS[name]())
+    names = [site.name for site in gated.gates.depth_sites]
+    assert any(name.endswith("act") for name in names)
+    last = 1 if name != "shortcuts" else 0  # a nonlinearity that nothing follows stays
+    assert len(left(small)) == 1 and small.code.count(".act(") == last, small.code
+
+
+def test_a_stream_that_others_read_too_is_no_chain() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.act = nn.Linear(5, 8), nn.ReLU()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.stem(x))
+            return (x + self.a(x)) * self.b(x).sigmoid()
+
+    with pytest.raises(NothingToDoError, match="no linearity gate: act has several readers"):
+        fxprune.instrument(Read(), torch.randn(3, 5))
+
+
+def test_blocks_within_blocks_become_one_layer() -> None:
+    class Sum(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inside(x)
+
+    model: nn.Module = nn.Linear(8, 8)
+    for _ in range(4):
+        model = Sum(nn.Sequential(nn.Linear(8, 8), model, nn.Linear(8, 8)))
+    small = fxprune.finalize(randomise(model).eval(), torch.randn(3, 8))
+    assert len(left(small)) == 1 and "add" not in small.code
+
+
+FLAT: dict[str, Callable[[], list[nn.Module]]] = {
+    "before": lambda: [conv(1, 16, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 4)],
+    "behind": lambda: [conv(1, 16, 3, 1), nn.Flatten(), nn.ReLU(), nn.Linear(1024, 4)],
+    "normed": lambda: [
+        *(conv(1, 16, 3, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(), nn.Flatten()),
+        nn.Linear(1024, 4),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_flattening_may_stand_between(name: str) -> None:
+    x = torch.randn(3, 1, 8, 8)
+    gated, small = linearised(nn.Sequential(*FLAT[name]()), x)
+    assert len(gated.gates.depth_sites) == 1
+    (layer,) = left(small)
+    assert isinstance(layer, nn.Linear) and layer.weight.shape == (4, 64)
+
+
+def test_a_whole_network_of_images_may_become_linear() -> None:
+    layers = [
+        *(conv(1, 16, 3, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(512, 100), nn.ReLU(), nn.Linear(100, 4)),
+    ]
+    gated, small = linearised(nn.Sequential(*layers), torch.randn(3, 1, 8, 8))
+    assert len(gated.gates.depth_sites) == 3 and len(left(small)) == 1
+
+
+UNFLAT: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
+    "norm of places": (
+        lambda: [conv(1, 8, 1), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(512), nn.Linear(512, 4)],
+        "comes before another layer does",
+    ),
+    "last axis": (
+        lambda: [conv(1, 8, 1), nn.ReLU(), nn.Linear(8, 4)],
+        "work along different axes",
+    ),
+    "unfolded": (
+        lambda: [conv(1, 8, 1), nn.ReLU(), nn.Flatten(2), nn.Linear(64, 4)],
+        "moves what it reads",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFLAT)
+def test_what_is_no_flattened_map_is_refused(name: str) -> None:
+    build, reason = UNFLAT[name]
+    model = nn.Sequential(conv(1, 2, 1), nn.ReLU(), conv(2, 1, 1), *build())
+    gated: Any = fxprune.instrument(model, torch.randn(3, 1, 8, 8))
+    changes = [str(c) for log in gated.report.passes.values() for c in log]
+    assert any("no linearity gate" in change and reason in change for change in changes), changes

@@ -26,7 +26,7 @@ def movement_flow(call: Call) -> Flow:
     values = call.values()
     if not values:
         raise Barrier("it moves no tensor")
-    if not all(map(_is_settled, numbers_among(call))):
+    if not all(map(is_settled, numbers_among(call))):
         raise Barrier("a number it takes is computed from data")
     tags = [compress(t).long() for t in _run(call, values, [v.tags for v in values])]
     specs = [spec for spec in flatten(call.spec) if isinstance(spec, TensorSpec)]
@@ -152,7 +152,7 @@ def _fits(spec: TensorSpec, tags: Tensor) -> bool:
     return tags.dim() == len(spec.shape) and all(have in (1, size) for have, size in pairs)
 
 
-def _is_settled(node: fx.Node) -> bool:
+def is_settled(node: fx.Node) -> bool:
     """Tell whether a number is computed from sizes alone, whatever is in the input."""
     pending = [node]
     while pending:
