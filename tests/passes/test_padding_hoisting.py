@@ -96,6 +96,21 @@ def test_without_the_option_nothing_moves_and_the_reason_is_given() -> None:
     assert "not one: zeros are padded between them" in str(gated.report)
 
 
+def test_in_a_model_of_regions_nothing_moves() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = stack()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return y + 1 if y.sum().item() > 1e9 else y
+
+    gated = instrumented(Outer(), torch.randn(4, 3, 9, 9))
+    assert "hoist_padding" not in gated.report.passes
+    assert "not moved: that is for models traced whole" in str(gated.report)
+
+
 KEPT = {
     "exact as it is": [nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 3, padding=1)],
     "never cheaper": [
