@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.gates import UNGATED
+from fxprune.inputs import leading_size
 from fxprune.observation import Observation
-from fxprune.program import Program, leading_size
+from fxprune.program import Program
 from fxprune.rules import rule_for
 from fxprune.sites import Plan
 from fxprune.unit_costs import Row, Term, UnitCosts

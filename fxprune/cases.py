@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.program import Inputs, leading_size, model_inputs, tensors_of
+from fxprune.inputs import Inputs, leading_size, model_inputs, tensors_of
 
 # What the second spatial size adds: the usual total stride, so that most models accept it.
 GROWTH = 32

@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 from fxprune.compiler import GatedModel, gated_model, inputs_for
 from fxprune.errors import GateError
 from fxprune.gates import Gates
+from fxprune.inputs import to_device
+from fxprune.modules import copy_model, device_of, memory_of
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.gate_marking import mark_gates, restore_gates
 from fxprune.penalties import gates_of
 from fxprune.pipeline import Change, run
-from fxprune.program import Program, copy_model, device_of, memory_of, narrowed, to_device
+from fxprune.program import Program, narrowed
 from fxprune.selection import strongest, units_of
 
 _Cuts = dict[str, list[tuple[int, Tensor]]]

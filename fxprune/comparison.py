@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.program import describe, opened
+from fxprune.inputs import describe, opened
 
 # The part of integer outputs (argmax, comparisons) that rounding alone may flip.
 FLIPS = 1e-3

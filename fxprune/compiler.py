@@ -1,4 +1,4 @@
-"""The two verbs, as pipelines, and why their passes run in this order.
+"""The two verbs: what they take and check, what they run (`pipelines`), prove and report.
 
 Both work on a copy: what the user holds is never modified.
 """
@@ -9,41 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from torch import fx, nn
 
 from fxprune.assumptions import assumptions
-from fxprune.channels import analyse
 from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
-from fxprune.passes.affine_inputs import fold_affine_inputs
-from fxprune.passes.batch_norm import fold_batch_norm
-from fxprune.passes.constant_branches import remove_constant_branches
-from fxprune.passes.dead_channels import eliminate_dead_channels
-from fxprune.passes.early_pools import advance_pools
-from fxprune.passes.gate_removal import remove_gates
-from fxprune.passes.in_place import make_functional
+from fxprune.inputs import Inputs, model_inputs, same, to_device
+from fxprune.modules import device_of, evaluating, memory_of, remember_
 from fxprune.passes.instrumentation import insert_gates
-from fxprune.passes.layer_modules import make_layers_modules
-from fxprune.passes.linear_chains import fold_linear_chains
-from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
-from fxprune.passes.parallel_branches import fold_parallel_branches
-from fxprune.passes.rank_questions import ask_inputs_for_ranks
-from fxprune.passes.size_unpacking import unpack_sizes
-from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
-from fxprune.pipeline import Change, Pass, keeps_shapes, run
-from fxprune.program import (
-    Inputs,
-    Program,
-    device_of,
-    evaluating,
-    memory_of,
-    model_inputs,
-    remember_,
-    same,
-    to_device,
-    widened,
-)
+from fxprune.pipeline import Change, Pass, run
+from fxprune.pipelines import CUT, ENDS_LEFT, PLAIN, READABLE, folding
+from fxprune.program import Program, widened
 from fxprune.regions import Region
 from fxprune.report import Report
 from fxprune.sharding import require_whole
@@ -65,85 +42,6 @@ if TYPE_CHECKING:
 
 else:  # at run time both are what they are: the result needs no class of ours
     GatedModel = PlainModel = fx.GraphModule
-
-# Of the channels around convolutions to be merged, where it is asked whether that could pay.
-ENDS_LEFT = 0.5
-
-READABLE: tuple[Pass, ...] = (
-    # A size inside a computed tuple could not follow the channels it counts.
-    unpack_sizes,
-    # A layer whose rank is asked for has a reader too many to be merged.
-    ask_inputs_for_ranks,
-    # Layers written as functions could neither fold nor take constants in.
-    make_layers_modules,
-)
-
-PLAIN: tuple[Pass, ...] = (
-    # What the gates decided becomes zeros, which all later passes understand.
-    remove_gates,
-    # Bypassing operators is safe once none of them overwrites its input.
-    make_functional,
-    *READABLE,
-)
-
-
-def remove_dead_units(program: Program) -> list[Change]:
-    """Remove constant branches, then dead channels: one analysis serves all that change nothing.
-
-    A branch that nothing is left of would keep a unit, and the stream it joins from shrinking.
-    """
-    known = analyse(program)
-    changes = remove_constant_branches(program, known)
-    known = analyse(program) if changes else known
-    gathers = insert_gathers(program, known)
-    changes += gathers + eliminate_dead_channels(program, None if gathers else known)
-    return changes + remove_unsettled_gathers(program)
-
-
-CUT: tuple[Pass, ...] = (
-    # Units go before anything is folded: a merged layer no longer has them.
-    remove_dead_units,
-    # Gates that kept all they still have are products with ones by now.
-    remove_products_with_ones,
-)
-
-
-def folding(cost: str = "parameters") -> tuple[Pass, ...]:
-    """Return the passes that fold; what is merged never costs more than it did apart."""
-
-    @keeps_shapes
-    def fold_layers(program: Program) -> list[Change]:
-        """Merge chains and sums in turns: a branch becomes one layer first, then its sum does."""
-        changes: list[Change] = []
-        while True:
-            new = fold_linear_chains(program, cost=cost)
-            new += fold_parallel_branches(program, cost=cost)
-            if not new:
-                return changes
-            changes += new
-
-    @keeps_shapes
-    def fold_pools(program: Program) -> list[Change]:
-        return fold_linear_chains(program, cost=cost, pools=True)
-
-    fold_pools.__name__ = fold_linear_chains.__name__
-    return (
-        # Only now: a model that is not folded may be trained on, with its dropout.
-        remove_no_ops,
-        # Gates that stood in the way are gone.
-        ask_inputs_for_ranks,
-        # A batch norm between two layers would keep them apart.
-        fold_batch_norm,
-        # What is left stands behind no layer of its own; the one behind it may take it in.
-        fold_affine_inputs,
-        fold_layers,
-        # Where a 1×1 was one with the layer before it, there is no 1×1 any more.
-        advance_pools,
-        # A pool between two layers does not keep them apart, but is better left alone.
-        fold_pools,
-        # Folding leaves modules behind that nobody calls.
-        remove_no_ops,
-    )
 
 
 def instrument(
@@ -205,7 +103,7 @@ def instrument(
         elif hoist_padding:
             report.passes |= run(region.program, (hoisting,))
         before = _outputs(region.program) if check else None
-        report.passes |= run(region.program, (unpack_sizes, insertion))
+        report.passes |= run(region.program, (*READABLE, insertion))
         if check and not same(before, _outputs(region.program)):
             raise VerificationError(
                 f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"

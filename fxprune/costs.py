@@ -17,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExampleInputError
 from fxprune.gates import Gates
+from fxprune.inputs import Inputs, describe, leading_size, to_device
 from fxprune.macs import MacCounter
+from fxprune.modules import device_of
 from fxprune.observation import observe
-from fxprune.program import Inputs, Program, describe, device_of, leading_size, to_device
+from fxprune.program import Program
 
 WARM_UP = 3
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ExampleInputError
-from fxprune.program import Inputs, copy_model, device_of, to_device
+from fxprune.inputs import Inputs, to_device
+from fxprune.modules import copy_model, device_of
 
 _IMAGES = (224, 32, 28, 64, 96, 128, 299, 256)
 _SEQUENCES = (128, 1000, 16000)

@@ -22,10 +22,11 @@ from torch.utils import _pytree as pytree
 from fxprune.cases import normalised_inputs
 from fxprune.comparison import FLIPS, Difference, differences
 from fxprune.errors import ExportError, as_export_error, one_line
+from fxprune.inputs import Inputs, describe, tensors_of, to_device
+from fxprune.modules import copy_model, memory_of
 from fxprune.onnx_program import FIX_SIZES, write_onnx
 from fxprune.onnx_signature import Flat, Sizes
 from fxprune.precision import full_precision
-from fxprune.program import Inputs, copy_model, describe, memory_of, tensors_of, to_device
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 

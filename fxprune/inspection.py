@@ -22,12 +22,13 @@ from fxprune.cuts import Cut
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import HALF, UNGATED, Gates, WidthSite, gate_owners, linear_gate, width_gate
 from fxprune.liveness import settle
+from fxprune.modules import memory_of
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import BORDERS
 from fxprune.penalties import gates_by_name
 from fxprune.piecewise import parts_in_evaluation
-from fxprune.program import Program, memory_of
+from fxprune.program import Program
 from fxprune.rules import rule_for
 from fxprune.values import Value
 

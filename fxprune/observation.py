@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExampleInputError, where
 from fxprune.macs import MacCounter
-from fxprune.program import Program, evaluating
+from fxprune.modules import evaluating
+from fxprune.program import Program
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import onnx
 import torch
 
 from fxprune.errors import as_export_error
+from fxprune.inputs import describe, tensors_of
 from fxprune.onnx_signature import Flat, Sizes
-from fxprune.program import describe, tensors_of
 
 # Protobuf cannot hold 2 GiB: what comes near it keeps its weights in a second file.
 SINGLE_FILE_BYTES = 3 * 2**29

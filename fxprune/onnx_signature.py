@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.cases import GROWTH, random_inputs, spatial_dims
-from fxprune.program import Inputs, leading_size, opened, tensors_of
+from fxprune.inputs import Inputs, leading_size, opened, tensors_of
 
 # A dynamic batch is tried at 1, which torch.export treats apart, and at a size it did not see.
 BATCHES = (1, 3)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fxprune.channels import Channels, analyse
-from fxprune.program import Program, evaluating
+from fxprune.modules import evaluating
+from fxprune.program import Program
 from fxprune.tags import FIXED
 from fxprune.testing import error
 from fxprune.values import State

@@ -16,20 +16,11 @@ from torch import fx, nn
 from fxprune.comparison import Difference, differences, output_leaves
 from fxprune.errors import NothingToDoError, TraceError, VerificationError
 from fxprune.gates import gate_owners
+from fxprune.inputs import Inputs, describe, to_device
+from fxprune.modules import bake_masks, check_parameters, copy_model, device_of, memory_of
 from fxprune.pipeline import Change
 from fxprune.precision import Run, run_all
-from fxprune.program import (
-    Inputs,
-    Program,
-    bake_masks,
-    capture,
-    check_parameters,
-    copy_model,
-    describe,
-    device_of,
-    memory_of,
-    to_device,
-)
+from fxprune.program import Program, capture
 from fxprune.recording import copies, record
 from fxprune.regions import Region, find_regions, leaves_of, put_in_place, recorded_region
 from fxprune.report import Report

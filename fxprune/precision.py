@@ -19,7 +19,9 @@ from fxprune.comparison import output_leaves
 from fxprune.dispatch import DispatchMode
 from fxprune.errors import one_line
 from fxprune.gates import gate_owners
-from fxprune.program import Inputs, device_of, quiet, tensors_of
+from fxprune.inputs import Inputs, tensors_of
+from fxprune.modules import device_of
+from fxprune.program import quiet
 
 
 @dataclass(frozen=True)

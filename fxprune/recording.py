@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExampleInputError, one_line
-from fxprune.program import Inputs, describe, device_of, evaluating, quiet, tensors_of, to_device
+from fxprune.inputs import Inputs, describe, tensors_of, to_device
+from fxprune.modules import device_of, evaluating
+from fxprune.program import quiet
 
 # Asking a weight where it lies is no use of it.
 _DESCRIPTORS: tuple[Any, ...] = (Tensor.device, Tensor.dtype, Tensor.requires_grad)

@@ -14,17 +14,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxprune.errors import ExampleInputError, FxpruneError, NothingToDoError, TraceError
+from fxprune.inputs import Inputs, describe, same, tensors_of
+from fxprune.modules import copy_model, evaluating
 from fxprune.pipeline import Change
-from fxprune.program import (
-    Inputs,
-    Program,
-    capture,
-    copy_model,
-    describe,
-    evaluating,
-    same,
-    tensors_of,
-)
+from fxprune.program import Program, capture
 from fxprune.recording import Call, Recording, Uses, record, uses_in
 
 

@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from fxprune.channels import analyse
 from fxprune.gates import HALF, UNGATED, Gates
+from fxprune.modules import evaluating
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.penalties import gates_by_name
 from fxprune.pipeline import Change, Pass
-from fxprune.program import Program, capture, evaluating
+from fxprune.program import Program, capture
 
 
 @dataclass(frozen=True)

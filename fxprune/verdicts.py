@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fxprune.assumptions import ASSUMES
 from fxprune.comparison import FLIPS, Difference, differences
+from fxprune.inputs import Inputs, describe, leading_size
 from fxprune.precision import Run, Runs
-from fxprune.program import Inputs, describe, leading_size
 
 Verdict = Literal["equal", "different", "inconclusive", "skipped"]
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from fxprune.cases import normalised_inputs, random_cases
 from fxprune.errors import ExampleInputError, VerificationError
+from fxprune.inputs import Inputs, describe
+from fxprune.modules import copy_model
 from fxprune.precision import Runs, cast_, float_dtypes, lacks_float32, run_all
-from fxprune.program import Inputs, copy_model, describe
 from fxprune.verdicts import Check, Verdict, judge_all
 
 DTYPES = ("float64", "float32")

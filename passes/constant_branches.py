@@ -15,9 +15,10 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fxprune.channels import Channels, analyse
+from fxprune.modules import device_of
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change
-from fxprune.program import Program, device_of
+from fxprune.program import Program
 from fxprune.rules import Call, rule_for
 from fxprune.tags import compress, varying_axes
 from fxprune.values import Value

@@ -16,9 +16,10 @@ from fxprune.channels import Channels, analyse
 from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.errors import where
 from fxprune.liveness import settle
+from fxprune.modules import device_of
 from fxprune.observation import observe
 from fxprune.pipeline import Change
-from fxprune.program import Program, device_of, narrowed
+from fxprune.program import Program, narrowed
 from fxprune.rules import rule_for
 from fxprune.values import Barrier, State
 

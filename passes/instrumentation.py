@@ -16,11 +16,12 @@ from fxprune.accounts import account
 from fxprune.depth_sites import find_depth_sites
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import UNGATED, DepthSite, Gates, WidthSite, linear_gate, width_gate
+from fxprune.modules import device_of
 from fxprune.observation import observe
 from fxprune.out_of_place import give_own_module, make_out_of_place, overwrites
 from fxprune.penalties import paper_penalties
 from fxprune.pipeline import Change
-from fxprune.program import Program, device_of
+from fxprune.program import Program
 from fxprune.sites import Candidate, Plan, find_candidates, plan_sites
 from fxprune.values import Value
 

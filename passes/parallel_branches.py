@@ -29,9 +29,10 @@ from fxprune.convolutions import (
     pointwise,
     summed,
 )
+from fxprune.modules import device_of
 from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program, device_of
+from fxprune.program import Program
 from fxprune.sharing import sole_modules
 
 _SUMS = (operator.add, torch.add, "add")

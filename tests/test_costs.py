@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fxprune.costs import Costs, count_costs, latency
 from fxprune.errors import ExampleInputError
 from fxprune.gates import Gates, WidthSite
-from fxprune.program import Inputs
+from fxprune.inputs import Inputs
 
 
 def images(batch: int) -> Inputs:

@@ -17,18 +17,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, prune
 
 from fxprune.errors import ExampleInputError, ModelError, TraceError
+from fxprune.inputs import describe, model_inputs, same
+from fxprune.modules import check_parameters, copy_model, device_of, evaluating
 from fxprune.out_of_place import make_out_of_place
-from fxprune.program import (
-    Program,
-    capture,
-    check_parameters,
-    copy_model,
-    describe,
-    device_of,
-    evaluating,
-    model_inputs,
-    same,
-)
+from fxprune.program import Program, capture
 from fxprune.sharing import sole_modules
 from tests.conftest import randomise
 

@@ -15,7 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 import fxprune
-from fxprune.program import same
+from fxprune.inputs import same
 from fxprune.testing import close_half, error
 from tests.conftest import randomise
 

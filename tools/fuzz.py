@@ -28,10 +28,11 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.gates import UNGATED
+from fxprune.inputs import same
 from fxprune.passes import stream_gathers
 from fxprune.penalties import gates_of
 from fxprune.permutation import exchange_units
-from fxprune.program import capture, quiet, same
+from fxprune.program import capture, quiet
 from tools.cases import Surgery, draw, simpler
 from tools.networks import BATCH, Network, build, example, write
 

@@ -19,9 +19,11 @@ from torchvision.models import get_model
 
 import fxprune
 from fxprune.errors import FxpruneError
+from fxprune.inputs import model_inputs, same, tensors_of
+from fxprune.modules import memory_of
 from fxprune.penalties import gates_by_name
 from fxprune.permutation import exchange_units
-from fxprune.program import capture, memory_of, model_inputs, same, tensors_of, widened
+from fxprune.program import capture, widened
 from fxprune.testing import close_half
 
 SIZES = (64, 96, 128, 224, 299)

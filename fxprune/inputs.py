@@ -1,0 +1,96 @@
+"""What models are given and give back: tensors in nested structures."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import ExampleInputError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def model_inputs(example_inputs: Any) -> Inputs:
+    """Normalise what users pass as example inputs: a tensor, a tuple, or a mapping of keywords."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        mapping: Mapping[Any, Any] = example_inputs
+        return (), {str(key): value for key, value in mapping.items()}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise ExampleInputError(
+        f"example_inputs is {type(example_inputs).__name__}; pass a tensor, a tuple of arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Return the inputs, detached, on `device`."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), inputs)
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """Return the tensors of a nested structure, in its order."""
+    return [leaf for leaf in pytree.tree_leaves(opened(values)) if isinstance(leaf, Tensor)]
+
+
+def opened(structure: Any) -> Any:
+    """Return a nested structure with dicts in the place of dataclasses, which pytree sees whole."""
+
+    def entries(leaf: Any) -> Any:
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return opened({field.name: getattr(leaf, field.name) for field in fields(leaf)})
+
+    return pytree.tree_map(entries, structure)
+
+
+def leading_size(inputs: Any) -> int | None:
+    """Return the batch size of inputs: dim 0 of their first tensor that has one."""
+    return next((len(tensor) for tensor in tensors_of(inputs) if tensor.ndim), None)
+
+
+def describe(inputs: Any) -> str:
+    """Return shapes and dtypes of the tensors of an input structure, for messages."""
+    leaves = pytree.tree_leaves(inputs)
+    parts = [
+        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+        if isinstance(leaf, Tensor)
+        else repr(leaf)
+        for leaf in leaves
+    ]
+    return "(" + ", ".join(parts) + ")"
+
+
+def same(left: Any, right: Any) -> bool:
+    """Tell whether two output structures hold bit-equal tensors in the same places.
+
+    Structures are compared by keys and positions: a dict may stand for an OrderedDict.
+    """
+    flat_left, flat_right = _leaves(left), _leaves(right)
+    return (
+        _dataclasses(left) == _dataclasses(right)
+        and flat_left.keys() == flat_right.keys()
+        and all(_same_leaf(leaf, flat_right[path]) for path, leaf in flat_left.items())
+    )
+
+
+def _dataclasses(structure: Any) -> list[type]:
+    return [type(leaf) for leaf in pytree.tree_leaves(structure) if is_dataclass(leaf)]
+
+
+def _leaves(structure: Any) -> dict[str, Any]:
+    leaves = pytree.tree_flatten_with_path(opened(structure))[0]
+    return {pytree.keystr(path): leaf for path, leaf in leaves}
+
+
+def _same_leaf(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return False
+    return bool(left == right)

@@ -1,0 +1,131 @@
+"""A user's module: checked, copied, its masks baked into its weights, what a verb left in it."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import ModelError, TraceError
+from fxprune.inputs import Inputs
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise `ModelError` for weights no equality can be proved on."""
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(parameter):
+            raise ModelError(f"{name} is not initialised yet; run the model once on real inputs")
+        if parameter.is_meta:
+            raise ModelError(f"{name} holds no numbers (meta device); load the weights first")
+        if parameter.is_complex():
+            raise ModelError(f"{name} is complex; fxprune works on real-valued models")
+        if isinstance(parameter, nn.Parameter) and not parameter.is_floating_point():
+            raise ModelError(
+                f"{name} is {parameter.dtype}; work on the floating-point model and quantise after"
+            )
+        if isinstance(parameter, nn.Parameter) and not _is_finite(parameter):
+            raise ModelError(f"{name} holds NaN or infinity; restore a sound checkpoint first")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Tell whether all numbers are finite; where their sum is, one pass over them was enough."""
+    values = tensor.detach()
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def copy_model(model: nn.Module) -> Any:
+    """Deep-copy a module, also one that holds tensors computed from its parameters (masks)."""
+    memo: dict[int, Any] = {}
+    try:
+        for module in model.modules():
+            for held in vars(module).values():
+                for value in held if isinstance(held, (list, tuple)) else (held,):
+                    if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
+                        memo[id(value)] = value.detach().clone()
+        for module in reversed(list(model.modules())):  # parts first
+            if _is_its_attributes(type(module)):
+                _copy_attributes(module, memo)
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}; "
+            "detach or drop what it holds besides parameters and buffers"
+        ) from error
+
+
+def _is_its_attributes(cls: type[nn.Module]) -> bool:
+    """Tell whether copying its attributes copies a module: its class has no other ideas."""
+    return (
+        not hasattr(cls, "__deepcopy__")
+        and cls.__reduce_ex__ is object.__reduce_ex__
+        and cls.__reduce__ is object.__reduce__
+        and cls.__getstate__ is nn.Module.__getstate__
+        and cls.__setstate__.__module__.startswith("torch.nn.")
+    )
+
+
+def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy a module as `deepcopy` does, which takes ten times as long for its empty dicts."""
+    twin = memo[id(module)] = type(module).__new__(type(module))
+    state: dict[str, Any] = module.__getstate__()
+    for key, value in state.items():
+        if type(value) in _ATOMS or (type(value) in _MAPPINGS and not value):
+            twin.__dict__[key] = value if type(value) in _ATOMS else type(value)()
+        else:
+            twin.__dict__[key] = copy.deepcopy(value, memo)
+
+
+_ATOMS = (bool, int, float, str, type(None))
+_MAPPINGS = (dict, OrderedDict)
+
+
+def bake_masks(root: nn.Module) -> None:
+    """Write the masks of `torch.nn.utils.prune` into the weights, in place."""
+    for module in root.modules():
+        hooks = list(module._forward_pre_hooks.values())
+        for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:
+            prune.remove(module, name)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer, the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Generator[None]:
+    """Put modules, and all in them, into evaluation mode for a while."""
+    flags = {part: part.training for module in modules for part in module.modules()}
+    for part in flags:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, flag in flags.items():
+            part.training = flag
+
+
+def memory_of(model: nn.Module) -> dict[str, Any]:
+    """Return what a verb left in its result: the model's name, example inputs, regions; or {}."""
+    if isinstance(model, fx.GraphModule):
+        return model.meta.get("fxprune", {})
+    return vars(model).get("_fxprune", {})
+
+
+def remember_(model: nn.Module, report: Any, example_inputs: Inputs, /, **memory: Any) -> None:
+    """Leave a report in a result, and what the next verb asks for; a deep copy keeps both."""
+    memory["example_inputs"] = pytree.tree_map_only(Tensor, Tensor.cpu, example_inputs)
+    vars(model)["report"] = report
+    if isinstance(model, fx.GraphModule):
+        model.meta["fxprune"] = memory
+        model.meta.setdefault("_user_preserved_attributes", {})["report"] = report
+    else:
+        vars(model)["_fxprune"] = memory
