@@ -12,12 +12,13 @@ from math import ceil
 
 from torch import fx
 
-from fxprune.chains import Piece, cheapest, parameters
 from fxprune.convolutions import Geometry, Inexact
+from fxprune.layer_costs import parameters
 from fxprune.linear_layers import all_composed, composed
 from fxprune.links import Links, find_links
 from fxprune.observation import Observation
 from fxprune.pipeline import Change
+from fxprune.plans import Piece, cheapest
 from fxprune.program import Program
 from fxprune.sites import Candidate
 

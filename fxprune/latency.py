@@ -43,7 +43,7 @@ def measured(geometry: Geometry, inputs: Sizes, threads: int) -> int:
 
 
 class Latencies:
-    """The nanoseconds of layers, as a cost; see `fxprune.chains`.
+    """The nanoseconds of layers, as a cost; see `fxprune.layer_costs`.
 
     folder: where the tables are, `fxprune` in the user's cache if not given. measure: how a layer
     that is not in them is measured.

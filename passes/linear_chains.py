@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.chains import COSTS, Chain, Cost, Piece, chains, cheapest, output_places, unit_of
+from fxprune.chains import Chain, chains
+from fxprune.layer_costs import COSTS, Cost, output_places, unit_of
 from fxprune.linear_layers import can_be, compose_all, covers_map, install_, layer_of
 from fxprune.modules import device_of
 from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
+from fxprune.plans import Piece, cheapest
 from fxprune.program import Program
 from fxprune.sharing import sole_modules
 

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.affine_maps import ANY_AXIS, affine_map, channel_axis
-from fxprune.chains import COSTS, output_places, unit_of
 from fxprune.convolutions import (
     Inexact,
     Layer,
@@ -29,6 +28,7 @@ from fxprune.convolutions import (
     pointwise,
     summed,
 )
+from fxprune.layer_costs import COSTS, output_places, unit_of
 from fxprune.modules import device_of
 from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes

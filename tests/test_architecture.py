@@ -39,6 +39,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("affine_maps", "convolutions"),
     ("average_pools", "transposed_convolutions", "whole_maps"),
     ("linear_layers", "latency"),
+    ("layer_costs",),
+    ("plans",),
     ("example_inputs",),
     ("values",),
     ("cuts",),

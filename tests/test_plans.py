@@ -7,9 +7,10 @@ from zlib import crc32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxprune.chains import COSTS, Cost, cheapest, macs, parameters
 from fxprune.convolutions import Geometry, Inexact, Sizes, composed
 from fxprune.latency import LATENCY, Latencies
+from fxprune.layer_costs import COSTS, Cost, macs, parameters
+from fxprune.plans import cheapest
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> Geometry:

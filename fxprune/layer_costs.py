@@ -1,0 +1,41 @@
+"""What a layer costs: its parameters, its multiply-accumulates, or its measured latency."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from fxprune.convolutions import Geometry, Sizes
+from fxprune.latency import LATENCY, Latencies
+from fxprune.observation import TensorSpec
+
+Cost = Callable[[Geometry, Sizes], int]
+"""What a layer costs at the places of its output: the batch, and the sizes of its axes."""
+
+
+def parameters(geometry: Geometry, places: Sizes) -> int:
+    """Return how many numbers a layer has."""
+    return geometry.parameters
+
+
+def macs(geometry: Geometry, places: Sizes) -> int:
+    """Return how many multiply-accumulates a layer takes."""
+    return geometry.macs(prod(places))
+
+
+def output_places(geometry: Geometry, spec: Any) -> Sizes:
+    """Return at which places a layer's outputs are computed: the batch, and the sizes of axes."""
+    if not isinstance(spec, TensorSpec):
+        return (1,) * (1 + len(geometry.kernel))
+    axes = len(geometry.kernel)
+    sizes = spec.shape[len(spec.shape) - axes :]
+    if geometry.size and len(spec.shape) == 2:
+        sizes = (1,) * axes  # behind a flattening
+    return (prod(spec.shape) // geometry.outputs // prod(sizes), *sizes)
+
+
+def unit_of(cost: str) -> str:
+    """Return what a cost is counted in."""
+    return "ns" if cost == LATENCY else cost
+
+
+COSTS: dict[str, Cost] = {"parameters": parameters, "macs": macs, LATENCY: Latencies()}
