@@ -20,7 +20,7 @@ from fxprune.dispatch import DispatchMode
 from fxprune.errors import one_line
 from fxprune.gates import gate_owners
 from fxprune.inputs import Inputs, tensors_of
-from fxprune.modules import device_of
+from fxprune.modules import copy_model, device_of
 from fxprune.program import quiet
 
 
@@ -51,6 +51,30 @@ def run_all(
         name: [_run(model, inputs, d) for model, d in zip(models, inputs_as, strict=True)]
         for name, inputs in cases.items()
     }
+
+
+def run_nudged(model: nn.Module, cases: Mapping[str, Inputs], seed: int) -> Runs:
+    """Run copies of a float64 model on inputs like these, every weight and input off by an ε.
+
+    What that moves, the rounding on the way may move too.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in cases}
+    for one in range(2):
+        generator = torch.Generator().manual_seed(seed + one)
+
+        def nudge(tensor: Tensor, source: torch.Generator = generator) -> Tensor:
+            noise = torch.randn(tensor.shape, generator=source, dtype=torch.float64)
+            return tensor.double() * (1 + torch.finfo(torch.float64).eps * noise.to(tensor.device))
+
+        moved = copy_model(model)
+        for parameter in moved.parameters():
+            parameter.data = nudge(parameter.data)
+        for name, inputs in cases.items():
+            beside: Any = pytree.tree_map_only(
+                Tensor, lambda t: nudge(t) if t.is_floating_point() else t, inputs
+            )
+            runs[name].append(_run(moved, beside, torch.float64))
+    return runs
 
 
 def lacks_float32(model: nn.Module) -> bool:

@@ -28,8 +28,8 @@ SPREAD_FLOOR = torch.finfo(torch.float32).eps
 ROUNDING_MARGIN = 10.0
 # How many ε of the dtype that a reference rounds to by itself float64 cannot resolve.
 UNRESOLVED = 100.0
-# What is left in float64 of an error in float32: 2⁻²⁹, and a margin, as chaos has a ceiling.
-DIGITS = 1e-5
+# How many times the move of the reference, when its weights move by an ε, a candidate may be off.
+SENSITIVE = 100.0
 
 # How large an error rounding alone may explain: up to there, what exceeds a tolerance is undecided.
 _Allowance = Callable[[Difference], float]
@@ -59,9 +59,15 @@ class Check:
 
 
 def judge_all(
-    cases: Mapping[str, Inputs], double: tuple[Runs, float], single: tuple[Runs, float]
+    cases: Mapping[str, Inputs],
+    double: tuple[Runs, float],
+    single: tuple[Runs, float],
+    nudged: Runs,
 ) -> tuple[Check, ...]:
-    """Judge every case in both dtypes, from its runs and the tolerance."""
+    """Judge every case in both dtypes, from its runs and the tolerance.
+
+    nudged: by case, runs in float64 of the reference with every weight another by an ε.
+    """
     checks: list[Check] = []
     spreads64, spreads32 = _spreads(cases, double[0]), _spreads(cases, single[0])
     for name, inputs in cases.items():
@@ -69,7 +75,7 @@ def judge_all(
         in64 = _Evidence(name, inputs, "float64", double[1], spreads64[name], runs64)
         in32 = _Evidence(name, inputs, "float32", single[1], spreads32[name], runs32)
         noise = _noise(runs32[0], runs64[0])
-        allowed = _resolution(_rounding(runs64[0]), noise)
+        allowed = _resolution(runs64[0], nudged.get(name, ()))
         check = in64.judge(
             allowed, "the reference itself rounds to a shorter dtype, or is as sensitive"
         )
@@ -140,18 +146,35 @@ class _Evidence:
         )
 
 
-def _rounding(reference: Run) -> _Allowance:
-    """Allow what float64 cannot resolve in a reference that rounds to a shorter dtype."""
-    flips = FLIPS if reference.rounding else 0.0
-    return lambda difference: flips if difference.exact else UNRESOLVED * reference.rounding
+def doubtful(runs: Runs, tolerance: float) -> list[str]:
+    """Return the cases in which reference and candidate are further apart than a tolerance."""
+    return [
+        name
+        for name, (reference, candidate) in runs.items()
+        if not reference.failure
+        and any(
+            not one.error <= (0.0 if one.exact else tolerance)
+            for one in differences(reference.outputs, candidate.outputs)
+        )
+    ]
 
 
-def _resolution(rounding: _Allowance, noise: _Allowance) -> _Allowance:
-    """Allow also what float64 cannot resolve where rounding to float32 changes everything."""
+def _resolution(reference: Run, nudged: Sequence[Run]) -> _Allowance:
+    """Allow what float64 cannot resolve, as the reference rounds to a shorter dtype or is chaotic.
+
+    Deep networks that were never trained are chaotic on large inputs.
+    """
+    moved: dict[str, float] = {}
+    for run in nudged:
+        for one in differences(reference.outputs, run.outputs):
+            if math.isfinite(one.error):
+                moved[one.output] = max(moved.get(one.output, 0.0), one.error)
 
     def allowed(difference: Difference) -> float:
-        moved = 0.0 if difference.exact else noise(difference)
-        return max(rounding(difference), DIGITS * moved if math.isfinite(moved) else 0.0)
+        move = moved.get(difference.output, 0.0)
+        if difference.exact:
+            return FLIPS if reference.rounding or move else 0.0
+        return max(UNRESOLVED * reference.rounding, SENSITIVE * move)
 
     return allowed
 

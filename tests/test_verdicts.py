@@ -43,6 +43,26 @@ def test_a_reference_that_rounds_by_itself_is_not_resolved() -> None:
     assert compare(lambda x: x, rounded).verdict == "different"
 
 
+def test_chaos_is_left_open_and_no_excuse() -> None:
+    def chaotic(x: Tensor) -> Tensor:
+        x = x.sigmoid()
+        for _ in range(40):  # a logistic map doubles an error at every turn
+            x = 3.99 * x * (1 - x)
+        return x
+
+    def slightly_off(x: Tensor) -> Tensor:
+        return chaotic(x * (1 + 1e-15))
+
+    found = compare(chaotic, slightly_off)
+    assert set(verdicts(found, "float64").values()) == {"inconclusive"}
+    assert "as sensitive" in found.checks[0].reason
+    found = compare(chaotic, lambda x: chaotic(x) * 0.9)
+    assert found.verdict == "different"
+    # What is not sensitive has no allowance.
+    found = compare(lambda x: x.sin(), lambda x: x.sin() * (1 + 1e-8))
+    assert set(verdicts(found, "float64").values()) == {"different"}
+
+
 def test_what_rounding_decides_in_float32_is_left_open() -> None:
     found = compare(lambda x: (1e5 * x).sin(), lambda x: (1e2 * (1e3 * x)).sin(), 20, 4)
     assert set(verdicts(found, "float64").values()) == {"equal"}

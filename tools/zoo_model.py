@@ -18,13 +18,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model
 
 import fxprune
+from fxprune.comparison import differences
 from fxprune.errors import FxpruneError
 from fxprune.inputs import model_inputs, same, tensors_of
-from fxprune.modules import memory_of
+from fxprune.modules import evaluating, memory_of
 from fxprune.penalties import gates_by_name
 from fxprune.permutation import exchange_units
-from fxprune.program import capture, widened
+from fxprune.precision import run_all, run_nudged
+from fxprune.program import Program, capture, widened
 from fxprune.testing import close_half
+from fxprune.verdicts import SENSITIVE
 
 SIZES = (64, 96, 128, 224, 299)
 
@@ -157,8 +160,21 @@ def permutation(model: nn.Module, x: Any) -> str:
     if program is None:
         return "does not run in float64"
     found = exchange_units(program)
-    verdict = "WRONG: " if found.error > 1e-9 else ""
-    return f"{verdict}{found.moved} of {found.classes} moved: {found.error:.1e}"
+    text = f"{found.moved} of {found.classes} moved: {found.error:.1e}"
+    if found.error <= 1e-9:
+        return text
+    sensitivity = _sensitivity(program)
+    verdict = "undecided" if found.error <= SENSITIVE * sensitivity else "WRONG"
+    return f"{verdict}: {text}, weights off by an ε: {sensitivity:.1e}"
+
+
+def _sensitivity(program: Program) -> float:
+    """Return how far a float64 program's outputs move where its weights move by an ε."""
+    case = {"": (program.args, program.kwargs)}
+    with evaluating(program.module):
+        ((reference,),) = run_all([program.module], case, [torch.float64]).values()
+        (moved,) = run_nudged(program.module, case, seed=0).values()
+    return max(one.error for run in moved for one in differences(reference.outputs, run.outputs))
 
 
 def _traced(gated: Any) -> str:
