@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.gates import linear_gate, width_gate
+from fxprune.ops.gather import pick_channels
 from fxprune.rules import RULES
 from fxprune.testing import check_rule
 
@@ -29,6 +30,13 @@ def same(x: Any) -> Any:
 
 def positive(x: Tensor) -> Tensor:
     return x.abs() + 0.5
+
+
+def picked(x: Any) -> Any:
+    """Pick channels, in the graph too: a pass puts this there, no user's code does."""
+    if isinstance(x, fx.Proxy):
+        return x.tracer.create_proxy("call_function", pick_channels, (x, 1), {})
+    return pick_channels(x, 1)
 
 
 def listed(x: Any) -> Any:
@@ -508,6 +516,7 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
     ),
     "batch_norm": (BatchNormFunction(), Sample()),
     "width_gate": (WithParameters(width_gate, (1, 8, 1, 1)), Sample(shrinks=False)),
+    "pick_channels": (Expression(picked), Sample()),
     "linear_gate": (
         Expression(lambda x: linear_gate(x, x.relu(), torch.zeros(()))),
         Sample(shrinks=False),
