@@ -44,7 +44,7 @@ def folded(gated: GatedModel) -> list[nn.Conv2d]:
 SIZES = st.tuples(*(st.integers(1, n) for n in (4, 2, 2)), st.integers(0, 2))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(geometry=st.lists(SIZES, min_size=2, max_size=3))
 def test_sizes_stay_and_the_inside_too(geometry: list[tuple[int, int, int, int]]) -> None:
     widths = [2, *(40,) * (len(geometry) - 1), 2]
