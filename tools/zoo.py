@@ -7,6 +7,7 @@ A model that was done with the same versions is not done again, so that an inter
 
 import fnmatch
 import json
+import signal
 import subprocess
 import sys
 from datetime import date
@@ -81,6 +82,9 @@ def one(name: str, seconds: float) -> Result:
     except subprocess.TimeoutExpired:
         return {"name": name, "versions": VERSIONS, "verdict": f"stopped after {seconds:.0f} s"}
     lines = done.stdout.strip().splitlines()
+    if done.returncode == -signal.SIGKILL:
+        verdict = "killed: it needs more memory than there is"
+        return {"name": name, "versions": VERSIONS, "verdict": verdict}
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return {"name": name, "versions": VERSIONS, "verdict": f"CRASHED: {last[:200]}"}
