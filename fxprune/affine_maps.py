@@ -13,13 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.kinds import NORMS
 from fxprune.observation import Observation, TensorSpec
 from fxprune.program import Program
-
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Linear, *CONVS, *TRANSPOSED)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune import ops as ops
 from fxprune.boxes import close_boxes
+from fxprune.cuts import Cut
 from fxprune.errors import where
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.program import Program
@@ -42,6 +43,7 @@ class Channels:
     keeps: list[tuple[fx.Node, Tensor, str]]
     barriers: dict[fx.Node, str]
     uses: dict[fx.Node, list[str]]
+    settled: Cut | None = None  # what `liveness.settle` found: it asks once
 
     def tensors(self, without: Collection[fx.Node] = ()) -> list[Value]:
         """Return every tensor value of the program but those of some nodes."""

@@ -18,8 +18,8 @@ from fxprune.modules import device_of, evaluating, memory_of, remember_
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
-from fxprune.pipeline import Change, Pass, run
-from fxprune.pipelines import CUT, ENDS_LEFT, PLAIN, READABLE, folding
+from fxprune.pipeline import Change, Pass, run, with_options
+from fxprune.pipelines import CUT, PLAIN, READABLE, folding
 from fxprune.program import Program, widened
 from fxprune.regions import Region
 from fxprune.report import Report
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
 else:  # at run time both are what they are: the result needs no class of ours
     GatedModel = PlainModel = fx.GraphModule
+
+
+# Of the channels around convolutions to be merged, where it is asked whether that could pay.
+ENDS_LEFT = 0.5
 
 
 def instrument(
@@ -79,31 +83,20 @@ def instrument(
     reports: dict[str, Report] = {}
 
     ends = ENDS_LEFT if hoist_padding else 1.0
-
-    def insertion(program: Program) -> list[Change]:
-        return insert_gates(
-            *(program,),
-            width_init=width_init,
-            linear_init=linear_init,
-            penalties=penalties,
-            ends=ends,
-        )
-
-    def hoisting(program: Program) -> list[Change]:
-        return hoist(program, ends=ends)
-
-    insertion.__name__ = insert_gates.__name__
-    hoisting.__name__ = hoist.__name__
+    inits = {"width_init": width_init, "linear_init": linear_init}
+    insertion = with_options(insert_gates, **inits, penalties=penalties, ends=ends)
 
     def gate(region: Region) -> None:
         _require_both_modes(region.program, model)
         report = reports[region.path] = Report("instrument", name, {})
         if hoist_padding and region.path:
             report.refused.append(Change("padding", "not moved: that is for models traced whole"))
-        elif hoist_padding:
-            report.passes |= run(region.program, (hoisting,))
         before = _outputs(region.program) if check else None
-        report.passes |= run(region.program, (*READABLE, insertion))
+        report.passes |= run(region.program, READABLE)
+        if hoist_padding and not region.path:
+            report.passes |= run(region.program, (with_options(hoist, ends=ends),))
+            before = _outputs(region.program) if check else None
+        report.passes |= run(region.program, (insertion,))
         if check and not same(before, _outputs(region.program)):
             raise VerificationError(
                 f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"

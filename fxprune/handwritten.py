@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxprune.observation import Observation, TensorSpec
 from fxprune.ops.elementwise import NONLINEARITIES
-from fxprune.rules import RULES, key_of
+from fxprune.rules import key_of, rule_name
 
 _BENDING = NONLINEARITIES | {torch.erf, torch.special.erf, torch.exp, "erf", "exp"}
 _POINTWISE = {"elementwise", "product", "identity"}
@@ -25,7 +25,7 @@ def is_handwritten(
 
     known: activations that can be gated themselves; as a factor one gates the product.
     """
-    if _rule(node, modules) != "product" or len(node.all_input_nodes) != 2:
+    if rule_name(node, _module(node, modules)) != "product" or len(node.all_input_nodes) != 2:
         return False
     specs = [seen.values[factor] for factor in node.all_input_nodes]
     if not all(isinstance(spec, TensorSpec) and spec == seen.values[node] for spec in specs):
@@ -45,14 +45,9 @@ def _is_bent(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         met.add(node)
         if key_of(node, _module(node, modules)) in _BENDING:
             return True
-        if _rule(node, modules) in _POINTWISE:
+        if rule_name(node, _module(node, modules)) in _POINTWISE:
             pending.extend(node.all_input_nodes)
     return False
-
-
-def _rule(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    rule = RULES.get(key_of(node, _module(node, modules)))
-    return "" if rule is None else rule.name
 
 
 def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fxprune import convolutions
-from fxprune.affine_maps import TRANSPOSED
 from fxprune.average_pools import Pool, pool_layer
-from fxprune.convolutions import CONVS, Geometry, Inexact, Layer
+from fxprune.convolutions import Geometry, Inexact, Layer
+from fxprune.kinds import CONVS, TRANSPOSED
 from fxprune.transposed_convolutions import (
     Transposed,
     compose_transposed,

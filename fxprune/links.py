@@ -7,17 +7,16 @@ layers over one input stands for a layer too: a residual block,
     x + F(x) = (K_F + Dirac)·x + b_F
 """
 
-import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
 
-from fxprune.affine_maps import NORMS
 from fxprune.chains import in_order
 from fxprune.convolutions import Geometry, Inexact, geometry_of, pointwise, summed
 from fxprune.flattening import flattens, moves_data, only_reader
+from fxprune.kinds import NORMS, SUMS
 from fxprune.linear_layers import all_composed
 from fxprune.observation import Observation
 from fxprune.program import Program
@@ -25,7 +24,6 @@ from fxprune.sharing import sole_modules
 from fxprune.whole_maps import WholeMap
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
-_SUMS = (operator.add, torch.add, "add")
 
 
 @dataclass
@@ -171,7 +169,7 @@ def _blocks(
     branches: dict[fx.Node, list[list[fx.Node]]] = {}
     for chain in known.chains():
         link = known.links[chain[-1]]
-        if link.reader is not None and link.reader.target in _SUMS and not link.passed:
+        if link.reader is not None and link.reader.target in SUMS and not link.passed:
             branches.setdefault(link.reader, []).append(chain)
     found: dict[fx.Node, tuple[fx.Node, Geometry]] = {}
     for total, chains in branches.items():

@@ -18,6 +18,12 @@ from fxprune.values import State, Value, flatten
 
 def settle(channels: Channels) -> Cut:
     """Find the classes that are live, and what stays beside them so that no tensor is emptied."""
+    if channels.settled is None:
+        channels.settled = _settle(channels)
+    return channels.settled
+
+
+def _settle(channels: Channels) -> Cut:
     classes = channels.classes
     live = torch.zeros(len(classes), dtype=torch.bool)
     live[FIXED] = True

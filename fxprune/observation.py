@@ -47,6 +47,10 @@ class Observation:
         """Tell whether anybody writes into memory that one of the nodes shares."""
         return any(self.alias[node] in self._written for node in nodes)
 
+    def drop_dead_code(self, graph: fx.Graph) -> None:
+        """Erase what nobody reads, but for what writes into memory or asserts."""
+        graph.eliminate_dead_code(lambda node: node in self.mutated or node.is_impure())
+
     @cached_property
     def _written(self) -> set[fx.Node]:
         return {self.alias[node] for targets in self.mutated.values() for node in targets}

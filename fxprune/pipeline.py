@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, update_wrapper
 from typing import Any, TypeVar
 
 from fxprune.program import Program
@@ -35,6 +36,11 @@ def keeps_shapes(one: _P) -> _P:
     """
     one.__dict__["keeps_shapes"] = True
     return one
+
+
+def with_options(one: Callable[..., list[Change]], **options: Any) -> Pass:
+    """Return a pass with some of its arguments settled, under its own name."""
+    return update_wrapper(partial(one, **options), one)
 
 
 def run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:

@@ -15,11 +15,8 @@ from fxprune.passes.parallel_branches import fold_parallel_branches
 from fxprune.passes.rank_questions import ask_inputs_for_ranks
 from fxprune.passes.size_unpacking import unpack_sizes
 from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
-from fxprune.pipeline import Change, Pass, keeps_shapes
+from fxprune.pipeline import Change, Pass, keeps_shapes, with_options
 from fxprune.program import Program
-
-# Of the channels around convolutions to be merged, where it is asked whether that could pay.
-ENDS_LEFT = 0.5
 
 READABLE: tuple[Pass, ...] = (
     # A size inside a computed tuple could not follow the channels it counts.
@@ -49,7 +46,8 @@ def remove_dead_units(program: Program) -> list[Change]:
     known = analyse(program) if changes else known
     gathers = insert_gathers(program, known)
     changes += gathers + eliminate_dead_channels(program, None if gathers else known)
-    return changes + remove_unsettled_gathers(program)
+    remove_unsettled_gathers(program)
+    return changes
 
 
 CUT: tuple[Pass, ...] = (
@@ -74,11 +72,6 @@ def folding(cost: str = "parameters") -> tuple[Pass, ...]:
                 return changes
             changes += new
 
-    @keeps_shapes
-    def fold_pools(program: Program) -> list[Change]:
-        return fold_linear_chains(program, cost=cost, pools=True)
-
-    fold_pools.__name__ = fold_linear_chains.__name__
     return (
         # Only now: a model that is not folded may be trained on, with its dropout.
         remove_no_ops,
@@ -92,7 +85,7 @@ def folding(cost: str = "parameters") -> tuple[Pass, ...]:
         # Where a 1×1 was one with the layer before it, there is no 1×1 any more.
         advance_pools,
         # A pool between two layers does not keep them apart, but is better left alone.
-        fold_pools,
+        with_options(fold_linear_chains, cost=cost, pools=True),
         # Folding leaves modules behind that nobody calls.
         remove_no_ops,
     )

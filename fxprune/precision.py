@@ -53,12 +53,12 @@ def run_all(
     }
 
 
-def run_nudged(model: nn.Module, cases: Mapping[str, Inputs], seed: int) -> Runs:
-    """Run copies of a float64 model on inputs like these, every weight and input off by an ε.
+def run_nudged(model: nn.Module, inputs: Inputs, seed: int) -> list[Run]:
+    """Run copies of a float64 model on a case, every weight and input off by an ε.
 
     What that moves, the rounding on the way may move too.
     """
-    runs: dict[str, list[Run]] = {name: [] for name in cases}
+    runs: list[Run] = []
     for one in range(2):
         generator = torch.Generator().manual_seed(seed + one)
 
@@ -69,11 +69,10 @@ def run_nudged(model: nn.Module, cases: Mapping[str, Inputs], seed: int) -> Runs
         moved = copy_model(model)
         for parameter in moved.parameters():
             parameter.data = nudge(parameter.data)
-        for name, inputs in cases.items():
-            beside: Any = pytree.tree_map_only(
-                Tensor, lambda t: nudge(t) if t.is_floating_point() else t, inputs
-            )
-            runs[name].append(_run(moved, beside, torch.float64))
+        beside: Any = pytree.tree_map_only(
+            Tensor, lambda t: nudge(t) if t.is_floating_point() else t, inputs
+        )
+        runs.append(_run(moved, beside, torch.float64))
     return runs
 
 

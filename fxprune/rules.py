@@ -172,6 +172,12 @@ def key_of(node: fx.Node, module: nn.Module | None) -> Hashable:
     return name if name in RULES else operator
 
 
+def rule_name(node: fx.Node, module: nn.Module | None) -> str:
+    """Return the name of the rule of a node's operator, "" if it has none."""
+    rule = RULES.get(key_of(node, module))
+    return "" if rule is None else rule.name
+
+
 def rule_for(node: fx.Node, module: nn.Module | None) -> OpRule:
     """Return the rule of a node's operator; `Barrier`, saying why, if it has none."""
     rule = RULES.get(key_of(node, module))

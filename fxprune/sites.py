@@ -21,7 +21,7 @@ from fxprune.observation import Observation, TensorSpec
 from fxprune.ops.elementwise import NONLINEARITIES, preserves_zero
 from fxprune.pipeline import Change
 from fxprune.program import Program
-from fxprune.rules import RULES, key_of, rule_for
+from fxprune.rules import key_of, rule_for, rule_name
 from fxprune.tags import FIXED
 from fxprune.values import Barrier
 
@@ -128,8 +128,7 @@ def _behind_affine(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
     while len(node.users) == 1:
         user = next(iter(node.users))
         module = modules[str(user.target)] if user.op == "call_module" else None
-        rule = RULES.get(key_of(user, module))
-        if rule is None or rule.name != "batch_norm":
+        if rule_name(user, module) != "batch_norm":
             return node
         node = user
     return node

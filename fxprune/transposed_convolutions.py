@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from fxprune import convolutions
-from fxprune.affine_maps import TRANSPOSED
 from fxprune.convolutions import Geometry, Inexact, Layer, Sizes, install_numbers_
+from fxprune.kinds import TRANSPOSED
 
 
 @dataclass(frozen=True)

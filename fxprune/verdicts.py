@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -62,11 +63,12 @@ def judge_all(
     cases: Mapping[str, Inputs],
     double: tuple[Runs, float],
     single: tuple[Runs, float],
-    nudged: Runs,
+    nudge: Callable[[str], Sequence[Run]],
 ) -> tuple[Check, ...]:
     """Judge every case in both dtypes, from its runs and the tolerance.
 
-    nudged: by case, runs in float64 of the reference with every weight another by an ε.
+    nudge: runs the reference on a case in float64, every weight off by an ε; it is asked only where
+    reference and candidate are too far apart.
     """
     checks: list[Check] = []
     spreads64, spreads32 = _spreads(cases, double[0]), _spreads(cases, single[0])
@@ -75,7 +77,7 @@ def judge_all(
         in64 = _Evidence(name, inputs, "float64", double[1], spreads64[name], runs64)
         in32 = _Evidence(name, inputs, "float32", single[1], spreads32[name], runs32)
         noise = _noise(runs32[0], runs64[0])
-        allowed = _resolution(runs64[0], nudged.get(name, ()))
+        allowed = _resolution(runs64[0], partial(nudge, name))
         check = in64.judge(
             allowed, "the reference itself rounds to a shorter dtype, or is as sensitive"
         )
@@ -146,32 +148,23 @@ class _Evidence:
         )
 
 
-def doubtful(runs: Runs, tolerance: float) -> list[str]:
-    """Return the cases in which reference and candidate are further apart than a tolerance."""
-    return [
-        name
-        for name, (reference, candidate) in runs.items()
-        if not reference.failure
-        and any(
-            not one.error <= (0.0 if one.exact else tolerance)
-            for one in differences(reference.outputs, candidate.outputs)
-        )
-    ]
-
-
-def _resolution(reference: Run, nudged: Sequence[Run]) -> _Allowance:
+def _resolution(reference: Run, nudge: Callable[[], Sequence[Run]]) -> _Allowance:
     """Allow what float64 cannot resolve, as the reference rounds to a shorter dtype or is chaotic.
 
     Deep networks that were never trained are chaotic on large inputs.
     """
-    moved: dict[str, float] = {}
-    for run in nudged:
-        for one in differences(reference.outputs, run.outputs):
-            if math.isfinite(one.error):
-                moved[one.output] = max(moved.get(one.output, 0.0), one.error)
+
+    @cache
+    def moved() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for run in nudge():
+            for one in differences(reference.outputs, run.outputs):
+                if math.isfinite(one.error):
+                    found[one.output] = max(found.get(one.output, 0.0), one.error)
+        return found
 
     def allowed(difference: Difference) -> float:
-        move = moved.get(difference.output, 0.0)
+        move = moved().get(difference.output, 0.0)
         if difference.exact:
             return FLIPS if reference.rounding or move else 0.0
         return max(UNRESOLVED * reference.rounding, SENSITIVE * move)

@@ -16,8 +16,8 @@ from fxprune.cases import normalised_inputs, random_cases
 from fxprune.errors import ExampleInputError, VerificationError
 from fxprune.inputs import Inputs, describe
 from fxprune.modules import copy_model
-from fxprune.precision import Runs, cast_, float_dtypes, lacks_float32, run_all, run_nudged
-from fxprune.verdicts import Check, Verdict, doubtful, judge_all
+from fxprune.precision import Run, Runs, cast_, float_dtypes, lacks_float32, run_all, run_nudged
+from fxprune.verdicts import Check, Verdict, judge_all
 
 DTYPES = ("float64", "float32")
 # The float64 tolerance, and where a candidate's merged weights were rounded to float32.
@@ -143,10 +143,12 @@ def verify(
     for model in models:
         cast_(model, torch.float64)
     double = run_all(models, cases, [torch.float64, torch.float64])
-    unclear = {name: cases[name] for name in doubtful(double, float64_tolerance)}
-    nudged = run_nudged(models[0], unclear, seed) if unclear else {}
+
+    def nudge(name: str) -> list[Run]:
+        return run_nudged(models[0], cases[name], seed)
+
     return Verification(
-        judge_all(cases, (double, float64_tolerance), (single, float32_tolerance), nudged)
+        judge_all(cases, (double, float64_tolerance), (single, float32_tolerance), nudge)
     )
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 
 from fxprune.affine_maps import (
     ANY_AXIS,
-    LAYERS,
     AffineMap,
     affine_map,
     channel_axis,
@@ -23,6 +22,7 @@ from fxprune.affine_maps import (
     takes_shift,
 )
 from fxprune.average_pools import averages
+from fxprune.kinds import LAYERS
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
@@ -41,7 +41,7 @@ def fold_affine_inputs(program: Program) -> list[Change]:
         if change is not None:
             changes.append(change)
     if changes:
-        program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+        seen.drop_dead_code(program.graph)
     return changes
 
 

@@ -12,14 +12,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxprune.affine_maps import (
-    ANY_AXIS,
-    LAYERS,
-    AffineMap,
-    affine_map,
-    channel_axis,
-    scale_outputs_,
-)
+from fxprune.affine_maps import ANY_AXIS, AffineMap, affine_map, channel_axis, scale_outputs_
+from fxprune.kinds import LAYERS
 from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
@@ -38,7 +32,7 @@ def fold_batch_norm(program: Program) -> list[Change]:
         if found is not None and layer is not None:
             changes.append(_fold(node, found, layer))
     if changes:
-        program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+        seen.drop_dead_code(program.graph)
     return changes
 
 

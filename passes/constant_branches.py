@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fxprune.channels import Channels, analyse
+from fxprune.kinds import SUMS
 from fxprune.modules import device_of
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change
@@ -23,7 +24,6 @@ from fxprune.rules import Call, rule_for
 from fxprune.tags import compress, varying_axes
 from fxprune.values import Value
 
-_SUMS = (operator.add, torch.add, "add")
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _DIFFERENCES = (operator.sub, torch.sub, "sub")
 _QUOTIENTS = (operator.truediv, torch.div, "div")
@@ -51,7 +51,7 @@ def remove_constant_branches(program: Program, known: Channels | None = None) ->
             if constant is not None and _broadcasts(call, seen, operand, constant):
                 changes.append(_replace(program, seen, node, operand, constant))
     if changes:
-        program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+        seen.drop_dead_code(program.graph)
         program.module.delete_all_unused_submodules()
     return changes
 
@@ -113,11 +113,11 @@ def _what_it_leaves(node: fx.Node, operand: fx.Node, constant: Tensor) -> fx.Nod
         return None
     first, second = node.args
     target: Any = node.target
-    neutral = 0.0 if target in (*_SUMS, *_DIFFERENCES) else 1.0
+    neutral = 0.0 if target in (*SUMS, *_DIFFERENCES) else 1.0
     if not bool((constant == neutral).all()):
         return None
-    if second is operand and target in (*_SUMS, *_DIFFERENCES, *_PRODUCTS, *_QUOTIENTS):
+    if second is operand and target in (*SUMS, *_DIFFERENCES, *_PRODUCTS, *_QUOTIENTS):
         return first if isinstance(first, fx.Node) else None
-    if first is operand and target in (*_SUMS, *_PRODUCTS):
+    if first is operand and target in (*SUMS, *_PRODUCTS):
         return second if isinstance(second, fx.Node) else None
     return None

@@ -14,29 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.kinds import CONVS, NORMS, TRANSPOSED
 from fxprune.observation import Observation, TensorSpec, observe
+from fxprune.ops.mixing import CONV_FUNCTIONS, LINEAR_FUNCTIONS, TRANSPOSED_FUNCTIONS
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = (*_CONV[:5], "output_padding", "groups", "dilation")
+_SPREADING = (*_CONV[:5], "output_padding", "groups", "dilation")
 _NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _SIGNATURES: dict[Any, tuple[str, ...]] = {
-    **dict.fromkeys(
-        (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _CONV
-    ),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
-    F.linear: _CONV[:3],
+    **dict.fromkeys(CONV_FUNCTIONS, _CONV),
+    **dict.fromkeys(TRANSPOSED_FUNCTIONS, _SPREADING),
+    **dict.fromkeys(LINEAR_FUNCTIONS, _CONV[:3]),
     F.batch_norm: _NORM,
 }
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _COUNT = "num_batches_tracked"
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS: dict[int, type[nn.Module]] = {
-    **{2: nn.BatchNorm1d, 3: nn.BatchNorm1d},
-    **{4: nn.BatchNorm2d, 5: nn.BatchNorm3d},
-}
+_NORMS: dict[int, type[nn.Module]] = {rank: NORMS[max(rank - 3, 0)] for rank in (2, 3, 4, 5)}
 
 
 @keeps_shapes
@@ -55,7 +50,7 @@ def make_layers_modules(program: Program) -> list[Change]:
         if (layer := _replace(program, owner, nodes, seen)) is not None
     ]
     if changes:
-        program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+        seen.drop_dead_code(program.graph)
     return changes
 
 
@@ -136,10 +131,10 @@ def _settings(node: fx.Node, owner: str, seen: Observation, *, fixed: bool) -> _
             return None
         if options.get("momentum", 0.1) is None:
             return None  # it counts batches
-    elif node.target is F.linear:
+    elif node.target in LINEAR_FUNCTIONS:
         kind = nn.Linear
     else:
-        kinds = _TRANSPOSED_CONVS if _SIGNATURES[node.target] is _TRANSPOSED else _CONVS
+        kinds = TRANSPOSED if _SIGNATURES[node.target] is _SPREADING else CONVS
         kind = kinds[int(node.target.__name__[-2]) - 1]
     if any(isinstance(part, fx.Node) for value in options.values() for part in _parts(value)):
         return None
@@ -159,7 +154,7 @@ def _build(settings: _Settings, old: nn.Module) -> nn.Module | None:
     if held & set(_TENSORS) != settings.takes:
         return None
     sizes = _sizes(kind, options, tensors)
-    if kind in _NORMS.values():
+    if kind in NORMS:
         options = options | {"affine": "weight" in held}
     else:
         options = options | {"bias": "bias" in held}
@@ -178,12 +173,12 @@ def _sizes(
     kind: type[nn.Module], options: dict[str, Any], tensors: dict[str, Any]
 ) -> tuple[Any, ...]:
     """Return the numbers of channels a layer is made with, and a convolution's kernel."""
-    if kind in _NORMS.values():
+    if kind in NORMS:
         return (len(tensors["running_mean"]),)
     first, second, *kernel = tensors["weight"].shape
     groups = int(options.get("groups", 1))
     if kind is nn.Linear:
         return second, first
-    if kind in _TRANSPOSED_CONVS:
+    if kind in TRANSPOSED:
         return first, second * groups, tuple(kernel)
     return second * groups, first, tuple(kernel)

@@ -72,7 +72,7 @@ def _fold_once(program: Program, cost: Cost, unit: str, pools: bool) -> list[Cha
             merge.do(seen, prod(places[piece.stop - 1]))
             grown = grown or merge.adds_node
     if changes:
-        program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+        seen.drop_dead_code(program.graph)
     if grown:
         program.seen = None  # there is a node no run has shown
     return changes

@@ -72,7 +72,7 @@ def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -
         name = str(node.target) if node.op == "call_module" else node.name
         changes.append(Change(name, f"removed: {why}"))
     changes += _drop_settled_assertions(program)
-    program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+    seen.drop_dead_code(program.graph)
     return changes
 
 

@@ -8,7 +8,6 @@ p − pᵢ and are dᵢ apart. The identity is a tap of 1, a batch norm one of a
 Ding et al. 2021). Taken where the one costs no more than the branches do. Computed in float64.
 """
 
-import operator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -28,14 +27,13 @@ from fxprune.convolutions import (
     pointwise,
     summed,
 )
+from fxprune.kinds import SUMS
 from fxprune.layer_costs import COSTS, output_places, unit_of
 from fxprune.modules import device_of
 from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.sharing import sole_modules
-
-_SUMS = (operator.add, torch.add, "add")
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def _trees(graph: fx.Graph) -> list[list[fx.Node]]:
     """Return the sums of sums: nodes that add two tensors, each read by the next alone."""
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target not in _SUMS or node.kwargs or len(node.all_input_nodes) != len(node.args):
+        if node.target not in SUMS or node.kwargs or len(node.all_input_nodes) != len(node.args):
             continue
         parts = [o for o in _operands(node) if o in found and len(o.users) == 1]
         found[node] = [node, *(n for part in parts for n in found.pop(part))]

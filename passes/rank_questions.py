@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
-from fxprune.rules import RULES, key_of
+from fxprune.rules import rule_name
 
 _KEEP_RANK = {"mixing", "batch_norm", "elementwise", "identity", "pool", "prelu"}
 
@@ -43,11 +43,11 @@ def _asks_rank(node: fx.Node) -> bool:
 def _before(node: fx.Node, modules: dict[str, nn.Module], seen: Observation) -> fx.Node | None:
     """Return the one activation an operator takes that keeps its rank."""
     module = modules[str(node.target)] if node.op == "call_module" else None
-    rule = RULES.get(key_of(node, module))
+    rule = rule_name(node, module)
     given = [one for one in node.all_input_nodes if one.op != "get_attr"]
-    if rule is None or rule.name not in _KEEP_RANK or len(given) != 1:
+    if rule not in _KEEP_RANK or len(given) != 1:
         return None
-    if rule.name == "elementwise" and len(node.all_input_nodes) > 1:
+    if rule == "elementwise" and len(node.all_input_nodes) > 1:
         return None  # a parameter may have more axes than it is given here
     spec, own = seen.values[given[0]], seen.values[node]
     if not isinstance(spec, TensorSpec) or not isinstance(own, TensorSpec):

@@ -13,7 +13,7 @@ from torch import fx
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
-from fxprune.rules import RULES, key_of
+from fxprune.rules import rule_name
 
 
 @keeps_shapes
@@ -29,14 +29,13 @@ def unpack_sizes(program: Program) -> list[Change]:
         node.args, node.kwargs = (node.args[0], sizes), {}
         changes.append(Change(node.name, "its sizes are taken one by one"))
     if changes:
-        program.graph.eliminate_dead_code(lambda node: node in seen.mutated or node.is_impure())
+        seen.drop_dead_code(program.graph)
     return changes
 
 
 def _computed_shape(node: fx.Node) -> fx.Node | None:
     """Return the one node that gives an operator its sizes, if there is one."""
-    rule = RULES.get(key_of(node, None)) if node.op in ("call_function", "call_method") else None
-    if rule is None or rule.name != "sizes":
+    if node.op not in ("call_function", "call_method") or rule_name(node, None) != "sizes":
         return None
     given = [*node.args[1:], *node.kwargs.values()]
     return given[0] if len(given) == 1 and isinstance(given[0], fx.Node) else None

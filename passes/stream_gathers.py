@@ -64,13 +64,12 @@ def insert_gathers(program: Program, known: Channels | None = None) -> list[Chan
     return changes
 
 
-def remove_unsettled_gathers(program: Program) -> list[Change]:
+def remove_unsettled_gathers(program: Program) -> None:
     """Bypass the picks that became nothing, as the channels around them had to stay."""
     for node in list(program.graph.nodes):
         if node.target is pick_channels:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
-    return []
 
 
 def _edge(

@@ -170,10 +170,10 @@ def permutation(model: nn.Module, x: Any) -> str:
 
 def _sensitivity(program: Program) -> float:
     """Return how far a float64 program's outputs move where its weights move by an ε."""
-    case = {"": (program.args, program.kwargs)}
+    case = (program.args, program.kwargs)
     with evaluating(program.module):
-        ((reference,),) = run_all([program.module], case, [torch.float64]).values()
-        (moved,) = run_nudged(program.module, case, seed=0).values()
+        ((reference,),) = run_all([program.module], {"": case}, [torch.float64]).values()
+        moved = run_nudged(program.module, case, seed=0)
     return max(one.error for run in moved for one in differences(reference.outputs, run.outputs))
 
 

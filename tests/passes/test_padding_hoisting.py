@@ -87,6 +87,21 @@ def test_padded_convolutions_become_one() -> None:
     assert left.kernel_size == (5, 5) and left.padding == (2, 2)
 
 
+class Written(nn.Conv2d):
+    """A convolution of somebody's own, which is traced into."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight, self.bias)
+
+
+def test_convolutions_written_as_functions_become_one_too() -> None:
+    convs = Written(4, 12, 3, padding=1), Written(12, 4, 3, padding=1)
+    gated = instrumented(nn.Sequential(convs[0], nn.ReLU(), convs[1]), torch.randn(2, 4, 12, 12))
+    linearise(gated)
+    (conv,) = folded(gated)
+    assert conv.kernel_size == (5, 5) and conv.padding == (2, 2)
+
+
 def test_without_the_option_nothing_moves_and_the_reason_is_given() -> None:
     x = torch.randn(4, 3, 9, 9)
     model = randomise(stack()).eval()

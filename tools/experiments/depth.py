@@ -1,6 +1,6 @@
 """Let training decide how deep a network is: λ4 > 0, then count the layers that are left.
 
-    python -m tools.depth_experiment [--net mlp|plain] [--depth 2e-3] [--epochs 2] [--seed 0]
+    python -m tools.experiments.depth [--net mlp|plain] [--depth 2e-3] [--epochs 2] [--seed 0]
 
 On MNIST: a perceptron of 20 layers, or 12 padded 3×3 convolutions, wide and narrow in turns, whose
 padding is hoisted so that they can be merged. A layer whose gate ends linear is folded into the

@@ -1,0 +1,12 @@
+"""Which of torch's classes and functions are of one kind: convolutions, batch norms, sums."""
+
+import operator
+
+import torch
+from torch import nn
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, *CONVS, *TRANSPOSED)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+SUMS = (operator.add, torch.add, "add")
