@@ -14,6 +14,7 @@ from fxprune.errors import ExampleInputError, GateError, TraceError, Verificatio
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
 from fxprune.inputs import Inputs, model_inputs, same, to_device
+from fxprune.lowering import lower_
 from fxprune.modules import device_of, evaluating, memory_of, remember_
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
@@ -97,6 +98,7 @@ def instrument(
             report.passes |= run(region.program, (with_options(hoist, ends=ends),))
             before = _outputs(region.program) if check else None
         report.passes |= run(region.program, (insertion,))
+        lower_(region.program.module)
         if check and not same(before, _outputs(region.program)):
             raise VerificationError(
                 f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"

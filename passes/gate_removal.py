@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.gates import UNGATED, Gates, linear_gate, width_gate
+from fxprune.lowering import raise_
 from fxprune.pipeline import Change
 from fxprune.program import Program
 
@@ -28,6 +29,7 @@ def remove_gates(program: Program) -> list[Change]:
     for node in reversed(list(program.graph.nodes)):
         if (node.op == "call_module" and node.target == "gates") or _picks_gate(node):
             program.graph.erase_node(node)
+    raise_(module)
     del module.gates
     if isinstance(getattr(module, "penalties", None), nn.Module):
         del module.penalties

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,9 @@ from torchvision.models import get_model
 
 import fxprune
 from fxprune.compiler import GatedModel
+from fxprune.deferral import defer_gate, read_gated, scaled_weights
 from fxprune.gates import linear_gate, width_gate
+from fxprune.lowering import lowered
 
 MODELS = "resnet18,resnet50"
 PARTS = ("gates forward", "gates backward", "penalty", "clipping")
@@ -113,10 +116,10 @@ def memory(step: Step) -> int:
 
 
 class Parts(fx.Interpreter):
-    """The gates of a model alone, on what one run feeds them."""
+    """The gates of a model alone, on the activations and weights one run multiplies them with."""
 
     def __init__(self, gated: GatedModel, variant: Variant, x: Tensor) -> None:
-        super().__init__(gated)
+        super().__init__(fx.GraphModule(gated, lowered(gated)))
         self.gated, self.device = gated, x.device.type
         self.calls: list[tuple[Callable[..., Tensor], list[Tensor]]] = []
         with variant.autocast(self.device), torch.no_grad():
@@ -128,8 +131,17 @@ class Parts(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_function(target, args, kwargs)
         if target in (width_gate, linear_gate):
-            self.calls.append((target, [arg.clone().requires_grad_() for arg in args]))
+            self._remember(target, *args)
+        elif target is defer_gate and result[1] is None:
+            self._remember(width_gate, result[0], args[1])
+        elif target is read_gated and args[1][1] is not None:
+            layer, (_, gate) = args
+            scale = partial(scaled_weights, groups=getattr(layer, "groups", 1))
+            self._remember(scale, layer.weight, gate)
         return result
+
+    def _remember(self, gate: Callable[..., Tensor], *inputs: Tensor) -> None:
+        self.calls.append((gate, [tensor.detach().clone().requires_grad_() for tensor in inputs]))
 
     def forward(self) -> None:
         self.outputs = [*self.gated.gates(), *(gate(*inputs) for gate, inputs in self.calls)]

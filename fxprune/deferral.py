@@ -1,0 +1,101 @@
+"""Gates applied where that is cheapest: conv(x·w) = conv(x) with weights W·w.
+
+A gate in front of layers may be multiplied into their weights instead of the activation: the same
+values, the same ∂/∂w (also at w' = 0, as the layer then reads what is behind the gate), no further
+pass over activations, and W·w saved for the backward instead of x·w. A product with gates of 0 and
+1 also changes places with a pool, behind which there is less to multiply.
+
+These functions are what runs of a lowered graph (`fxprune.lowering`). Traced by torch.fx they leave
+the operators they stand for, each gate where it was, so that the model's own graph comes back.
+"""
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fxprune.gates import width_gate
+
+_FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+_MAX_POOLS = {
+    **{nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3},
+    **{nn.AdaptiveMaxPool1d: 1, nn.AdaptiveMaxPool2d: 2, nn.AdaptiveMaxPool3d: 3},
+}
+_POOLS: dict[Any, int] = {
+    **_MAX_POOLS,
+    **{nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3},
+    **{nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3},
+}
+
+
+def defer_gate(
+    value: Tensor, gate: Tensor, weights: int | None, pool: nn.Module | None = None
+) -> Any:
+    """Return an activation and the gate its readers have to apply, None if it is applied already.
+
+    weights: how many weights the readers have, more than which they leave alone; None if they
+    cannot apply a gate. pool: what reads the activation first.
+    """
+    if isinstance(value, fx.Proxy):
+        gated = width_gate(value, gate)
+        return gated if pool is None else pool(gated)
+    if pool is not None and not swaps_with_gates(pool):  # it is another since the graph was lowered
+        return pool(width_gate(value, gate)), None
+    if pool is not None:
+        value = pool(value)
+    if weights is None or value.numel() <= weights:
+        return width_gate(value, gate), None
+    return value, gate
+
+
+def read_gated(layer: Any, gated: Any) -> Any:
+    """Call a layer on what `defer_gate` returned, the gate in its weights if it has to apply it."""
+    if isinstance(gated, fx.Proxy):
+        return layer(gated)
+    value, gate = gated
+    if gate is None:
+        return layer(value)
+    if not applies_gates(layer):  # as above
+        return layer(width_gate(value, gate))
+    weights = scaled_weights(layer.weight, gate, getattr(layer, "groups", 1))
+    if isinstance(layer, nn.Linear):
+        return F.linear(value, weights, layer.bias)
+    return layer._conv_forward(value, weights, layer.bias)
+
+
+def scaled_weights(weights: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
+    """Multiply each weight of a layer by the gate of the channel it is for."""
+    channels = gate.to(weights.dtype).reshape(groups, 1, -1, *(1,) * (weights.dim() - 2))
+    if groups == 1:
+        return weights * channels[0]
+    return (weights.unflatten(0, (groups, -1)) * channels).flatten(0, 1)
+
+
+def ungated(gated: Any) -> Any:
+    """Return the activation for an operator whose result is gated before anybody reads it."""
+    return gated if isinstance(gated, fx.Proxy) else gated[0]
+
+
+def applies_gates(layer: nn.Module) -> bool:
+    """Tell whether a layer does what its weights say, and nobody listens to it."""
+    return type(layer).forward in _FORWARDS and _is_untouched(layer)
+
+
+def swaps_with_gates(pool: nn.Module) -> bool:
+    """Tell whether pool(x·w) = pool(x)·w for gates of 0 and 1, and nobody listens to it.
+
+    A largest value needs a window with one: dilation may take all of it into the border.
+    """
+    plain = getattr(pool, "dilation", 1) == 1 and not getattr(pool, "return_indices", False)
+    return type(pool) in _POOLS and plain and _is_untouched(pool)
+
+
+def pooled_axes(pool: nn.Module) -> int:
+    """Return how many axes, the last ones, a pool makes smaller."""
+    return _POOLS[type(pool)]
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    hooks = (module._forward_pre_hooks, module._forward_hooks)
+    backward = (module._backward_pre_hooks, module._backward_hooks)
+    return "forward" not in module.__dict__ and not any(hooks) and not any(backward)

@@ -1,0 +1,208 @@
+"""What runs of a gated graph: gates where they cost least.
+
+In a model's graph every gate stands behind its nonlinearity, where analyses read it. The code made
+from the graph is that of its lowered form: gates are left to the layers that read them, or go
+behind a pool (`fxprune.deferral`). A residual stream is summed without its gates where the sum is
+gated again, over the same units, before anybody else reads it. Then each reader of the stream
+counts once in ∂/∂w, the first-order effect of removing the unit, and not again for every further
+gate that the stream passes.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+
+from fxprune.deferral import (
+    applies_gates,
+    defer_gate,
+    pooled_axes,
+    read_gated,
+    swaps_with_gates,
+    ungated,
+)
+from fxprune.gates import Gates, WidthSite, linear_gate, width_gate
+from fxprune.kinds import LAYERS, NORMS, SUMS
+from fxprune.ops.elementwise import NONLINEARITIES
+from fxprune.rules import key_of
+
+
+def lower_(module: fx.GraphModule) -> None:
+    """Let a gated graph module, and copies of it, run in lowered form."""
+    _set(module, LoweringCodeGen(), RetracingTracer)
+    module.recompile()
+
+
+def raise_(module: fx.GraphModule) -> None:
+    """Let a graph module, once it is recompiled, run as its graph says."""
+    _set(module, CodeGen(), None)
+
+
+def _set(module: fx.GraphModule, codegen: CodeGen, tracer: type[fx.Tracer] | None) -> None:
+    module.graph.set_codegen(codegen)
+    module._tracer_cls = module.graph._tracer_cls = tracer
+
+
+class LoweringCodeGen(CodeGen):
+    """Writes the code of the lowered form, made anew whenever a graph is recompiled."""
+
+    def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **options: Any) -> Any:
+        module = nodes.graph.owning_module
+        if module is None:
+            return super()._gen_python_code(nodes, root_module, namespace, **options)
+        code = lowered(module).python_code(root_module, **options)
+        return replace(code, _lineno_map={})  # its lines are those of no node of the module's graph
+
+
+class RetracingTracer(fx.Tracer):
+    """Traces a module anew when it is unpickled, to be lowered again."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace as torch.fx does."""
+        graph = super().trace(root, concrete_args)
+        graph.set_codegen(LoweringCodeGen())
+        return graph
+
+
+def lowered(module: fx.GraphModule) -> fx.Graph:
+    """Return the graph of what runs; the module's own stays as it is."""
+    graph = copy.deepcopy(module.graph)
+    graph.set_codegen(CodeGen())
+    gates = getattr(module, "gates", None)
+    if isinstance(gates, Gates):
+        for deferral in list(_deferrals(graph, module, gates)):
+            _defer(graph, deferral)
+    return graph
+
+
+@dataclass
+class _Deferral:
+    """A gate to be applied elsewhere: behind a pool, or by layers.
+
+    weights: how many those layers have; None if it is not left to layers.
+    """
+
+    gate: fx.Node
+    pool: fx.Node | None
+    readers: list[fx.Node]
+    weights: int | None
+
+
+def _deferrals(graph: fx.Graph, module: fx.GraphModule, gates: Gates) -> Iterator[_Deferral]:
+    for gate in graph.nodes:
+        site = _site(gate, gates)
+        if site is None or not _is_private(gate.args[0], module):
+            continue
+        pool = _pool_behind(gate, site, module)
+        users = list((pool or gate).users)
+        readers = [user for user in users if _applies(user, site, module)]
+        others = [user for user in users if user not in readers]
+        if all(_is_gated_again(user, site, gates, module) for user in others):
+            layers: list[Any] = [module.get_submodule(str(reader.target)) for reader in readers]
+            yield _Deferral(gate, pool, readers, sum(layer.weight.numel() for layer in layers))
+        elif pool is not None:
+            yield _Deferral(gate, pool, [], None)
+
+
+def _defer(graph: fx.Graph, deferral: _Deferral) -> None:
+    gate, pool = deferral.gate, deferral.pool
+    last = gate if pool is None else pool
+    with graph.inserting_before(last):
+        args = (*gate.args, deferral.weights)
+        args = args if pool is None else (*args, graph.get_attr(str(pool.target)))
+        deferred = graph.call_function(defer_gate, args)
+        value = graph.call_function(ungated, (deferred,))
+    for reader in deferral.readers:
+        with graph.inserting_before(reader):
+            layer = graph.get_attr(str(reader.target))
+        reader.op, reader.target, reader.args = "call_function", read_gated, (layer, deferred)
+    last.replace_all_uses_with(value)
+    if not value.users:
+        graph.erase_node(value)
+    for node in (gate,) if pool is None else (pool, gate):
+        graph.erase_node(node)
+
+
+def _site(node: fx.Node, gates: Gates) -> WidthSite | None:
+    """Return what a node gates, None if it is no width gate."""
+    vector = node.args[1] if node.target is width_gate and len(node.args) == 2 else None
+    place = vector.args[1] if isinstance(vector, fx.Node) and len(vector.args) == 2 else None
+    return gates.width_sites[place] if isinstance(place, int) else None
+
+
+def _pool_behind(gate: fx.Node, site: WidthSite, module: fx.GraphModule) -> fx.Node | None:
+    """Return the only reader of a gate if it is a pool, none of whose axes the gate varies on."""
+    user = next(iter(gate.users), None)
+    pool = _called(user, module)
+    if user is None or pool is None or len(gate.users) > 1 or not swaps_with_gates(pool):
+        return None
+    axes = pooled_axes(pool)
+    flat = len(site.shape) > axes and set(site.shape[-axes:]) == {1}
+    return user if flat and _reads_only(user) else None
+
+
+def _applies(user: fx.Node, site: WidthSite, module: fx.GraphModule) -> bool:
+    """Tell whether a user is a layer whose input channels are a gate's."""
+    layer: Any = _called(user, module)
+    if layer is None or not applies_gates(layer) or not _reads_only(user):
+        return False
+    channels = len(site.units)
+    if isinstance(layer, nn.Linear):
+        return site.shape[-1] == channels == layer.in_features
+    shape = (1, channels, *(1,) * (layer.weight.dim() - 2))
+    return site.shape == shape and channels == layer.in_channels
+
+
+def _reads_only(user: fx.Node) -> bool:
+    return len(user.args) == 1 and not user.kwargs
+
+
+def _is_gated_again(user: fx.Node, site: WidthSite, gates: Gates, module: fx.GraphModule) -> bool:
+    """Tell whether all ways through sums and nonlinearities end at gates over the same units.
+
+    A sum comes first: what it returns may be overwritten, what it was given is not.
+    """
+    pending, met = [user], {user}
+    while pending:
+        node = pending.pop()
+        end = _site(node, gates)
+        if end is not None:
+            if (end.units, end.shape) != (site.units, site.shape):
+                return False
+        elif _is_sum(node) or (node is not user and _is_nonlinearity(node, module)):
+            pending += node.users.keys() - met
+            met |= node.users.keys()
+        else:
+            return False
+    return True
+
+
+def _is_private(value: Any, module: fx.GraphModule) -> bool:
+    """Tell whether nobody but its gate reads an activation, or what it was computed in."""
+    while len(value.users) == 1:
+        if _is_sum(value) or type(_called(value, module)) in (*LAYERS, *NORMS):
+            return True
+        if not _is_nonlinearity(value, module):
+            return False
+        (value,) = value.all_input_nodes
+    return False
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Tell whether a node combines tensors, element by element, in a new one."""
+    called = node.op in ("call_function", "call_method")
+    return called and node.target in (*SUMS, linear_gate) and not node.kwargs
+
+
+def _is_nonlinearity(node: fx.Node, module: fx.GraphModule) -> bool:
+    known = key_of(node, _called(node, module)) in NONLINEARITIES
+    return known and len(node.all_input_nodes) == 1
+
+
+def _called(node: fx.Node | None, module: fx.GraphModule) -> nn.Module | None:
+    if node is None or node.op != "call_module":
+        return None
+    return module.get_submodule(str(node.target))
