@@ -3,7 +3,8 @@
 A gate in front of layers may be multiplied into their weights instead of the activation: the same
 values, the same ∂/∂w (also at w' = 0, as the layer then reads what is behind the gate), no further
 pass over activations, and W·w saved for the backward instead of x·w. A product with gates of 0 and
-1 also changes places with a pool, behind which there is less to multiply.
+1 also changes places with a pool, behind which there is less to multiply; of a closed gate before a
+max pool, ∂w is then that of the largest values, which would come back.
 
 These functions are what runs of a lowered graph (`fxprune.lowering`). Traced by torch.fx they leave
 the operators they stand for, each gate where it was, so that the model's own graph comes back.
@@ -11,6 +12,7 @@ the operators they stand for, each gate where it was, so that the model's own gr
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -33,8 +35,9 @@ def defer_gate(
 ) -> Any:
     """Return an activation and the gate its readers have to apply, None if it is applied already.
 
-    weights: how many weights the readers have, more than which they leave alone; None if they
-    cannot apply a gate. pool: what reads the activation first.
+    weights: how many weights the readers have; of fewer numbers the activation itself is
+    multiplied, and in exported programs, which take batches of any size. None if the readers cannot
+    apply a gate. pool: what reads the activation first.
     """
     if isinstance(value, fx.Proxy):
         gated = width_gate(value, gate)
@@ -43,7 +46,7 @@ def defer_gate(
         return pool(width_gate(value, gate)), None
     if pool is not None:
         value = pool(value)
-    if weights is None or value.numel() <= weights:
+    if weights is None or torch.compiler.is_exporting() or value.numel() <= weights:
         return width_gate(value, gate), None
     return value, gate
 

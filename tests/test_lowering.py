@@ -197,6 +197,13 @@ def test_few_positions_are_cheaper_than_weights(monkeypatch: pytest.MonkeyPatch)
     close(gradients(gated, few), gradients(as_written(gated), few))
 
 
+def test_exported_it_takes_batches_of_any_size() -> None:
+    gated, x = gated_model("tokens")
+    few = (x[:2, :1],)
+    exported = torch.export.export(gated.eval(), few, dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.testing.assert_close(exported.module()(x[:, :1]), gated(x[:, :1]))
+
+
 # Copies of it.
 
 
