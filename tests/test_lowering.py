@@ -316,7 +316,7 @@ def test_a_batch_norm_sees_what_is_gated() -> None:
     torch.testing.assert_close(gated.bn.running_var, written.bn.running_var)
 
 
-@pytest.mark.parametrize("where", ["bn", "act", "act_2"])
+@pytest.mark.parametrize("where", ["bn", "act", "act_2", "width_gate_2"])
 def test_an_activation_that_is_overwritten_is_multiplied_before(where: str) -> None:
     gated, x = gated_model("resnet")
     node = next(node for node in gated.graph.nodes if node.name == where)
