@@ -3,8 +3,8 @@
 A gate in front of layers may be multiplied into their weights instead of the activation: the same
 values, the same ∂/∂w (also at w' = 0, as the layer then reads what is behind the gate), no further
 pass over activations, and W·w saved for the backward instead of x·w. A product with gates of 0 and
-1 also changes places with a pool, behind which there is less to multiply; of a closed gate before a
-max pool, ∂w is then that of the largest values, which would come back.
+1 also changes places with a pool, behind which there is less to multiply, and with dropout; of a
+closed gate before a max pool, ∂w is then that of the largest values, which would come back.
 
 These functions are what runs of a lowered graph (`fxprune.lowering`). Traced by torch.fx they leave
 the operators they stand for, each gate where it was, so that the model's own graph comes back.
@@ -27,6 +27,7 @@ _POOLS: dict[Any, int] = {
     **_MAX_POOLS,
     **{nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3},
     **{nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3},
+    nn.Dropout: 0,  # a pool of single numbers, for our purposes
 }
 
 
@@ -89,7 +90,8 @@ def swaps_with_gates(pool: nn.Module) -> bool:
 
     A largest value needs a window with one: dilation may take all of it into the border.
     """
-    plain = getattr(pool, "dilation", 1) == 1 and not getattr(pool, "return_indices", False)
+    odd = (getattr(pool, "return_indices", False), getattr(pool, "inplace", False))
+    plain = getattr(pool, "dilation", 1) == 1 and not any(odd)
     return type(pool) in _POOLS and plain and _is_untouched(pool)
 
 

@@ -139,8 +139,8 @@ def _pool_behind(gate: fx.Node, site: WidthSite, module: fx.GraphModule) -> fx.N
     pool = _called(user, module)
     if user is None or pool is None or len(gate.users) > 1 or not swaps_with_gates(pool):
         return None
-    axes = pooled_axes(pool)
-    flat = len(site.shape) > axes and set(site.shape[-axes:]) == {1}
+    rank, axes = len(site.shape), pooled_axes(pool)
+    flat = rank > axes and all(size == 1 for size in site.shape[rank - axes :])
     return user if flat and _reads_only(user) else None
 
 
