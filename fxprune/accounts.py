@@ -3,59 +3,176 @@
 A parameter has as many numbers as the channels along its axes multiply to. An operator that mixes
 channels multiplies in proportion to the channels it makes and to those it reads; one that does not,
 to the channels that pass through it. What the analysis does not understand costs what it costs.
+What folding does is counted: where batch norms go (`fxprune.absorption`), and what chains of layers
+become where linearity gates are open, or where nothing is between them (`fxprune.mergers`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxprune.absorption import Absorption, find_absorptions
+from fxprune.chain_costs import Way
+from fxprune.convolutions import Geometry, Sizes, geometry_of
 from fxprune.gates import UNGATED
 from fxprune.inputs import leading_size
+from fxprune.kinds import LAYERS
+from fxprune.latency_tables import Axis, Timing
+from fxprune.layer_costs import nanoseconds, output_places
+from fxprune.mergers import Merger, Run, find_runs
 from fxprune.observation import Observation
+from fxprune.pooled_layers import comes_after, shrinking_pool
 from fxprune.program import Program
 from fxprune.rules import rule_for
+from fxprune.sharing import sole_modules
 from fxprune.sites import Plan
-from fxprune.unit_costs import Row, Term, UnitCosts
-from fxprune.values import State, Value
+from fxprune.terms import Row, Term
+from fxprune.transposed_convolutions import transposed_geometry
+from fxprune.unit_costs import UnitCosts
+from fxprune.values import Value
+
+_Taken = tuple[fx.Node, Absorption]
 
 
-def account(program: Program, plan: Plan, seen: Observation, units: Mapping[int, int]) -> UnitCosts:
-    """Return the costs of a program in the units of its gates.
+def account(
+    program: Program,
+    plan: Plan,
+    seen: Observation,
+    units: Mapping[int, int],
+    depth: Mapping[fx.Node, int],
+) -> UnitCosts:
+    """Return the costs of a program in its gates: of what `finalize` returns.
 
     plan: where the gates go. seen: what a run showed. units: the number of every class of channels
-    that has a gate. The costs are those of what `finalize(…, fold=False)` returns, as long as no
-    tensor is left without channels.
+    that has a gate. depth: the linearity gates of nonlinearities.
+
+    Exact as long as no tensor is left without channels, for weights as training leaves them: of a
+    batch norm that shifts nothing, as a new one, no bias remains. Counted as they stand, though
+    `finalize` may make less of them: sums of parallel branches, and chains with transposed
+    convolutions or average pools in them.
     """
-    return _Accountant(program, plan, seen, units).account()
+    return _Accountant(program, plan, seen, units, depth).account()
 
 
 class _Accountant:
     def __init__(
-        self, program: Program, plan: Plan, seen: Observation, units: Mapping[int, int]
+        self,
+        program: Program,
+        plan: Plan,
+        seen: Observation,
+        units: Mapping[int, int],
+        depth: Mapping[fx.Node, int],
     ) -> None:
-        self.program, self.channels, self.seen = program, plan.channels, seen
+        self.program, self.channels, self.seen, self.depth = program, plan.channels, seen, depth
         self.number = torch.full((len(plan.channels.classes),), UNGATED)
         for label, unit in units.items():
             self.number[label] = unit
         self.units = len(units)
         self.rows: dict[bytes, Row] = {}
+        self.fixed = Row(1)
+        self.open = [Row(0, (self.units + site,), (1,)) for site in range(len(depth))]
         self.reads: dict[fx.Node, Tensor] = {}
         for node, read in plan.channels.reads:
             if len(read.inputs) > 1:
                 self.reads.setdefault(node, read.inputs)
+        self.states = {id(state.tensor): state for state in plan.channels.states.values()}
+        self.sole = sole_modules(program)
+        self.absorbed = find_absorptions(program, depth, self.sole, seen)
+        self.given = _by([(one.before, (n, one)) for n, one in self.absorbed.items()])
+        self.taken = _by([(one.behind, (n, one)) for n, one in self.absorbed.items()])
+        self.biases = {node: self._new_bias(node) for node in self.sole}
 
     def account(self) -> UnitCosts:
-        states = {id(state.tensor): state for state in self.channels.states.values()}
+        biased = [n for n, terms in self.biases.items() if len(terms) == 1 == len(terms[0].rows)]
+        runs = find_runs(self.program, self.depth, biased, self.seen)
+        merging = {node for run in runs for node in run.nodes}
+        layers = {id(p) for node in merging for p in self.sole[node].parameters()}
+        gone = self._gone()
         parameters = [
-            self._parameter(tensor, states.get(id(tensor)))
+            term
             for tensor in self.program.module.parameters()
+            if id(tensor) not in layers
+            for term in self._unless(self._parameter(tensor), gone.get(id(tensor)))
         ]
-        macs = [self._operator(node, count) for node, count in self.seen.macs.items()]
+        for node, bias in self.biases.items():
+            parameters += [] if node in merging else bias
+        others = [node for node in self.seen.macs if node not in merging]
+        macs = [self._operator(node) for node in others]
+        timings = [timing for node in others if (timing := self._timing(node)) is not None]
         samples = leading_size((self.program.args, self.program.kwargs)) or 1
-        return UnitCosts(self.units, parameters, macs, samples)
+        chains = [self._ways(run) for run in runs]
+        return UnitCosts(
+            *(self.units, parameters, macs, samples),
+            sites=len(self.depth),
+            chains=chains,
+            timings=timings,
+        )
 
-    def _parameter(self, tensor: Tensor, state: State | None) -> Term:
+    def _gone(self) -> dict[int, tuple[int, ...]]:
+        """Return which parameters go when the linearity gates given are open."""
+        gone: dict[int, tuple[int, ...]] = {}
+        for node, site in self.depth.items():
+            module = self.sole.get(node)
+            gone |= {id(p): (site,) for p in ([] if module is None else module.parameters())}
+        for one in self.absorbed.values():
+            gone |= {id(p): one.sites if one.behind is None else () for p in one.parameters}
+        return gone
+
+    def _new_bias(self, node: fx.Node) -> list[Term]:
+        """Return the bias a layer gets from what it takes in."""
+        module: Any = self.sole[node]
+        if type(module) not in LAYERS or module.bias is not None:
+            return []
+        given = [one for _, one in self.given.get(node, ()) if one.shifts]
+        taken = [one for _, one in self.taken.get(node, ()) if one.shifts]
+        row = self._made(node)
+        bias = Term(row.size, (row,))
+        if any(not one.sites for one in given) or any(one.before is None for one in taken):
+            return [bias]
+        if given:  # what stands further behind needs more gates to be open
+            return [self._where(bias, given[0].sites)]
+        return self._unless(bias, taken[0].sites) if taken else []
+
+    def _ways(self, run: Run) -> list[Way]:
+        """Return what the layers of a run cost alone, and what those that may be one do."""
+        found = [
+            Way(
+                *(place, place + 1, (), self._layer(node), (self._operator(node),)),
+                timing=self._timing(node),
+            )
+            for place, node in enumerate(run.nodes)
+        ]
+        return found + [self._merged(run, merger) for merger in run.mergers]
+
+    def _layer(self, node: fx.Node) -> tuple[Term, ...]:
+        own = [self._parameter(tensor) for tensor in self.sole[node].parameters()]
+        return (*own, *self.biases[node])
+
+    def _merged(self, run: Run, merger: Merger) -> Way:
+        first, last, geometry = run.nodes[merger.start], run.nodes[merger.stop - 1], merger.geometry
+        made, read = (
+            self._made(last),
+            self._row(self.channels.values[first.all_input_nodes[0]].tags),
+        )
+        ones = geometry.outputs * prod(geometry.kernel) if geometry.ones else 0
+        along = (made,) if 1 < geometry.groups == geometry.inputs else (made, read)
+        weights = [Term(geometry.weights - ones, along), Term(ones, (made,))]
+        bias = [Term(geometry.outputs, (made,))] if geometry.bias else self.biases[last]
+        places = self._places(last, geometry)
+        macs = [Term(term.full * prod(places), term.rows) for term in weights]
+        timing = self._timed(geometry, places, made, None if len(along) == 1 else read)
+        return Way(
+            *(merger.start, merger.stop, merger.sites, (*weights, *bias), tuple(macs)),
+            timing=timing,
+        )
+
+    def _parameter(self, tensor: Tensor) -> Term:
+        state = self.states.get(id(tensor))
         if state is None:
             return Term(tensor.numel(), ())
         if state.whole is not None:
@@ -63,8 +180,12 @@ class _Accountant:
             return Term(tensor.numel(), (self._row_of_classes(along),))
         return Term(tensor.numel(), tuple(map(self._row, state.axes.values())))
 
-    def _operator(self, node: fx.Node, count: int) -> Term:
+    def _operator(self, node: fx.Node) -> Term:
         call, value = self.channels.calls.get(node), self.channels.values.get(node)
+        count = self.seen.macs[node]
+        geometry = geometry_of(self.sole.get(node))
+        if geometry is not None:
+            count = geometry.macs(prod(self._places(node, geometry)))
         if call is None or node in self.channels.barriers or not isinstance(value, Value):
             return Term(count, ())
         rows = [self._row(value.tags)]
@@ -72,6 +193,61 @@ class _Accountant:
         if node in self.reads and rule_for(node, call.module).name != "attention":
             rows.append(self._row(self.reads[node]))
         return Term(count, tuple(rows))
+
+    def _timing(self, node: fx.Node) -> Timing | None:
+        """Return the timing of a layer; other operators are not counted."""
+        module: Any = None
+        if node.op == "call_module":
+            module = self.program.module.get_submodule(str(node.target))
+        geometry = geometry_of(module) or transposed_geometry(module, 1)
+        if geometry is None or not isinstance(self.channels.values.get(node), Value):
+            return None
+        if self.biases.get(node):
+            geometry = replace(geometry, bias=True)
+        term = self._operator(node)
+        made, read = (*term.rows, None, None)[:2]
+        return self._timed(geometry, self._places(node, geometry), made, read)
+
+    def _timed(
+        self, geometry: Geometry, places: Sizes, made: Row | None, read: Row | None
+    ) -> Timing:
+        depthwise = 1 < geometry.groups == geometry.inputs
+        step = geometry.outputs // geometry.groups if depthwise else geometry.groups
+        samples = leading_size((self.program.args, self.program.kwargs)) or 1
+        one = (max(places[0] // samples, 1), *places[1:])
+        return Timing(
+            self._axis(made, geometry.outputs, step),
+            self._axis(None if depthwise else read, geometry.inputs, geometry.groups),
+            partial(nanoseconds, geometry, one),
+        )
+
+    def _axis(self, row: Row | None, channels: int, step: int) -> Axis:
+        return Axis(self.fixed if row is None else row, channels, row.size if row else 1, step)
+
+    def _places(self, node: fx.Node, geometry: Geometry) -> Sizes:
+        """Return at which places a layer works, once averages are taken before it."""
+        pool = shrinking_pool(self.program, node, self._passed(node), self.seen)
+        pooled = pool is not None and comes_after(geometry, pool[1])
+        spec = self.seen.values[pool[0] if pool is not None and pooled else node]
+        return output_places(geometry, spec)
+
+    def _passed(self, node: fx.Node) -> list[fx.Node]:
+        """Return what surely goes from behind a layer."""
+        return [n for n, one in self.given.get(node, ()) if not one.sites]
+
+    def _made(self, node: fx.Node) -> Row:
+        return self._row(self.channels.values[node].tags)
+
+    def _where(self, term: Term, sites: tuple[int, ...]) -> Term:
+        """Return a term that counts where gates are open."""
+        return Term(term.full, (*term.rows, *(self.open[site] for site in sites)))
+
+    def _unless(self, term: Term, sites: tuple[int, ...] | None) -> list[Term]:
+        """Return a term that counts unless all the gates are open; None: it always does."""
+        if sites is None:
+            return [term]
+        gone = self._where(term, sites)
+        return [] if not sites else [term, Term(-gone.full, gone.rows)]
 
     def _row(self, tags: Tensor) -> Row:
         return self._row_of_classes(self.channels.classes[tags.reshape(-1)])
@@ -89,6 +265,15 @@ def _as_row(numbers: Tensor) -> Row:
     pairs = dict(zip(units.tolist(), times.tolist(), strict=True))
     base = pairs.pop(UNGATED, 0)
     return Row(base, tuple(pairs), tuple(pairs.values()))
+
+
+def _by(pairs: Iterable[tuple[fx.Node | None, _Taken]]) -> dict[fx.Node, list[_Taken]]:
+    """Return what is given to every layer."""
+    found: dict[fx.Node, list[_Taken]] = {}
+    for layer, one in pairs:
+        if layer is not None:
+            found.setdefault(layer, []).append(one)
+    return found
 
 
 def _varying(classes: Tensor) -> Tensor:

@@ -6,11 +6,13 @@
 The target falls exponentially from the full cost to the budget. Prices are those of the model with
 all its units, and grow with the root of the cost: a layer is not emptied because its units are
 dear, nor dearer for being small. At every gate the pull outweighs the hold of w(1 − w), whatever
-the price, so that what λ asks for can be reached. After the shrinking the gates are
-made binary, the budget is met to the unit, and the weights settle. While it shrinks every tensor
-keeps its strongest unit. All is computed on the gates' device, without waiting for it.
+the price, so that what λ asks for can be reached. After the shrinking the gates are made binary,
+the budget is met to the unit by what the finalised model is seen to cost, and the weights settle.
+While it shrinks every tensor keeps its strongest unit, and nonlinearities come back where all units
+together would not spend the budget. All is computed on the gates' device, without waiting for it.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +22,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxprune.compiler import finalize
 from fxprune.errors import BudgetError
-from fxprune.gates import HALF, Gates
+from fxprune.gates import HALF, Gates, gate_owners
 from fxprune.inspection import freeze
 from fxprune.penalties import cost_of, gates_by_name, require_undecayed
-from fxprune.selection import least_cost, meet_, strongest, units_of
-from fxprune.unit_costs import MACS, NEURONS, PARAMETERS
+from fxprune.selection import (
+    has_slack,
+    least_cost,
+    meet_,
+    restore_nonlinearity_,
+    strongest,
+    units_of,
+)
+from fxprune.sharding import is_sharded
+from fxprune.terms import LATENCY, MACS, NEURONS, PARAMETERS
 
 CHECK_EVERY = 50  # steps, where looking at a number means waiting for the device
+ROUNDS = 6  # of finalising the model to see what it costs
+NEAR = 0.01  # as part of the budget: not worth another round
 
 
 @dataclass(frozen=True)
@@ -58,11 +71,11 @@ class Budget:
             loss = criterion(gated(x), y) + budget.penalty()
             optimizer.zero_grad(); loss.backward(); optimizer.step(); budget.step()
 
-    gated: what `instrument` returned, also inside a wrapper. neurons, parameters, macs: one of
-    them, the cost to reach: a fraction of the full cost if ≤ 1, else a number (of units, of
-    parameters, of multiply-accumulates a sample), before layers are folded. steps: optimizer steps
-    in the whole run. phases: when what happens. strength: the first λ. optimizer: if given it is
-    checked not to decay gates.
+    gated: what `instrument` returned, also inside a wrapper. neurons, parameters, macs, latency:
+    one of them, the cost to reach: a fraction of the full cost if ≤ 1, else a number (of units, of
+    parameters, of a sample's multiply-accumulates or nanoseconds) of the finalised model; for
+    latency see `fxprune.Cost`. steps: optimizer steps in the whole run. phases: when what happens.
+    strength: the first λ. optimizer: if given it is checked not to decay gates.
 
     In `DistributedDataParallel` take `find_unused_parameters=True`: frozen gates get no gradient.
 
@@ -79,22 +92,26 @@ class Budget:
         neurons: float | None = None,
         parameters: float | None = None,
         macs: float | None = None,
+        latency: float | None = None,
         phases: Phases | None = None,
         strength: float = 1e-4,
         optimizer: Optimizer | None = None,
     ) -> None:
         if optimizer is not None:
             require_undecayed(gated, optimizer)
-        asked = {NEURONS: neurons, PARAMETERS: parameters, MACS: macs}
+        asked = {NEURONS: neurons, PARAMETERS: parameters, MACS: macs, LATENCY: latency}
         given = {kind: amount for kind, amount in asked.items() if amount is not None}
         if len(given) != 1:
-            raise BudgetError(f"give one of neurons, parameters and macs, not {len(given)}")
+            raise BudgetError(
+                f"give one of neurons, parameters, macs and latency, not {len(given)}"
+            )
         if steps < 1 or not strength > 0:
             raise BudgetError(f"steps={steps}, strength={strength}: both must be positive")
         ((self.kind, amount),) = given.items()
         self.steps, self.phases = steps, phases or Phases()
         self.steps_done = 0
         self._log_strength = torch.tensor(math.log(strength))
+        self._weakest = math.log(strength / 10)  # or it would have to come a long way back
         self.follow(gated)
         self.full = sum(gates.costs.full(self.kind) for gates in self._gates if gates.costs)
         self.target = amount * self.full if amount <= 1 else float(amount)
@@ -112,6 +129,7 @@ class Budget:
         if not self._gates:
             raise BudgetError("the model has no width gates, so that nothing can get smaller")
         self._groups = [units_of(gates) for gates in self._gates]
+        self._last_cost: Tensor | None = None
         self._prices = _prices(self._gates, self.kind)
         self._log_strength = self._log_strength.to(_width(self._gates[0]).device)
 
@@ -122,7 +140,7 @@ class Budget:
 
     @property
     def cost(self) -> float:
-        """What the model would cost finalised now, unfolded; waits for the device."""
+        """What the model would cost finalised now; waits for the device."""
         return float(self._cost())
 
     @property
@@ -162,7 +180,8 @@ class Budget:
         total = _width(self._gates[0]).new_zeros(())
         if self.phase in ("warm-up", "settle"):
             return total
-        over = self._cost() > self.aim  # no pull below the target: units come back there
+        cost = self._cost() if self._last_cost is None else self._last_cost
+        over = cost > self.aim  # no pull below the target: units come back there
         for gates, price in zip(self._gates, self._prices, strict=True):
             width = _width(gates).clamp(0, 1)
             pull = 0.5 * (1 - width) + over.to(width.device, width.dtype)
@@ -187,19 +206,27 @@ class Budget:
             for gates, groups in zip(self._gates, self._groups, strict=True):
                 chosen = strongest(_width(gates), groups)
                 _width(gates)[chosen] = _width(gates)[chosen].clamp_min(HALF)
+            slack = has_slack(self._gates, self.kind, self.target)
+            restore_nonlinearity_(self._gates, slack)
             if phase in ("shrink", "hold"):
-                excess = self._cost().log() - math.log(self.aim)
+                self._last_cost = self._cost()
+                excess = self._last_cost.log() - math.log(self.aim)
                 limit = max(0.02, 16 / self.steps)  # short runs have to hurry
                 move = (2.5 * limit * excess).clamp(-limit, limit)
                 self._log_strength += move.to(self._log_strength)
+                self._log_strength.clamp_min_(self._weakest)
             if self.steps_done >= round(self.phases.settle * self.steps):
                 self.finish()
 
     def finish(self) -> None:
-        """Freeze the gates now, keeping as many of the strongest units as the budget allows."""
+        """Freeze the gates now, keeping as many of the strongest units as the budget allows.
+
+        The model is finalised a few times to see what it costs, unless it is sharded over ranks.
+        Raises `BudgetError` if it costs more than was counted, whatever goes.
+        """
         self._require_numbers(None, wait=True)
         if not self.frozen:
-            meet_(self._gates, self._groups, self.kind, self.target)
+            self._meet_()
             freeze(self.gated)
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,8 +253,53 @@ class Budget:
             )
         self.steps, self.steps_done = state["steps"], state["steps_done"]
         self._log_strength.copy_(state["log_strength"])
+        self._last_cost = None
         if state["frozen"]:
             freeze(self.gated)
+
+    @torch.no_grad()
+    def _meet_(self) -> None:
+        """Make the width gates binary so that the finalised model costs what the budget allows."""
+        while bool(has_slack(self._gates, self.kind, self.target)):
+            restore_nonlinearity_(self._gates)
+        real = [_width(gates).clone() for gates in self._gates]
+        aim, best, most = self.target, self._state(), 0.0
+        for _ in range(ROUNDS):
+            for gates, width in zip(self._gates, real, strict=True):
+                _width(gates).copy_(width)
+            meet_(self._gates, self._groups, self.kind, aim)
+            found, counted = self._finalised_cost(), self.cost
+            if most < found <= self.target:
+                best, most = self._state(), found
+            corrected = self.target * counted / found
+            if found > self.target:
+                aim = min(corrected, aim * (1 - NEAR))
+            elif found >= self.target * (1 - NEAR):
+                break
+            elif all(bool(gates.live().all()) for gates in self._gates):
+                restore_nonlinearity_(self._gates)
+            elif math.isclose(aim, corrected, rel_tol=1e-3):
+                break  # one more unit would be too much
+            else:
+                aim = corrected
+        if not most:
+            raise BudgetError(
+                f"{self.target:,.0f} {self.kind} were not met: finalised, the model takes more "
+                "than was counted; ask for a larger budget"
+            )
+        for gates, state in zip(self._gates, best, strict=True):
+            gates.load_state_dict(state)
+
+    def _state(self) -> list[dict[str, Any]]:
+        return [copy.deepcopy(gates.state_dict()) for gates in self._gates]
+
+    def _finalised_cost(self) -> float:
+        """Return what the finalised model costs, if that can be found out, else what is counted."""
+        owners = [o for gates, o in gate_owners(self.gated).items() if gates in self._gates]
+        if self.kind in (NEURONS, LATENCY) or any(map(is_sharded, owners)):
+            return self.cost
+        reports = [finalize(owner, check=False).report for owner in owners]
+        return sum(getattr(report.after, self.kind) for report in reports)
 
     def _cost(self) -> Tensor:
         with torch.no_grad():

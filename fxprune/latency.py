@@ -28,7 +28,6 @@ from fxprune.convolutions import Geometry, Sizes
 from fxprune.transposed_convolutions import Transposed
 from fxprune.whole_maps import WholeMap
 
-LATENCY = "latency"
 SECONDS, REPEATS = 0.03, 10
 _OPSET, _IR = 17, 8
 

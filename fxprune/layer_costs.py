@@ -1,12 +1,15 @@
 """What a layer costs: its parameters, its multiply-accumulates, or its measured latency."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 from fxprune.convolutions import Geometry, Sizes
-from fxprune.latency import LATENCY, Latencies
+from fxprune.errors import GateError
+from fxprune.latency import Latencies
 from fxprune.observation import TensorSpec
+from fxprune.terms import LATENCY
 
 Cost = Callable[[Geometry, Sizes], int]
 """What a layer costs at the places of its output: the batch, and the sizes of its axes."""
@@ -20,6 +23,24 @@ def parameters(geometry: Geometry, places: Sizes) -> int:
 def macs(geometry: Geometry, places: Sizes) -> int:
     """Return how many multiply-accumulates a layer takes."""
     return geometry.macs(prod(places))
+
+
+def nanoseconds(geometry: Geometry, places: Sizes, outputs: int, inputs: int) -> int:
+    """Return the latency of a layer if it made and read so many channels.
+
+    Raises `GateError` if onnxruntime cannot run it.
+    """
+    groups = geometry.groups
+    if 1 < groups == geometry.inputs:  # depthwise: it reads what it makes
+        inputs = groups = outputs * geometry.inputs // geometry.outputs
+    narrow = replace(geometry, outputs=outputs, inputs=inputs, groups=groups)
+    try:
+        return COSTS[LATENCY](narrow, places)
+    except Exception as error:
+        raise GateError(
+            f"onnxruntime cannot time {narrow} at {places}: {error}; take another cost, such as "
+            "macs"
+        ) from error
 
 
 def output_places(geometry: Geometry, spec: Any) -> Sizes:

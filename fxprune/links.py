@@ -16,14 +16,12 @@ from torch import fx, nn
 from fxprune.chains import in_order
 from fxprune.convolutions import Geometry, Inexact, geometry_of, pointwise, summed
 from fxprune.flattening import flattens, moves_data, only_reader
-from fxprune.kinds import NORMS, SUMS
+from fxprune.kinds import DROPOUTS, NORMS, SUMS
 from fxprune.linear_layers import all_composed
 from fxprune.observation import Observation
 from fxprune.program import Program
 from fxprune.sharing import sole_modules
 from fxprune.whole_maps import WholeMap
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 
 
 @dataclass
@@ -159,7 +157,7 @@ def _folds(layer: Geometry, module: nn.Module | None, spec: object) -> bool:
 def _is_dropout(program: Program, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
-    return type(program.module.get_submodule(str(node.target))) in _DROPOUTS
+    return type(program.module.get_submodule(str(node.target))) in DROPOUTS
 
 
 def _blocks(

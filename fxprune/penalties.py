@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from fxprune.errors import GateError
 from fxprune.gates import Gates, binarize, gate_owners
 from fxprune.sharding import require_whole_gates
-from fxprune.unit_costs import MACS, require_kind
+from fxprune.terms import MACS
+from fxprune.unit_costs import require_kind
 
 
 class Penalty(nn.Module):
@@ -83,13 +84,17 @@ class Depth(Penalty):
 
 
 class Cost(Penalty):
-    """λ·cost, of the model `finalize` would return now, before it folds layers into each other.
+    """λ·cost, of the model `finalize` would return now, folded.
 
-    of: "parameters", "macs" (a sample's) or "neurons" (units). The value is that of the binary
-    gates and exact, but for the rounding of the gates' dtype, while no tensor is left without
-    channels; its gradient is each unit's marginal cost given the other units. To weigh as λ3 does
-    take λ = λ3·units/cost. In a model instrumented region by region it counts the regions.
-    Raises `GateError` if the gates were made without costs.
+    of: "parameters", "macs" (a sample's), "neurons" (units) or "latency": the nanoseconds of its
+    layers, each by itself, on one sample in onnxruntime here. They are measured at up to 16 widths
+    when first asked for, which takes long for a large model, kept in the user's cache, and
+    interpolated; what is no layer does not count. The value is that of the binary
+    gates and exact, but for the rounding of the gates' dtype and what `fxprune.accounts` leaves
+    out, while no tensor is left without channels. Its gradient is each unit's marginal cost given
+    the other units, and for a linearity gate what its other state would cost more. To weigh as λ3
+    does take λ = λ3·units/cost. In a model instrumented region by region it counts the regions.
+    Raises `GateError` if the gates were made without costs, or onnxruntime cannot run a layer.
     """
 
     def __init__(self, weight: float, of: str = MACS) -> None:
@@ -115,10 +120,8 @@ def cost_of(gates: Gates, kind: str, width: Tensor | None = None) -> Tensor:
     if gates.costs is None:
         raise GateError("these gates know of no costs; instrument the model again")
     width = gates.width if width is None else width
-    if width is None:
-        return _zero(gates) + gates.costs.full(kind)
-    exact = width if width.device.type == "mps" else width.double()  # mps has no float64
-    return gates.costs(kind, binarize(exact))
+    live, linear = (_exact(gate, gates) for gate in (width, gates.linear))
+    return gates.costs(kind, live, linear)
 
 
 def paper_penalties(
@@ -227,6 +230,13 @@ def _parabola(gate: Tensor | None, gates: Gates) -> Tensor:
         return _zero(gates)
     clipped = gate.clamp(0, 1)
     return (clipped * (1 - clipped)).sum()
+
+
+def _exact(gate: Tensor | None, gates: Gates) -> Tensor:
+    """Return binarised gates, of which there may be none, in as many bits as there are."""
+    if gate is None:
+        return _exact(_zero(gates).detach().expand(0), gates)
+    return binarize(gate if gate.device.type == "mps" else gate.double())  # mps has no float64
 
 
 def _zero(gates: Gates) -> Tensor:

@@ -1,7 +1,8 @@
 """Which units to keep, the strongest first, so that a cost is met and no tensor left empty.
 
 A unit is as strong as its real gate; where gates are equal, as many are that were clipped, the last
-gradient decides, since it says by how much the loss would rise without the unit.
+gradient decides, since it says by how much the loss would rise without the unit. Where all units
+cost too little, because layers are merged, nonlinearities come back, the least linear first.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import GateError
-from fxprune.gates import Gates
+from fxprune.gates import HALF, Gates
 from fxprune.penalties import cost_of
 
 TRIES = 256
+BARELY_SHUT = 0.49  # of a gate that may open again
+SLACK = 0.99
 
 
 def units_of(gates: Gates) -> Tensor:
@@ -36,6 +39,7 @@ def strongest(strength: Tensor, groups: Tensor) -> Tensor:
     return groups.gather(1, filled[groups].argmax(1, keepdim=True)).reshape(-1)
 
 
+@torch.no_grad()
 def least_cost(all_gates: Sequence[Gates], all_groups: Sequence[Tensor], kind: str) -> float:
     """Return a cost that can surely be met: with the first unit of every set alone."""
     total = 0.0
@@ -84,6 +88,35 @@ def meet_(
     for gates, part in zip(all_gates, live.split(list(map(len, strengths))), strict=True):
         assert gates.width is not None
         gates.width.copy_(part)
+
+
+@torch.no_grad()
+def has_slack(all_gates: Sequence[Gates], kind: str, target: float) -> Tensor:
+    """Tell whether even all units cost less than `target`, with nonlinearities to come back."""
+    costs: list[Tensor] = []
+    opened: list[Tensor] = []
+    for gates in all_gates:
+        assert gates.width is not None
+        costs.append(cost_of(gates, kind, torch.ones_like(gates.width)))
+        if gates.linear is not None and gates.linear.requires_grad:
+            opened.append(gates.linearised().any())
+    device = costs[0].device
+    if not opened:
+        return torch.zeros((), dtype=torch.bool, device=device)
+    total = torch.stack([cost.to(device) for cost in costs]).sum()
+    return (total < target * SLACK) & torch.stack([one.to(device) for one in opened]).any()
+
+
+@torch.no_grad()
+def restore_nonlinearity_(all_gates: Sequence[Gates], wanted: Tensor | None = None) -> None:
+    """Close the least open linearity gate of every part; wanted: only if that scalar holds."""
+    for gates in all_gates:
+        if gates.linear is None or not gates.linear.requires_grad:
+            continue
+        place = gates.linear.where(gates.linear >= HALF, torch.inf).argmin()
+        shut = gates.linear[place].clamp_max(BARELY_SHUT)
+        wanted = shut.isfinite() if wanted is None else wanted
+        gates.linear[place] = torch.where(wanted.to(shut.device), shut, gates.linear[place])
 
 
 def _strength(gates: Gates) -> Tensor:

@@ -54,5 +54,10 @@ def require_whole(model: nn.Module) -> None:
         )
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether parameters of a model are shards."""
+    return any(map(_is_shard, model.parameters()))
+
+
 def _is_shard(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"  # its import takes long, and most never shard

@@ -3,55 +3,35 @@
     cost = Σ_t full_t · Π_k count_tk / size_tk,   count_r = base_r + Σ_u m_ru · w_u
 
 A term is a parameter, or an operator that multiplies; its sizes that can shrink are rows. A row
-counts the channels along one axis: those that always stay, and m_ru for every unit u that lives.
-Rows and terms were found once, by the channel analysis; what is left to do in training is a handful
-of kernels, whatever the depth.
+counts the channels along one axis: those that always stay, and m_ru for every unit u that lives. A
+linearity gate is a unit too, in a row of its own, so that a term can count where it is open. Where
+layers may become one, a chain of them costs what the cheapest way to cut it does
+(`fxprune.chain_costs`). What is left to do in training is a handful of kernels, whatever the depth.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from fxprune.chain_costs import ChainCosts, Way
 from fxprune.errors import GateError
+from fxprune.latency_tables import LatencyTable, Timing
 from fxprune.structure import Structured
+from fxprune.terms import LATENCY, MACS, NEURONS, PARAMETERS, Row, Term, TermTable, merged
 
-NEURONS, PARAMETERS, MACS = "neurons", "parameters", "macs"
 KINDS = (NEURONS, PARAMETERS, MACS)
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """An axis: how many of its channels always stay, and how many each unit stands for.
-
-    Rows are told apart by identity: who makes them makes equal ones once.
-    """
-
-    base: int
-    units: tuple[int, ...] = ()
-    times: tuple[int, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """How long the axis is while every unit lives."""
-        return self.base + sum(self.times)
-
-
-@dataclass(frozen=True)
-class Term:
-    """What costs `full` while every unit lives, in proportion to each of its rows."""
-
-    full: int
-    rows: tuple[Row, ...]
-
-
 class UnitCosts(Structured):
-    """The costs of a model in its units.
+    """The costs of a model in its units and linearity gates.
 
-    units: how many there are. samples: the batch size the MACs were counted at; costs are those of
-    one sample. What it holds is int64, so that no change of the model's dtype rounds it.
+    units, sites: how many there are; gate i is unit `units + i` in rows. parameters, macs: the
+    terms of each kind of cost. samples: the batch size the MACs were counted at; costs are those of
+    one sample. chains: the ways to cut each chain of layers. timings: of the other layers; they are
+    measured when latency is first asked for. What it holds is int64, so that no
+    change of the model's dtype rounds it.
     """
 
     _base: Tensor
@@ -60,80 +40,109 @@ class UnitCosts(Structured):
     _times: Tensor
 
     def __init__(
-        self, units: int, parameters: Sequence[Term], macs: Sequence[Term], samples: int = 1
+        self,
+        units: int,
+        parameters: Sequence[Term],
+        macs: Sequence[Term],
+        samples: int = 1,
+        *,
+        sites: int = 0,
+        chains: Sequence[Sequence[Way]] = (),
+        timings: Sequence[Timing] = (),
     ) -> None:
-        """Take the terms of each kind of cost."""
+        """Take the terms of each kind of cost, and of what chains may become."""
         super().__init__()
-        self.units, self.samples = units, samples
+        self.units, self.sites, self.samples = units, sites, samples
         self.terms: Mapping[str, tuple[Term, ...]] = {
-            PARAMETERS: _merged(parameters),
-            MACS: _merged(macs),
+            PARAMETERS: merged(parameters),
+            MACS: merged(macs),
         }
+        self.chains = tuple(tuple(ways) for ways in chains)
+        self.timings = tuple(timings)
         one = Row(1)  # stands for the rows a term has fewer than others
-        rows = list(dict.fromkeys([one, *(row for t in self._all() for row in t.rows)]))
+        rows = list(dict.fromkeys([one, *self._all()]))
         self.rows = tuple(rows)
-        place = {row: index for index, row in enumerate(rows)}
+        self._place = place = {row: index for index, row in enumerate(rows)}
         self._hold("_base", [row.base for row in rows])
         self._hold("_row", [place[row] for row in rows for _ in row.units])
         self._hold("_unit", [unit for row in rows for unit in row.units])
         self._hold("_times", [times for row in rows for times in row.times])
-        for kind, terms in self.terms.items():
-            width = max((len(term.rows) for term in terms), default=0)
-            padded = [(*t.rows, *(one,) * (width - len(t.rows))) for t in terms]
-            self._hold(f"_{kind}_rows", [[place[row] for row in term] for term in padded])
-            self._hold(f"_{kind}_full", [term.full for term in terms])
-            self._hold(f"_{kind}_size", [math.prod(r.size for r in t.rows) or 1 for t in terms])
+        self._parameter_table = TermTable(self.terms[PARAMETERS], place)
+        self._mac_table = TermTable(self.terms[MACS], place)
+        self._chains = ChainCosts(self.chains, place, sites) if self.chains else None
+        self._latency_table: LatencyTable | None = None
 
-    def forward(self, kind: str, live: Tensor) -> Tensor:
-        """Return the cost, a scalar, differentiable in `live`.
+    def forward(self, kind: str, live: Tensor, linear: Tensor | None = None) -> Tensor:
+        """Return the cost, a scalar, differentiable in `live` and `linear`.
 
-        kind: "neurons", "parameters" or "macs" (a sample's). live: (units,), 1 for a unit that
-        lives and 0 for one that does not; what lies between is interpolated. Numbers are exact in
-        float64. Raises `GateError` for another kind.
+        kind: "neurons", "parameters", "macs" or "latency" (nanoseconds), these of a sample. live:
+        (units,), 1 for a unit that lives and 0 for one that does not; what lies between is
+        interpolated. linear: (sites,), 1 where a nonlinearity is linear; none is if not given. Its
+        gradient is what the cost rises by where that one changes. Numbers are exact in float64, of
+        latency at the widths that were measured. Raises `GateError` for another kind.
         """
         require_kind(kind)
         if kind == NEURONS:
             return live.sum()
-        amount = live[self._unit] * self._times.to(live.dtype)
-        counts = self._base.to(live.dtype).index_add(0, self._row, amount)
-        total: Tensor = getattr(self, f"_{kind}_full").to(live.dtype)
-        for rows in getattr(self, f"_{kind}_rows").unbind(-1) if len(total) else ():
-            total = total * counts[rows]
-        total = (total / getattr(self, f"_{kind}_size").to(live.dtype)).sum()
+        linear = live.new_zeros(self.sites) if linear is None else linear.to(live)
+        table = self._table(kind)
+        counts = self._counts(torch.cat([live, linear]))
+        total = table(counts).sum()
+        if self._chains is not None:
+            total = total + self._chains(kind, counts, self._counts, live, linear)
         return total / self.samples if kind == MACS else total
 
     def full(self, kind: str) -> float:
-        """Return the cost while every unit lives."""
-        require_kind(kind)
-        if kind == NEURONS:
-            return self.units
-        return sum(term.full for term in self.terms[kind]) / (self.samples if kind == MACS else 1)
+        """Return the cost while every unit lives, and no nonlinearity is linear."""
+        ones = torch.ones(self.units, dtype=torch.float64, device=self._base.device)
+        return float(self(kind, ones))
 
     def groups(self) -> list[tuple[int, ...]]:
         """Return sets of units of which one has to live, lest a tensor be left without channels."""
         found = {row.units for row in self.rows if not row.base and row.units}
-        return sorted(found)
+        return sorted(units for units in found if max(units) < self.units)
 
     def restricted(self, kept: Sequence[int]) -> "UnitCosts":
         """Return the costs in some of the units, renumbered in the order given; the rest died."""
         place = {unit: index for index, unit in enumerate(kept)}
+        place |= {self.units + site: len(kept) + site for site in range(self.sites)}
+        new = {row: row.restricted(place) for row in self.rows}
 
-        def restrict(old: Row) -> Row:
-            pairs = [(place[u], m) for u, m in zip(old.units, old.times, strict=True) if u in place]
-            return Row(old.base, tuple(u for u, _ in pairs), tuple(m for _, m in pairs))
+        parameters, macs = (
+            [term.restricted(new) for term in self.terms[kind]] for kind in (PARAMETERS, MACS)
+        )
+        return UnitCosts(
+            *(len(kept), parameters, macs, self.samples),
+            sites=self.sites,
+            chains=[[way.restricted(new) for way in ways] for ways in self.chains],
+            timings=[timing.restricted(new) for timing in self.timings],
+        ).to(self._base.device)
 
-        new = {row: restrict(row) for row in self.rows}
+    def _table(self, kind: str) -> TermTable | LatencyTable:
+        if kind != LATENCY:
+            return self._parameter_table if kind == PARAMETERS else self._mac_table
+        if self._latency_table is None:
+            table = LatencyTable(self.timings, self._place)
+            if self._chains is not None:
+                self._chains.measure_([way for ways in self.chains for way in ways], self._place)
+            self._latency_table = table
+            self.to(self._base.device)
+        return self._latency_table
 
-        def term(old: Term) -> Term:
-            rows = [new[one] for one in old.rows]
-            after = old.full * math.prod(one.size for one in rows)
-            return Term(after // math.prod(one.size for one in old.rows), tuple(rows))
+    def _counts(self, state: Tensor) -> Tensor:
+        """Return how many channels every row has left; state: (…, units and sites)."""
+        amount = state[..., self._unit] * self._times.to(state.dtype)
+        base = self._base.to(state.dtype).expand(*state.shape[:-1], -1)
+        return base.index_add(-1, self._row, amount)
 
-        parameters, macs = ([term(one) for one in self.terms[kind]] for kind in (PARAMETERS, MACS))
-        return UnitCosts(len(kept), parameters, macs, self.samples).to(self._base.device)
-
-    def _all(self) -> list[Term]:
-        return [term for terms in self.terms.values() for term in terms]
+    def _all(self) -> Iterator[Row]:
+        """Yield the rows of everything."""
+        ways = [way for ways in self.chains for way in ways]
+        in_chains = (term for way in ways for term in (*way.parameters, *way.macs))
+        for term in chain(*self.terms.values(), in_chains):
+            yield from term.rows
+        for timing in (*self.timings, *(way.timing for way in ways)):
+            yield from () if timing is None else (timing.made.row, timing.read.row)
 
     def _hold(self, name: str, numbers: Sequence[object]) -> None:
         self.hold(name, torch.tensor(numbers, dtype=torch.int64))
@@ -141,16 +150,5 @@ class UnitCosts(Structured):
 
 def require_kind(kind: str) -> None:
     """Raise `GateError` for a kind of cost there is not."""
-    if kind not in KINDS:
-        raise GateError(f"there is no cost {kind!r}; take one of {', '.join(KINDS)}")
-
-
-def _merged(terms: Sequence[Term]) -> tuple[Term, ...]:
-    """Add up the terms that shrink alike."""
-    full: dict[tuple[Row, ...], int] = {}
-    order: dict[Row, int] = {}
-    for term in terms:
-        rows = [row for row in term.rows if row.units]
-        rows = tuple(sorted(rows, key=lambda row: order.setdefault(row, len(order))))
-        full[rows] = full.get(rows, 0) + term.full
-    return tuple(Term(amount, rows) for rows, amount in full.items() if amount)
+    if kind not in (*KINDS, LATENCY):
+        raise GateError(f"there is no cost {kind!r}; take one of {', '.join(KINDS)}, {LATENCY}")

@@ -8,22 +8,11 @@ the border fewer weights meet t. Average pooling without padding keeps channels 
 flattening only repeats them, so that the map may stand before those too. Computed in float64.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor, fx, nn
 
-from fxprune.affine_maps import (
-    ANY_AXIS,
-    AffineMap,
-    affine_map,
-    channel_axis,
-    scale_inputs_,
-    takes_shift,
-)
-from fxprune.average_pools import averages
-from fxprune.kinds import LAYERS
-from fxprune.observation import Observation, TensorSpec, observe
+from fxprune.affine_maps import AffineMap, affine_map, channel_axis, scale_inputs_
+from fxprune.affine_neighbours import layer_behind
+from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.sharing import sole_modules
@@ -52,21 +41,14 @@ def _consider(
     sole: dict[fx.Node, nn.Module],
     seen: Observation,
 ) -> Change | None:
-    reader = _reader(program, node, seen)
-    layer: Any = sole.get(reader) if reader is not None else None
-    if reader is None or type(layer) not in LAYERS:
+    shifts = bool((found.shift != 0).any())
+    reader = layer_behind(program, node, found, sole, seen, shifts=shifts)
+    if reader is None:
         return None
-    given = seen.values[reader.all_input_nodes[0]]
+    layer, given = sole[reader], seen.values[reader.all_input_nodes[0]]
     axis, channels = channel_axis(layer, given), seen.values[node].shape[1]
-    if axis is None or len(seen.values[node].shape) < 2:
-        return None
+    assert axis is not None
     between = reader.all_input_nodes[0] is not node
-    if found.axis not in (ANY_AXIS, axis) or (between and axis != 1):
-        return None
-    if bool((found.shift != 0).any()) and not takes_shift(layer):
-        return None
-    if seen.written(found.source):
-        return None  # it may not be the same any more where the layer would read it
     size = given.shape[axis]
     scale, shift = (_repeated(v, channels, size, between) for v in (found.scale, found.shift))
     scale_inputs_(layer, scale, shift)
@@ -74,36 +56,6 @@ def _consider(
     node.graph.erase_node(node)
     name = str(node.target) if node.op == "call_module" else node.name
     return Change(name, f"folded into {reader.target}")
-
-
-def _reader(program: Program, node: fx.Node, seen: Observation) -> fx.Node | None:
-    """Return the only reader, behind what keeps channels and constants as they are."""
-    while len(node.users) == 1:
-        reader = next(iter(node.users))
-        if len(reader.all_input_nodes) != 1 or reader.op == "output" or reader in seen.mutated:
-            return None
-        if not _is_transparent(program, reader, seen):
-            return reader if reader.op == "call_module" else None
-        node = reader
-    return None
-
-
-def _is_transparent(program: Program, node: fx.Node, seen: Observation) -> bool:
-    before, after = seen.values[node.all_input_nodes[0]], seen.values[node]
-    if not isinstance(before, TensorSpec) or not isinstance(after, TensorSpec):
-        return False
-    if node.target in (torch.flatten, "flatten"):
-        return node.args[1:] == (1,) and not node.kwargs
-    module: Any = None
-    if node.op == "call_module":
-        module = program.module.get_submodule(str(node.target))
-    if type(module) is nn.Flatten:
-        return module.start_dim == 1 and module.end_dim == -1
-    if type(module) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d):
-        return after.shape[:2] == before.shape[:2]
-    if type(module) in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d):
-        return averages(module) and after.shape[:2] == before.shape[:2]
-    return False
 
 
 def _repeated(values: Tensor, channels: int, size: int, between: bool) -> Tensor:

@@ -10,11 +10,11 @@ channels only. Computed in float64.
 
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
-from fxprune.affine_maps import ANY_AXIS, AffineMap, affine_map, channel_axis, scale_outputs_
-from fxprune.kinds import LAYERS
-from fxprune.observation import Observation, observe
+from fxprune.affine_maps import AffineMap, affine_map, scale_outputs_
+from fxprune.affine_neighbours import layer_before
+from fxprune.observation import observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.sharing import sole_modules
@@ -28,22 +28,12 @@ def fold_batch_norm(program: Program) -> list[Change]:
     changes: list[Change] = []
     for node in list(program.graph.nodes):
         found = affine_map(program, node, sole.get(node), seen)
-        layer = None if found is None else _layer_before(found, sole, seen)
+        layer = None if found is None else layer_before(found.source, found.axis, sole, seen)
         if found is not None and layer is not None:
             changes.append(_fold(node, found, layer))
     if changes:
         seen.drop_dead_code(program.graph)
     return changes
-
-
-def _layer_before(found: AffineMap, sole: dict[fx.Node, nn.Module], seen: Observation) -> Any:
-    """Return the layer that can compute the map too; a norm of (N, L, C) works on another axis."""
-    layer: Any = sole.get(found.source)
-    if type(layer) not in LAYERS or len(found.source.users) != 1:
-        return None
-    if found.axis not in (ANY_AXIS, channel_axis(layer, seen.values[found.source])):
-        return None
-    return layer
 
 
 def _fold(node: fx.Node, found: AffineMap, layer: Any) -> Change:

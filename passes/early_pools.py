@@ -13,8 +13,9 @@ from torch import fx, nn
 
 from fxprune.average_pools import Average, average_at
 from fxprune.convolutions import geometry_of
-from fxprune.observation import Observation, TensorSpec, observe
+from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change
+from fxprune.pooled_layers import comes_after, makes_fewer_places
 from fxprune.program import Program
 from fxprune.sharing import sole_modules
 
@@ -25,23 +26,12 @@ def advance_pools(program: Program) -> list[Change]:
     changes: list[Change] = []
     for node in list(program.graph.nodes):
         average = average_at(program, node)
-        if average is None or not _shrinks(node, average, seen):
+        if average is None or not makes_fewer_places(node, average, seen):
             continue
         while (conv := _pointwise_before(node, average, sole, seen)) is not None:
             _exchange(conv, node)
             changes.append(Change(node.name, f"taken before {conv.target}, which is 1×1"))
     return changes
-
-
-def _shrinks(node: fx.Node, average: Average, seen: Observation) -> bool:
-    """Tell whether a pool makes fewer places of those of a batch of maps."""
-    before, after = seen.values[node.all_input_nodes[0]], seen.values[node]
-    if not isinstance(before, TensorSpec) or not isinstance(after, TensorSpec):
-        return False
-    if len(before.shape) != average.axes + 2 or node.all_input_nodes[0] is not node.args[0]:
-        return False
-    pairs = list(zip(after.shape[2:], before.shape[2:], strict=True))
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def _pointwise_before(
@@ -50,11 +40,7 @@ def _pointwise_before(
     """Return the 1×1 convolution that a pool alone reads."""
     conv: Any = node.args[0]
     layer = geometry_of(sole.get(conv))
-    if layer is None or len(layer.kernel) != average.axes or len(conv.users) != 1:
-        return None
-    if max(layer.kernel) > 1 or max(layer.stride) > 1 or any(layer.padding):
-        return None
-    if layer.bias and not average.keeps_constants:
+    if layer is None or len(conv.users) != 1 or not comes_after(layer, average):
         return None
     return None if seen.written(conv, conv.all_input_nodes[0]) else conv
 

@@ -45,6 +45,7 @@ def insert_gates(
     mergeable, undecided = find_depth_sites(program, plan.candidates, seen, ends=ends)
     depth = {c.node: DepthSite(c.name, index) for index, c in enumerate(mergeable)}
     width, units = _width_sites(plan)
+    sites = {node: site.index for node, site in depth.items()}
     changes = refused + plan.refused + _refusals(plan) + undecided
     if not width and not depth:
         reasons = "; ".join(map(str, changes)) or "it has no nonlinearity with f(0) = 0"
@@ -54,7 +55,7 @@ def insert_gates(
         list(depth.values()),
         width_init=width_init,
         linear_init=linear_init,
-        costs=account(program, plan, seen, units).to(device_of(program.module)),
+        costs=account(program, plan, seen, units, sites).to(device_of(program.module)),
     )
     program.module.penalties = paper_penalties() if penalties is None else penalties
     program.module.gates.train(program.module.training)

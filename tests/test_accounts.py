@@ -1,5 +1,6 @@
 """Costs in units: for any gates, the sum is what the finalised model is then counted to cost."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ import fxprune
 from fxprune.errors import GateError
 from fxprune.penalties import Cost, cost_of, gates_of
 from fxprune.unit_costs import KINDS, UnitCosts
+from models.lenet import LeNet
 from tests.conftest import randomise
 
 
@@ -77,6 +79,92 @@ def flattened() -> nn.Module:
     return nn.Sequential(*layers, nn.ReLU(), nn.Linear(9, 4))
 
 
+class InvertedResidual(nn.Module):
+    """Sandler et al. 2018: an expansion, which linear nonlinearities make one convolution of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6)
+        self.expand, self.bn1 = nn.Conv2d(6, 24, 1, bias=False), nn.BatchNorm2d(24)
+        self.depthwise = nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False)
+        self.bn2, self.bn3 = nn.BatchNorm2d(24), nn.BatchNorm2d(6)
+        self.project, self.head = nn.Conv2d(24, 6, 1, bias=False), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.bn(self.stem(x)))
+        y = F.relu6(self.bn1(self.expand(x)))
+        y = self.project(F.relu6(self.bn2(self.depthwise(y))))
+        return self.head((x + self.bn3(y)).mean((2, 3)))
+
+
+class ResNeXt(nn.Module):
+    """Xie et al. 2017: a block with a grouped convolution between two 1×1, and its shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(3, 8, 3, 1), (8, 12, 1, 1), (12, 12, 3, 3), (12, 8, 1, 1)]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, k, padding=k // 2, groups=g, bias=False) for i, o, k, g in sizes
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for _, o, _, _ in sizes)
+        self.act, self.head = nn.ReLU(inplace=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams: list[Tensor] = []
+        for place in range(3):
+            x = self.act(self.norms[place](self.convs[place](x)))
+            streams.append(x)
+        x = self.act(streams[0] + self.norms[3](self.convs[3](x)))
+        return self.head(x.mean((2, 3)))
+
+
+class DenseNet(nn.Module):
+    """Huang et al. 2017: a layer beside what it reads, norms before layers, and a transition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.norm1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(16), nn.Conv2d(16, 6, 3, padding=1, bias=False)
+        self.norm3, self.transition = nn.BatchNorm2d(14), nn.Conv2d(14, 7, 1, bias=False)
+        self.norm4, self.pool, self.head = nn.BatchNorm2d(7), nn.AvgPool2d(2), nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm0(self.stem(x)))
+        new = self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        x = self.transition(F.relu(self.norm3(torch.cat([x, new], 1))))
+        return self.head(F.relu(self.norm4(self.pool(x))).mean((2, 3)))
+
+
+class Normed(nn.Module):
+    """Norms behind nonlinearities, which go forward or, where these are linear, back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn1 = nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.second, self.bn2 = nn.Conv2d(12, 5, 3, bias=False), nn.BatchNorm2d(5)
+        self.third, self.bn3 = nn.Conv2d(5, 20, 3, padding=1, bias=False), nn.BatchNorm2d(20)
+        self.prelu, self.last = nn.PReLU(20), nn.Conv2d(20, 3, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(F.relu(self.second(self.bn1(F.relu(self.first(x))))))
+        return self.last(self.bn3(self.prelu(self.third(x))))
+
+
+def deep() -> nn.Module:
+    """A chain of layers with many ways to cut it."""
+    widths = [12, 30, 14, 26, 8, 28, 5]
+    pairs = itertools.pairwise(widths)
+    layers = [part for i, o in pairs for part in (nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(5, 3))
+
+
+def mapped() -> nn.Module:
+    """A map, flattened: layers before and behind could be one."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 3, 2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(90, 20), nn.ReLU(), nn.Linear(20, 4))
+
+
 IMAGES = (2, 3, 8, 8)
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (Residual, IMAGES),
@@ -85,41 +173,61 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "grouped": (grouped, IMAGES),
     "flattened": (flattened, IMAGES),
     "attention": (Attention, (2, 5, 6)),
+    "inverted residual": (InvertedResidual, IMAGES),
+    "resnext": (ResNeXt, IMAGES),
+    "densenet": (DenseNet, IMAGES),
+    "normed": (Normed, IMAGES),
+    "deep": (deep, (3, 12)),
+    "lenet": (LeNet, (2, 1, 28, 28)),
+    "mapped": (mapped, IMAGES),
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
 def decide(gated: nn.Module, seed: int) -> None:
-    """Set gates at random, leaving every tensor a unit."""
+    """Set gates at random, leaving every tensor a unit, and more or fewer of them."""
     gates = gates_of(gated)
     assert gates.width is not None and gates.costs is not None
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        gates.width.uniform_(0, 1)
-        generator = torch.Generator().manual_seed(seed)
-        gates.width.copy_(torch.rand(len(gates.width), generator=generator))
+        shift = 0.4 * torch.rand((), generator=generator) - 0.2
+        gates.width.copy_(torch.rand(len(gates.width), generator=generator) + shift)
         for group in gates.costs.groups():
             chosen = group[int(torch.randint(len(group), (), generator=generator))]
             gates.width[chosen] = 0.9
+        if gates.linear is not None:
+            gates.linear.copy_(torch.rand(len(gates.linear), generator=generator) + 2 * shift)
+
+
+def counted(gated: nn.Module) -> tuple[int, int]:
+    """Return the parameters and MACs of the finalised model."""
+    after = fxprune.finalize(gated, check=False).report.after
+    assert after is not None
+    return after.parameters, after.macs
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_sum_is_what_the_finalised_model_costs(name: str) -> None:
     make, shape = NETS[name]
-    model, x = randomise(make()), torch.randn(shape)
-    gated = fxprune.instrument(model, x)
+    model = randomise(make())
+    gated = fxprune.instrument(model, torch.randn(shape))
     gates = gates_of(gated)
     assert gates.costs is not None
-    before = fxprune.count_costs(model, ((x,), {}))
-    assert gates.costs.full("parameters") == before.parameters
-    assert gates.costs.full("macs") == before.macs
+    full = gates.costs.full("parameters"), gates.costs.full("macs")
+    assert full == counted(gated)
     seen: set[tuple[int, int]] = set()
-    for seed in range(4):
+    for seed in range(6):
         decide(gated, seed)
-        after = fxprune.count_costs(fxprune.finalize(gated, fold=False, check=False), ((x,), {}))
-        assert float(cost_of(gates, "parameters").detach()) == after.parameters
-        assert float(cost_of(gates, "macs").detach()) == after.macs
+        after = counted(gated)
+        found = [float(cost_of(gates, kind).detach()) for kind in ("parameters", "macs")]
+        assert found == list(after), gates.linearised()
         assert float(cost_of(gates, "neurons").detach()) == int(gates.live().sum())
-        seen.add((after.parameters, after.macs))
-    assert len(seen) > 1 and max(p for p, _ in seen) < before.parameters
+        seen.add(after)
+    assert len(seen) > 2 and max(seen) < full
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -138,6 +246,29 @@ def test_the_gradient_is_the_marginal_cost_of_a_unit(name: str) -> None:
                 low[unit], high[unit] = 0, 1
                 rise = gates.costs(kind, high) - gates.costs(kind, low)
             torch.testing.assert_close(gradient[unit], rise)
+
+
+@pytest.mark.parametrize("name", ["normed", "deep", "lenet", "mapped", "inverted residual"])
+def test_the_gradient_of_a_linearity_gate_is_what_its_other_state_costs_more(name: str) -> None:
+    make, shape = NETS[name]
+    gated = fxprune.instrument(make(), torch.randn(shape))
+    gates = gates_of(gated)
+    assert gates.costs is not None and gates.linear is not None
+    rises: list[float] = []
+    for seed in range(4):
+        decide(gated, seed)
+        live, linear = gates.live().double(), gates.linearised().double().requires_grad_()
+        for kind in ("parameters", "macs"):
+            now = gates.costs(kind, live, linear)
+            (gradient,) = torch.autograd.grad(now, linear)
+            for site in range(len(linear)):
+                other = linear.detach().clone()
+                other[site] = 1 - other[site]
+                rise = gates.costs(kind, live, other) - now
+                rise = rise * (other - linear)[site]
+                torch.testing.assert_close(gradient[site], rise.detach())
+                rises.append(float(rise.detach()))
+    assert min(rises) < 0
 
 
 def test_a_cost_is_a_term_like_any_other() -> None:
@@ -172,7 +303,7 @@ def test_units_that_died_can_be_left_out() -> None:
         assert rest.full(kind) == float(cost_of(gates, kind).detach())
 
 
-@pytest.mark.parametrize("kind", ["latency", ""])
+@pytest.mark.parametrize("kind", ["seconds", ""])
 def test_unknown_costs_are_refused(kind: str) -> None:
-    with pytest.raises(GateError, match="take one of neurons, parameters, macs"):
+    with pytest.raises(GateError, match="take one of neurons, parameters, macs, latency"):
         Cost(1.0, kind)

@@ -11,8 +11,9 @@ from torch import nn
 import fxprune
 from fxprune.average_pools import Pool
 from fxprune.convolutions import Geometry, Sizes
-from fxprune.latency import LATENCY, Latencies, measured
+from fxprune.latency import Latencies, measured
 from fxprune.layer_costs import COSTS
+from fxprune.terms import LATENCY
 from fxprune.transposed_convolutions import Transposed
 from fxprune.whole_maps import WholeMap
 from tests.conftest import randomise

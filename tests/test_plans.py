@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxprune.convolutions import Geometry, Inexact, Sizes, composed
-from fxprune.latency import LATENCY, Latencies
+from fxprune.latency import Latencies
 from fxprune.layer_costs import COSTS, Cost, macs, parameters
 from fxprune.plans import cheapest
+from fxprune.terms import LATENCY
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> Geometry:

@@ -26,10 +26,10 @@ from torchvision.models import mobilenet_v2
 import fxprune
 from fxprune.convolutions import Geometry, Sizes, geometry_of
 from fxprune.costs import count_costs, latency
-from fxprune.latency import LATENCY
 from fxprune.layer_costs import COSTS, output_places
 from fxprune.observation import observe
 from fxprune.program import capture
+from fxprune.terms import LATENCY
 
 PREDICTIONS = ("parameters", "macs", "latency")
 ENGINES = ("torch", "onnxruntime")

@@ -93,7 +93,6 @@ def run(
         "seed": recipe.seed,
         "epochs": recipe.epochs,
         "widths": _widths(gated),
-        "parameters_before_folding": round(budget.cost),
         "parameters": small.report.after.parameters,
         "macs": small.report.after.macs,
         "accuracy": float(accuracy(small, test).float().mean()),
