@@ -1,20 +1,15 @@
-"""Train to a budget: the λs are moved by feedback until the model costs what was asked for.
+"""Train to a budget: what pulls at the gates is moved until the model costs what was asked for.
 
-    penalty = λ·(Σ p·(½w(1 − w) + w) + ½Σ d(1 − d)),   p_u ∝ √(marginal cost of u), mean 1
-    log λ += clamp(0.05·(log cost − log target), ±0.02)
-
-The target falls exponentially from the full cost to the budget. Prices are those of the model with
-all its units, and grow with the root of the cost: a layer is not emptied because its units are
-dear, nor dearer for being small. At every gate the pull outweighs the hold of w(1 − w), whatever
-the price, so that what λ asks for can be reached. After the shrinking the gates are made binary,
-the budget is met to the unit by what the finalised model is seen to cost, and the weights settle.
-While it shrinks every tensor keeps its strongest unit, and nonlinearities come back where all units
-together would not spend the budget. All is computed on the gates' device, without waiting for it.
+The target falls from the full cost to the budget, fast at first and slowly at the end, where every
+unit is missed. How units are told apart on the way is the question of `fxprune.estimators`. After
+the shrinking the gates are made binary, the budget is met to the unit by what the finalised model
+is seen to cost, and the weights settle. While it shrinks every tensor keeps its strongest unit, and
+nonlinearities come back where all units together would not spend the budget. All is computed on the
+gates' device, and waits for it only where units are ranked.
 """
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +19,9 @@ from torch.optim import Optimizer
 
 from fxprune.compiler import finalize
 from fxprune.errors import BudgetError
-from fxprune.gates import HALF, Gates, gate_owners
+from fxprune.estimators import Pull
+from fxprune.estimators import estimator as find_estimator
+from fxprune.gates import Gates, gate_owners
 from fxprune.inspection import freeze
 from fxprune.penalties import cost_of, gates_by_name, require_undecayed
 from fxprune.selection import (
@@ -32,13 +29,13 @@ from fxprune.selection import (
     least_cost,
     meet_,
     restore_nonlinearity_,
-    strongest,
     units_of,
 )
 from fxprune.sharding import is_sharded
 from fxprune.terms import LATENCY, MACS, NEURONS, PARAMETERS
 
 CHECK_EVERY = 50  # steps, where looking at a number means waiting for the device
+EASE = 2.0  # power of what is left of the way, in the logarithm of the cost
 ROUNDS = 6  # of finalising the model to see what it costs
 NEAR = 0.01  # as part of the budget: not worth another round
 
@@ -75,7 +72,9 @@ class Budget:
     one of them, the cost to reach: a fraction of the full cost if ≤ 1, else a number (of units, of
     parameters, of a sample's multiply-accumulates or nanoseconds) of the finalised model; for
     latency see `fxprune.Cost`. steps: optimizer steps in the whole run. phases: when what happens.
-    strength: the first λ. optimizer: if given it is checked not to decay gates.
+    strength: the first λ. estimator: how units are told apart, "gates" as in the paper, or
+    "taylor" by the squared gradients of their gates, for which gates' rates do not matter.
+    optimizer: if given it is checked not to decay gates.
 
     In `DistributedDataParallel` take `find_unused_parameters=True`: frozen gates get no gradient.
 
@@ -95,6 +94,7 @@ class Budget:
         latency: float | None = None,
         phases: Phases | None = None,
         strength: float = 1e-4,
+        estimator: str = "gates",
         optimizer: Optimizer | None = None,
     ) -> None:
         if optimizer is not None:
@@ -110,8 +110,7 @@ class Budget:
         ((self.kind, amount),) = given.items()
         self.steps, self.phases = steps, phases or Phases()
         self.steps_done = 0
-        self._log_strength = torch.tensor(math.log(strength))
-        self._weakest = math.log(strength / 10)  # or it would have to come a long way back
+        self._estimator = find_estimator(estimator, strength, steps)
         self.follow(gated)
         self.full = sum(gates.costs.full(self.kind) for gates in self._gates if gates.costs)
         self.target = amount * self.full if amount <= 1 else float(amount)
@@ -130,13 +129,13 @@ class Budget:
             raise BudgetError("the model has no width gates, so that nothing can get smaller")
         self._groups = [units_of(gates) for gates in self._gates]
         self._last_cost: Tensor | None = None
-        self._prices = _prices(self._gates, self.kind)
-        self._log_strength = self._log_strength.to(_width(self._gates[0]).device)
+        self._estimator.follow(self._gates, self._groups, self.kind)
 
     @property
     def strength(self) -> float:
-        """λ now; waits for the device."""
-        return math.exp(float(self._log_strength))
+        """λ now, 0 where no λ moves; waits for the device."""
+        pull = self._estimator
+        return math.exp(float(pull.log_strength)) if isinstance(pull, Pull) else 0.0
 
     @property
     def cost(self) -> float:
@@ -148,7 +147,8 @@ class Budget:
         """The target of this step, between the full cost and the budget."""
         start, end = self.phases.warm_up, self.phases.shrink
         done = (self.steps_done / self.steps - start) / (end - start)
-        return self.full * (self.target / self.full) ** min(max(done, 0.0), 1.0)
+        left = 1 - min(max(done, 0.0), 1.0)
+        return self.full * (self.target / self.full) ** (1 - left**EASE)
 
     @property
     def frozen(self) -> bool:
@@ -177,19 +177,11 @@ class Budget:
 
     def penalty(self) -> Tensor:
         """Return what to add to the loss: a scalar, differentiable, on the gates' device."""
-        total = _width(self._gates[0]).new_zeros(())
         if self.phase in ("warm-up", "settle"):
-            return total
+            return _width(self._gates[0]).new_zeros(())
         cost = self._cost() if self._last_cost is None else self._last_cost
         over = cost > self.aim  # no pull below the target: units come back there
-        for gates, price in zip(self._gates, self._prices, strict=True):
-            width = _width(gates).clamp(0, 1)
-            pull = 0.5 * (1 - width) + over.to(width.device, width.dtype)
-            total = total + (price * width * pull).sum().to(total.device)
-            if gates.linear is not None:
-                linear = gates.linear.clamp(0, 1)
-                total = total + 0.5 * (linear * (1 - linear)).sum().to(total.device)
-        return self._log_strength.exp().to(total.dtype) * total
+        return self._estimator.penalty(over)
 
     def step(self, loss: Tensor | None = None) -> None:
         """Move λ and, when it is time, freeze the gates; call it after `optimizer.step()`.
@@ -203,18 +195,11 @@ class Budget:
         if self.frozen:
             return
         with torch.no_grad():
-            for gates, groups in zip(self._gates, self._groups, strict=True):
-                chosen = strongest(_width(gates), groups)
-                _width(gates)[chosen] = _width(gates)[chosen].clamp_min(HALF)
             slack = has_slack(self._gates, self.kind, self.target)
             restore_nonlinearity_(self._gates, slack)
-            if phase in ("shrink", "hold"):
-                self._last_cost = self._cost()
-                excess = self._last_cost.log() - math.log(self.aim)
-                limit = max(0.02, 16 / self.steps)  # short runs have to hurry
-                move = (2.5 * limit * excess).clamp(-limit, limit)
-                self._log_strength += move.to(self._log_strength)
-                self._log_strength.clamp_min_(self._weakest)
+            self._last_cost = self._cost()
+            moves = phase in ("shrink", "hold")
+            self._estimator.step(self._last_cost, self.aim if moves else None)
             if self.steps_done >= round(self.phases.settle * self.steps):
                 self.finish()
 
@@ -236,8 +221,8 @@ class Budget:
             "target": self.target,
             "steps": self.steps,
             "steps_done": self.steps_done,
-            "log_strength": self._log_strength.clone(),
             "frozen": self.frozen,
+            **self._estimator.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -252,7 +237,7 @@ class Budget:
                 f"of {self.target:,.0f} {self.kind}; make the budget as it was made then"
             )
         self.steps, self.steps_done = state["steps"], state["steps_done"]
-        self._log_strength.copy_(state["log_strength"])
+        self._estimator.restore(state)
         self._last_cost = None
         if state["frozen"]:
             freeze(self.gated)
@@ -262,12 +247,10 @@ class Budget:
         """Make the width gates binary so that the finalised model costs what the budget allows."""
         while bool(has_slack(self._gates, self.kind, self.target)):
             restore_nonlinearity_(self._gates)
-        real = [_width(gates).clone() for gates in self._gates]
+        strengths = self._estimator.strengths()
         aim, best, most = self.target, self._state(), 0.0
         for _ in range(ROUNDS):
-            for gates, width in zip(self._gates, real, strict=True):
-                _width(gates).copy_(width)
-            meet_(self._gates, self._groups, self.kind, aim)
+            meet_(self._gates, self._groups, self.kind, aim, strengths)
             found, counted = self._finalised_cost(), self.cost
             if most < found <= self.target:
                 best, most = self._state(), found
@@ -319,18 +302,6 @@ class Budget:
                 f"{' and '.join(found)} became NaN by step {self.steps_done}; take up the last "
                 "checkpoint with a lower learning rate, of gates or weights, or clip gradients"
             )
-
-
-def _prices(all_gates: Sequence[Gates], kind: str) -> list[Tensor]:
-    """Return what each unit costs beside all others, to the power ½ and with mean 1."""
-    prices: list[Tensor] = []
-    for gates in all_gates:
-        with torch.enable_grad():
-            everything = torch.ones_like(_width(gates)).requires_grad_()
-            (price,) = torch.autograd.grad(cost_of(gates, kind, everything), everything)
-        prices.append(price.clamp_min(0).sqrt())
-    mean = sum(float(price.sum()) for price in prices) / sum(map(len, prices))
-    return [price / (mean or 1.0) for price in prices]
 
 
 def _width(gates: Gates) -> nn.Parameter:

@@ -51,7 +51,8 @@ class Gates(Structured):
     [0, 1], or None; 1 makes a nonlinearity the identity. Calling it clips them (in training) and
     returns one binarised vector a site, width sites first, depth sites after. costs: what the model
     would cost if it were finalised now, in its units, if that was found out. dead_calls: how often
-    in a row `fxprune.compact` found each unit dead.
+    in a row `fxprune.compact` found each unit dead. importance: how much each unit was seen to
+    matter, where somebody measures it.
     """
 
     width: nn.Parameter | None
@@ -60,6 +61,7 @@ class Gates(Structured):
     _gather: Tensor
     _layer: Tensor
     dead_calls: Tensor
+    importance: Tensor
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class Gates(Structured):
         layer = [index.get(site.name, depth) for site in width_sites for _ in site.units]
         self.hold("_layer", torch.tensor(layer, dtype=torch.long))
         self.hold("dead_calls", torch.zeros(units, dtype=torch.long))
+        self.hold("importance", torch.zeros(units))
         self._sizes = [len(site.units) for site in width_sites]
 
     def forward(self) -> tuple[Tensor, ...]:

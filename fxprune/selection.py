@@ -1,8 +1,8 @@
 """Which units to keep, the strongest first, so that a cost is met and no tensor left empty.
 
-A unit is as strong as its real gate; where gates are equal, as many are that were clipped, the last
-gradient decides, since it says by how much the loss would rise without the unit. Where all units
-cost too little, because layers are merged, nonlinearities come back, the least linear first.
+A unit may be as strong as its real gate; where gates are equal, as many are that were clipped, the
+last gradient decides, since it says by how much the loss would rise without the unit. Where all
+units cost too little, because layers are merged, nonlinearities come back, the least linear first.
 """
 
 from collections.abc import Sequence
@@ -53,14 +53,20 @@ def least_cost(all_gates: Sequence[Gates], all_groups: Sequence[Tensor], kind: s
 
 @torch.no_grad()
 def meet_(
-    all_gates: Sequence[Gates], all_groups: Sequence[Tensor], kind: str, target: float
+    all_gates: Sequence[Gates],
+    all_groups: Sequence[Tensor],
+    kind: str,
+    target: float,
+    strengths: Sequence[Tensor],
+    tries: int = TRIES,
 ) -> None:
-    """Set every gate to 0 or 1: the strongest units that cost no more than `target` together."""
-    strengths: list[Tensor] = []
-    for gates, groups in zip(all_gates, all_groups, strict=True):
-        strength = _strength(gates)
+    """Set every gate to 0 or 1: the strongest units that cost no more than `target` together.
+
+    tries: how many of the next units are asked whether they still fit, being cheaper.
+    """
+    strengths = [strength.clone() for strength in strengths]
+    for strength, groups in zip(strengths, all_groups, strict=True):
         strength[strongest(strength, groups)] = torch.inf
-        strengths.append(strength)
     whole = torch.cat([strength.cpu() for strength in strengths])
     order = whole.argsort(descending=True, stable=True)
     live = torch.zeros(len(whole), dtype=torch.float64)
@@ -82,7 +88,7 @@ def meet_(
         least, most = (middle, most) if fits() else (least, middle - 1)
     live[:] = 0
     live[order[:least]] = 1
-    for unit in order[least : least + TRIES].tolist():  # a cheaper one may still fit
+    for unit in order[least : least + tries].tolist():
         live[unit] = 1
         live[unit] = float(fits())
     for gates, part in zip(all_gates, live.split(list(map(len, strengths))), strict=True):
@@ -119,8 +125,8 @@ def restore_nonlinearity_(all_gates: Sequence[Gates], wanted: Tensor | None = No
         gates.linear[place] = torch.where(wanted.to(shut.device), shut, gates.linear[place])
 
 
-def _strength(gates: Gates) -> Tensor:
-    """Return how strong every unit is."""
+def gate_strength(gates: Gates) -> Tensor:
+    """Return how strong every unit's gate is, (units,)."""
     assert gates.width is not None
     width = gates.width.detach().clamp(0, 1)
     if gates.width.grad is None:

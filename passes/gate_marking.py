@@ -83,6 +83,7 @@ def _rebuilt(old: Gates, sites: list[WidthSite], units: list[int]) -> Gates:
     new.width = nn.Parameter(old.width.detach()[positions], requires_grad=old.width.requires_grad)
     new.linear = old.linear
     new.dead_calls = old.dead_calls[positions]
+    new.importance = old.importance[positions]
     return new.train(old.training)
 
 

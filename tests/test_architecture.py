@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sharding",),
     ("penalties",),
     ("selection",),
+    ("estimators",),
     ("modes",),
     ("inputs",),
     ("modules",),

@@ -91,7 +91,10 @@ def is_binary(gated: nn.Module) -> bool:
 
 @pytest.mark.parametrize(
     "options",
-    [{"macs": 0.3}, {"parameters": 0.1}, {"neurons": 0.5}, {"parameters": 900}, {"macs": 1.0}],
+    [
+        *({"macs": 0.3}, {"parameters": 0.1}, {"neurons": 0.5}, {"parameters": 900}, {"macs": 1.0}),
+        *({"macs": 0.3, "estimator": "taylor"}, {"parameters": 900, "estimator": "taylor"}),
+    ],
     ids=str,
 )
 def test_a_run_ends_with_binary_gates_and_the_budget_met(options: dict[str, Any]) -> None:
@@ -196,19 +199,65 @@ def test_of_a_model_in_regions_the_regions_meet_it() -> None:
     assert 0.9 * budget.target <= found <= budget.target
 
 
-@pytest.mark.parametrize("stop", [1, 20, 42, 50])
+@pytest.mark.parametrize("stop", [1, 20, 33, 42, 50])
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("estimator", ["gates", "taylor"])
 def test_a_run_taken_up_again_ends_as_if_it_had_not_stopped(
-    stop: int, make: Callable[..., Any]
+    stop: int, make: Callable[..., Any], estimator: str
 ) -> None:
-    whole = Run(make).train(STEPS)
-    resumed = Run(make).load(Run(make).train(stop).save()).train(STEPS - stop)
+    options = {"macs": 0.3, "estimator": estimator}
+    whole = Run(make, **options).train(STEPS)
+    resumed = Run(make, **options).load(Run(make, **options).train(stop).save())
+    resumed.train(STEPS - stop)
     assert torch.equal(width_of(resumed.gated), width_of(whole.gated))
     for left, right in zip(
         resumed.gated.state_dict().values(), whole.gated.state_dict().values(), strict=True
     ):
         assert torch.equal(left, right)
     assert resumed.budget.status == whole.budget.status
+
+
+class Split(nn.Module):
+    """Units of which half matter: the rest is multiplied by zeros behind a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 32), nn.Linear(32, 3)
+        self.scale = nn.Parameter(torch.where(torch.arange(32) % 2 == 0, 1.0, 1e-6), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)) * self.scale)
+
+
+def test_units_that_matter_are_kept() -> None:
+    x, y = data()
+    gated = fxprune.instrument(Split(), x[:2])
+    optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.0, gate_lr=0.1))
+    budget = fxprune.Budget(gated, neurons=16, steps=STEPS, estimator="taylor")
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (F.cross_entropy(gated(x), y) + budget.penalty()).backward()
+        optimizer.step()
+        budget.step()
+    assert width_of(gated).tolist() == [1.0, 0.0] * 16
+
+
+def test_a_ranked_run_goes_on_after_a_compaction() -> None:
+    run = Run(macs=0.3, estimator="taylor").train(45)
+    dead = int((width_of(run.gated) < 0.5).sum())
+    before = run.gated(data()[0])
+    run.gated = fxprune.compact(run.gated, run.optimizer)
+    run.budget.follow(run.gated)
+    assert dead > 20 and (width_of(run.gated) == 1).all()
+    torch.testing.assert_close(run.gated(data()[0]), before)
+    run.train(STEPS - 45)
+    assert is_binary(run.gated) and 0.95 <= run.budget.cost / run.budget.target <= 1
+
+
+def test_ranking_needs_gradients() -> None:
+    run = Run(macs=0.3, estimator="taylor")
+    with pytest.raises(BudgetError, match=r"before optimizer\.zero_grad"):
+        run.budget.step()
 
 
 def test_gates_the_user_freezes_stay_as_they_are() -> None:
@@ -252,6 +301,7 @@ def test_nan_is_an_error_that_says_what_to_do() -> None:
         ({"macs": 0.001}, "cannot be met: with a unit in every layer they are"),
         ({"parameters": 1e9}, "with all units"),
         ({"macs": 0.5, "strength": 0.0}, "both must be positive"),
+        ({"macs": 0.5, "estimator": "luck"}, "there is no estimator 'luck'; take one of gates, ta"),
     ],
 )
 def test_impossible_budgets_are_refused(options: dict[str, Any], message: str) -> None:

@@ -56,6 +56,29 @@ def plot_budget(history: BudgetHistory, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_compaction(seconds: dict[str, list[float]], left: list[float], path: Path) -> None:
+    """Draw the seconds of every epoch of two runs, and which part of the MACs one has left."""
+    matplotlib.use("Agg")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    taken, part = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    epochs = range(1, len(left) + 1)
+    both = [a + b for a, b in zip(seconds["gated"], seconds["compacting"], strict=True)]
+    taken.plot(epochs, seconds["plain"], marker="o", label="plain")
+    taken.plot(epochs, seconds["gated"], marker="o", label="gated")
+    taken.plot(epochs, both, ls="--", color="grey", label="gated, with its compaction")
+    taken.set_ylim(bottom=0)
+    taken.set_ylabel("seconds an epoch")
+    taken.set_title("A run that is compacted while it shrinks")
+    taken.legend()
+    part.plot(epochs, [100 * value for value in left], marker="o", color="tab:orange")
+    part.set_ylim(0, 105)
+    part.set_ylabel("MACs left, %")
+    part.set_xlabel("epoch")
+    for axes in (taken, part):
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     """Write beside, then rename: an interrupted run leaves no half picture."""
     path.parent.mkdir(parents=True, exist_ok=True)

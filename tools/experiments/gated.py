@@ -1,0 +1,51 @@
+"""fxprune in the comparison: gates and weights trained to a budget, and compacted on the way."""
+
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.budget import Phases
+from tools.experiments.classifier import Method, Recipe
+
+
+class Gated(Method):
+    """A model trained to a budget of MACs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        steps: int,
+        x: Tensor,
+        macs: float,
+        gate_lr: float = 0.1,
+    ) -> None:
+        self.gate_lr = gate_lr
+        super().__init__(fxprune.instrument(model, x), recipe, steps)
+        phases = Phases(shrink=0.7 * recipe.prune_at, settle=recipe.prune_at)
+        self.budget = fxprune.Budget(self.model, macs=macs, steps=steps, phases=phases)
+        self.epoch = steps // recipe.epochs
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """Return an optimizer that does not decay the gates."""
+        decay = self.recipe.weight_decay
+        groups = fxprune.parameter_groups(
+            self.model, lr=self.recipe.lr, gate_lr=self.gate_lr, weight_decay=decay
+        )
+        return torch.optim.SGD(groups, momentum=self.recipe.momentum)
+
+    def penalty(self) -> Tensor:
+        """Return the budget's penalty."""
+        return self.budget.penalty()
+
+    def stepped(self, done: int, images: Tensor, labels: Tensor) -> None:
+        """Move λ; once the gates are frozen drop what is dead."""
+        frozen = self.budget.frozen
+        self.budget.step()
+        if self.budget.frozen and not frozen:
+            self.model = fxprune.compact(self.model, self.optimizer)
+            self.budget.follow(self.model)
+
+    def finished(self) -> nn.Module:
+        """Return the finalised model."""
+        return fxprune.finalize(self.model.eval())
