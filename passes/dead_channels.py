@@ -16,7 +16,7 @@ from fxprune.channels import Channels, analyse
 from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.errors import where
 from fxprune.liveness import settle
-from fxprune.modules import device_of
+from fxprune.modules import device_of, submodule
 from fxprune.observation import observe
 from fxprune.pipeline import Change
 from fxprune.program import Program, narrowed
@@ -143,12 +143,11 @@ def _over_the_rest(keep: Tensor, axis: int) -> Tensor:
 
 def _replace(module: nn.Module, names: list[str], old: Tensor, new: Tensor) -> None:
     """Put `new` in the place of `old` under all its names, so that what was tied stays tied."""
-    value: Tensor = new.clone()
     if isinstance(old, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=old.requires_grad)
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(owner), attribute, value)
+        setattr(submodule(module, owner), attribute, new)
 
 
 def _apply(program: Program, node: fx.Node, answer: Arguments | Literal) -> None:
