@@ -23,6 +23,7 @@ from fxprune.affine_maps import (
 )
 from fxprune.average_pools import averages
 from fxprune.kinds import LAYERS
+from fxprune.modules import submodule
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
@@ -96,7 +97,7 @@ def _is_transparent(program: Program, node: fx.Node, seen: Observation) -> bool:
         return node.args[1:] == (1,) and not node.kwargs
     module: Any = None
     if node.op == "call_module":
-        module = program.module.get_submodule(str(node.target))
+        module = submodule(program.module, str(node.target))
     if type(module) is nn.Flatten:
         return module.start_dim == 1 and module.end_dim == -1
     if type(module) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d):
