@@ -29,10 +29,10 @@ _P = TypeVar("_P", bound=Callable[..., list[Change]])
 
 
 def keeps_shapes(one: _P) -> _P:
-    """Mark a pass after which every node that is left computes a tensor of the shape it had.
+    """Mark a pass that keeps `program.seen` true: what a run would show of the nodes it leaves.
 
-    It adds no nodes, and corrects what nodes cost, so that what a run showed before the pass still
-    holds after it; where that cannot be, it forgets the run itself.
+    Most leave every node the shape it had; the others write down what has changed, and where they
+    cannot, they forget the run.
     """
     one.__dict__["keeps_shapes"] = True
     return one

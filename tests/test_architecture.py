@@ -52,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("boxes",),
     ("channels",),
-    ("liveness",),
+    ("liveness", "foresight"),
     ("handwritten",),
     ("sites",),
     ("accounts",),
