@@ -42,21 +42,33 @@ def _is_finite(tensor: Tensor) -> bool:
 def copy_model(model: nn.Module) -> Any:
     """Deep-copy a module, also one that holds tensors computed from its parameters (masks)."""
     memo: dict[int, Any] = {}
-    try:
-        for module in model.modules():
-            for held in vars(module).values():
-                for value in held if isinstance(held, (list, tuple)) else (held,):
-                    if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
-                        memo[id(value)] = value.detach().clone()
-        for module in reversed(list(model.modules())):  # parts first
-            if _is_its_attributes(type(module)):
-                _copy_attributes(module, memo)
+    with copying(model):
+        put_parts_in(memo, model)
         return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def copying(model: nn.Module) -> Generator[None]:
+    """Raise `TraceError` for a model that cannot be copied."""
+    try:
+        yield
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}; "
             "detach or drop what it holds besides parameters and buffers"
         ) from error
+
+
+def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
+    """Copy what is in a module into a memo of `deepcopy`, in a fraction of its time."""
+    for module in model.modules():
+        for held in vars(module).values():
+            for value in held if isinstance(held, (list, tuple)) else (held,):
+                if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
+                    memo[id(value)] = value.detach().clone()
+    for module in reversed(list(model.modules())):  # parts first
+        if _is_its_attributes(type(module)):
+            _copy_attributes(module, memo)
 
 
 def _is_its_attributes(cls: type[nn.Module]) -> bool:

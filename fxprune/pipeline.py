@@ -43,11 +43,14 @@ def with_options(one: Callable[..., list[Change]], **options: Any) -> Pass:
     return update_wrapper(partial(one, **options), one)
 
 
-def run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
+def run(
+    program: Program, passes: Sequence[Pass], *, recompile: bool = True
+) -> dict[str, list[Change]]:
     """Run passes in order and return their changes, by the name of the pass.
 
     The graph is checked after every pass that changed it; the module's code is made anew at the
     end, so that a pass that calls the module, instead of observing it, recompiles it first.
+    recompile: make the code; without it the module cannot be called before somebody else does.
     """
     done: dict[str, list[Change]] = {}
     for one in passes:
@@ -62,7 +65,8 @@ def run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
         if changes and not getattr(one, "keeps_shapes", False):
             program.seen = None
         done[name] = [*done.get(name, []), *changes]
-    program.module.recompile()
+    if recompile:
+        program.module.recompile()
     return done
 
 

@@ -174,7 +174,8 @@ def _shift_bias(call: Call, mixing: Mixing, amount: Tensor, cut: Cut) -> None:
     """Add W·amount to the bias; a bias made for it is cut here, as the analysis never saw it."""
     shift = _mixed(mixing, amount)
     if mixing.bias is not None:
-        mixing.bias.tensor.copy_(mixing.bias.tensor.double() + shift)
+        bias = mixing.bias.tensor
+        bias.data = (bias.double() + shift).to(bias.dtype)  # its memory may be the user's
         return
     module: Any = call.module
     keep = cut.keep(_weight_tags(mixing, mixing.value.along(mixing.axis).tags)[0])
@@ -187,7 +188,7 @@ def _stop_reading(mixing: Mixing, dying: Tensor) -> None:
     stay = (~dying).to(weight.device).reshape(mixing.groups, 1, -1, 1)
     masked = mixing.matrix(weight) * stay
     masked = masked if mixing.out_axis == 0 else masked.transpose(1, 2)
-    weight.copy_(masked.reshape(weight.shape))
+    weight.data = masked.reshape(weight.shape)
 
 
 def _depthwise_flow(call: Call, mixing: Mixing, along: Along) -> Flow:
