@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError, TraceError
+from fxprune.garbage import uncollected
 from fxprune.inputs import Inputs
 
 
@@ -51,7 +52,8 @@ def copy_model(model: nn.Module) -> Any:
 def copying(model: nn.Module) -> Generator[None]:
     """Raise `TraceError` for a model that cannot be copied."""
     try:
-        yield
+        with uncollected():
+            yield
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}; "
@@ -113,6 +115,15 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
         assert child is not None
         module = child
     return module
+
+
+def tensors_in(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module, each once."""
+    found: dict[int, Tensor] = {}
+    for part in module.modules() if module._modules else (module,):
+        for held in (part._parameters, part._buffers):
+            found |= {id(tensor): tensor for tensor in held.values() if tensor is not None}
+    return list(found.values())
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial, update_wrapper
 from typing import Any, TypeVar
 
+from fxprune.garbage import uncollected
 from fxprune.program import Program
 
 
@@ -52,6 +53,14 @@ def run(
     end, so that a pass that calls the module, instead of observing it, recompiles it first.
     recompile: make the code; without it the module cannot be called before somebody else does.
     """
+    with uncollected():
+        done = _run(program, passes)
+        if recompile:
+            program.module.recompile()
+    return done
+
+
+def _run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
     done: dict[str, list[Change]] = {}
     for one in passes:
         name = getattr(one, "__name__", repr(one))
@@ -65,8 +74,6 @@ def run(
         if changes and not getattr(one, "keeps_shapes", False):
             program.seen = None
         done[name] = [*done.get(name, []), *changes]
-    if recompile:
-        program.module.recompile()
     return done
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxprune.modules import submodule
+from fxprune.modules import submodule, tensors_in
 from fxprune.program import Program
 
 
@@ -18,7 +18,7 @@ def sole_modules(program: Program) -> dict[fx.Node, nn.Module]:
     for node in program.graph.nodes:
         if node.op == "call_module":
             module = submodule(program.module, str(node.target))
-            held[node] = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+            held[node] = {id(tensor) for tensor in tensors_in(module)}
         elif node.op == "get_attr":
             held[node] = {id(_attribute(program.module, str(node.target)))}
         for key in held.get(node, ()):

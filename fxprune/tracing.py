@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import ExampleInputError, TraceError
+from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
 from fxprune.modes import same_structure, thaw_modes
 
@@ -174,8 +175,9 @@ def trace(root: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
     """
     flags = {module: module.training for module in root.modules()}
     try:
-        training, _ = _trace_in_mode(root, given, training=True)
-        evaluation, tracer = _trace_in_mode(root, given, training=False)
+        with uncollected():
+            training, _ = _trace_in_mode(root, given, training=True)
+            evaluation, tracer = _trace_in_mode(root, given, training=False)
     finally:
         for module, flag in flags.items():
             module.training = flag
