@@ -89,10 +89,18 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
     twin = memo[id(module)] = type(module).__new__(type(module))
     state: dict[str, Any] = module.__getstate__()
     for key, value in state.items():
-        if type(value) in _ATOMS or (type(value) in _MAPPINGS and not value):
-            twin.__dict__[key] = value if type(value) in _ATOMS else type(value)()
+        if type(value) in _MAPPINGS and not value:
+            twin.__dict__[key] = type(value)()
+        elif _never_changes(value):
+            twin.__dict__[key] = value
         else:
             twin.__dict__[key] = copy.deepcopy(value, memo)
+
+
+def _never_changes(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(type(part) in _ATOMS for part in value)
+    return type(value) in _ATOMS
 
 
 _ATOMS = (bool, int, float, str, type(None))

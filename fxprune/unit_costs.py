@@ -11,6 +11,7 @@ of kernels, whatever the depth.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class Row:
         """How long the axis is while every unit lives."""
         return self.base + sum(self.times)
 
+    def __deepcopy__(self, memo: Any) -> "Row":
+        """Return itself: it never changes."""
+        return self
+
 
 @dataclass(frozen=True)
 class Term:
@@ -45,6 +50,10 @@ class Term:
 
     full: int
     rows: tuple[Row, ...]
+
+    def __deepcopy__(self, memo: Any) -> "Term":
+        """Return itself: it never changes."""
+        return self
 
 
 class UnitCosts(Structured):
