@@ -9,10 +9,11 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.kinds import LAYERS, NORMS
-from fxprune.modules import copying, put_parts_in
+from fxprune.modules import copying, put_parts_in, tensors_in
 
 _PRESERVED = "_user_preserved_attributes"
 
@@ -50,9 +51,9 @@ def borrowing_copy(model: fx.GraphModule) -> fx.GraphModule:
 def own_(module: nn.Module, lender: nn.Module) -> None:
     """Copy the weights that a module still borrows."""
     lent = {_memory(parameter) for parameter in lender.parameters()}
-    for parameter in module.parameters():
-        if _memory(parameter) in lent:
-            parameter.data = parameter.detach().clone()
+    for tensor in tensors_in(module):
+        if _memory(tensor) in lent:
+            tensor.data = tensor.detach().clone()
 
 
 def _lent(model: fx.GraphModule) -> Iterator[nn.Parameter]:
@@ -65,7 +66,7 @@ def _lent(model: fx.GraphModule) -> Iterator[nn.Parameter]:
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            lendable = type(module) in (*LAYERS, *NORMS) and type(parameter) is nn.Parameter
+            lendable = type(module) in (*LAYERS, *NORMS) and _memory(parameter) != id(parameter)
             if lendable and not hooked and f"{path}.{name}" not in taken:
                 plain.append(parameter)
             else:
@@ -79,4 +80,7 @@ def _borrowed(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _memory(tensor: Tensor) -> int:
+    """Return what tensors of one memory have in common; others than plain ones are never lent."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return id(tensor)
     return tensor.untyped_storage()._cdata
