@@ -13,6 +13,7 @@ from torch import fx, nn
 from fxprune.affine_maps import AffineMap, affine_map
 from fxprune.affine_neighbours import layer_before, layer_behind
 from fxprune.kinds import DROPOUTS, NORMS
+from fxprune.modules import submodule
 from fxprune.observation import Observation
 from fxprune.program import Program
 
@@ -86,7 +87,7 @@ def _before(
 def _is_dropout(program: Program, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
-    return type(program.module.get_submodule(str(node.target))) in DROPOUTS
+    return type(submodule(program.module, str(node.target))) in DROPOUTS
 
 
 def _parameters(
@@ -102,6 +103,6 @@ def _parameters(
         if len(node.graph.find_nodes(op="get_attr", target=operand.target)) != 1:
             continue
         owner, _, name = str(operand.target).rpartition(".")
-        tensor: torch.Tensor = getattr(program.module.get_submodule(owner), name)
+        tensor: torch.Tensor = getattr(submodule(program.module, owner), name)
         found += [tensor] if isinstance(tensor, nn.Parameter) else []
     return tuple(found)

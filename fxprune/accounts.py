@@ -25,6 +25,7 @@ from fxprune.kinds import LAYERS
 from fxprune.latency_tables import Axis, Timing
 from fxprune.layer_costs import nanoseconds, output_places
 from fxprune.mergers import Merger, Run, find_runs
+from fxprune.modules import submodule
 from fxprune.observation import Observation
 from fxprune.pooled_layers import comes_after, shrinking_pool
 from fxprune.program import Program
@@ -198,7 +199,7 @@ class _Accountant:
         """Return the timing of a layer; other operators are not counted."""
         module: Any = None
         if node.op == "call_module":
-            module = self.program.module.get_submodule(str(node.target))
+            module = submodule(self.program.module, str(node.target))
         geometry = geometry_of(module) or transposed_geometry(module, 1)
         if geometry is None or not isinstance(self.channels.values.get(node), Value):
             return None

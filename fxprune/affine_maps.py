@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.kinds import NORMS
+from fxprune.modules import submodule
 from fxprune.observation import Observation, TensorSpec
 from fxprune.program import Program
 
@@ -135,7 +136,7 @@ def _constant(program: Program, operand: Any, seen: Observation) -> Tensor | Non
     if seen.written(operand):
         return None
     owner, _, name = str(operand.target).rpartition(".")
-    tensor = getattr(program.module.get_submodule(owner), name)
+    tensor = getattr(submodule(program.module, owner), name)
     return tensor.detach().double() if isinstance(tensor, Tensor) else None
 
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 from fxprune.affine_maps import ANY_AXIS, AffineMap, channel_axis, takes_shift
 from fxprune.average_pools import averages
 from fxprune.kinds import DROPOUTS, LAYERS
+from fxprune.modules import submodule
 from fxprune.observation import Observation, TensorSpec
 from fxprune.program import Program
 
@@ -79,7 +80,7 @@ def _is_transparent(program: Program, node: fx.Node, seen: Observation) -> bool:
         return node.args[1:] == (1,) and not node.kwargs
     module: Any = None
     if node.op == "call_module":
-        module = program.module.get_submodule(str(node.target))
+        module = submodule(program.module, str(node.target))
     if type(module) is nn.Flatten:
         return module.start_dim == 1 and module.end_dim == -1
     if type(module) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d):

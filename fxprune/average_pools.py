@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.convolutions import Geometry, Layer
+from fxprune.modules import submodule
 from fxprune.program import Program
 
 AXES: dict[type[nn.Module], int] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
@@ -58,7 +59,7 @@ def average_at(program: Program, node: fx.Node) -> Average | None:
         return Average(AXES[type(pool)], averages(pool))
     target: Any = node.target
     if node.op == "call_module":
-        target = type(program.module.get_submodule(str(node.target)))
+        target = type(submodule(program.module, str(node.target)))
     axes = _ADAPTIVE.get(target) if node.op.startswith("call_") else None
     return None if axes is None or len(node.all_input_nodes) != 1 else Average(axes, True)
 
@@ -66,7 +67,7 @@ def average_at(program: Program, node: fx.Node) -> Average | None:
 def pool_at(program: Program, node: fx.Node) -> Any:
     """Return the average pool that a node is, as a module; None if it is none."""
     if node.op == "call_module":
-        module = program.module.get_submodule(str(node.target))
+        module = submodule(program.module, str(node.target))
         hooked = module._forward_hooks or module._forward_pre_hooks
         return module if type(module) in AXES and not hooked else None
     kind = _FUNCTIONS.get(node.target) if node.op == "call_function" else None

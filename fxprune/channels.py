@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -18,6 +18,7 @@ from fxprune import ops as ops
 from fxprune.boxes import close_boxes
 from fxprune.cuts import Cut
 from fxprune.errors import where
+from fxprune.modules import tensors_in
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.program import Program
 from fxprune.rules import Call, Flow, Read, barrier_flow, rule_for
@@ -216,7 +217,7 @@ class _Forward:
         for node in self.program.graph.nodes:
             if node.op == "call_module":
                 module = self.modules[node.target]
-                used = [self.tensors[id(t)] for t in (*module.parameters(), *module.buffers())]
+                used = [self.tensors[id(tensor)] for tensor in tensors_in(module)]
             elif node.op == "get_attr" and (state := self._state(str(node.target))):
                 used = [state.name]
             else:
@@ -229,7 +230,8 @@ class _Forward:
         if node.op != "call_module":
             return False
         module = self.modules[str(node.target)]
-        return all(self.users[self.tensors[id(t)]] == 1 for t in module.parameters())
+        held = (t for t in tensors_in(module) if isinstance(t, nn.Parameter))
+        return all(self.users[self.tensors[id(t)]] == 1 for t in held)
 
     def _overwritten(self) -> set[fx.Node]:
         """Return the alias groups of which a member is read after another was written to.

@@ -13,8 +13,10 @@ from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
+from fxprune.graph_modules import own_
 from fxprune.inputs import Inputs, model_inputs, same, to_device
 from fxprune.lowering import lower_
+from fxprune.memories import memory_of_run
 from fxprune.modules import device_of, evaluating, memory_of, remember_
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
@@ -93,7 +95,7 @@ def instrument(
         if hoist_padding and region.path:
             report.refused.append(Change("padding", "not moved: that is for models traced whole"))
         before = _outputs(region.program) if check else None
-        report.passes |= run(region.program, READABLE)
+        report.passes |= run(region.program, READABLE, recompile=check)
         if hoist_padding and not region.path:
             report.passes |= run(region.program, (with_options(hoist, ends=ends),))
             before = _outputs(region.program) if check else None
@@ -155,9 +157,10 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
     """Make a part of a model smaller, in place."""
     program = region.program
     source = program.clone() if check else None
-    report = Report("finalize", type(reference).__name__, run(program, PLAIN))
+    report = Report("finalize", type(reference).__name__, run(program, PLAIN, recompile=False))
     report.before = costs_of(program, reference)
     report.passes |= run(program, passes)
+    own_(program.module, reference)
     program.module.delete_all_unused_submodules()
     report.after = costs_of(program)
     report.plans = list(program.plans.values())
@@ -251,5 +254,8 @@ def _assembled(
         remember_(program.module, report, (program.args, program.kwargs), model=model)
         parts.put(region.path, program.module)
     report = joined(verb, model, parts, reports)
-    remember_(parts.root, report, inputs, model=model, regions=parts.paths)
+    memory: dict[str, Any] = {"model": model, "regions": parts.paths}
+    if verb == "instrument" and not parts.paths:
+        memory["run"] = memory_of_run(parts.regions[0].program)
+    remember_(parts.root, report, inputs, **memory)
     return parts.root

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fxprune import ops as ops
+from fxprune.modules import submodule
 from fxprune.observation import Observation, TensorSpec
 from fxprune.ops.execution import is_settled, movement_flow
 from fxprune.program import Program
@@ -112,7 +113,7 @@ def _depends(number: fx.Node, source: Any, seen: Observation) -> bool:
 
 
 def _module(program: Program, node: fx.Node) -> Any:
-    return program.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return submodule(program.module, str(node.target)) if node.op == "call_module" else None
 
 
 def _is_tensor(node: fx.Node, seen: Observation) -> bool:

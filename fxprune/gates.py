@@ -35,6 +35,10 @@ class WidthSite:
     units: tuple[int, ...]
     shape: tuple[int, ...]
 
+    def __deepcopy__(self, memo: Any) -> "WidthSite":
+        """Return itself: it never changes, and has as many numbers as the layer has channels."""
+        return self
+
 
 @dataclass(frozen=True)
 class DepthSite:

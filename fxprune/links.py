@@ -18,6 +18,7 @@ from fxprune.convolutions import Geometry, Inexact, geometry_of, pointwise, summ
 from fxprune.flattening import flattens, moves_data, only_reader
 from fxprune.kinds import DROPOUTS, NORMS, SUMS
 from fxprune.linear_layers import all_composed
+from fxprune.modules import submodule
 from fxprune.observation import Observation
 from fxprune.program import Program
 from fxprune.sharing import sole_modules
@@ -157,7 +158,7 @@ def _folds(layer: Geometry, module: nn.Module | None, spec: object) -> bool:
 def _is_dropout(program: Program, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
-    return type(program.module.get_submodule(str(node.target))) in DROPOUTS
+    return type(submodule(program.module, str(node.target))) in DROPOUTS
 
 
 def _blocks(

@@ -33,7 +33,7 @@ def _settle(channels: Channels) -> Cut:
     gone = _superfluous(channels, live)
     while True:
         kept = live.clone()
-        for tags in _axes(channels, gone):
+        for tags in _emptied(_axes(channels, gone), classes, live):
             if not bool(kept[classes[tags]].any()):
                 kept[classes[tags[0]]] = True
         calls = [node for node in gone if node.op != "get_attr"]
@@ -120,6 +120,16 @@ def _axes(channels: Channels, gone: set[fx.Node]) -> list[Tensor]:
         if state.whole is not None:
             found.append(state.whole.reshape(-1))
     return [tags for tags in found if len(tags)]
+
+
+def _emptied(axes: list[Tensor], classes: Tensor, live: Tensor) -> list[Tensor]:
+    """Return the axes of which nothing is live."""
+    if not axes:
+        return []
+    sizes = torch.tensor([len(tags) for tags in axes])
+    owners = torch.arange(len(axes)).repeat_interleave(sizes)
+    counts = torch.zeros(len(axes)).index_add(0, owners, live[classes[torch.cat(axes)]].float())
+    return [axes[place] for place in (counts == 0).nonzero().reshape(-1).tolist()]
 
 
 def _states(channels: Channels, gone: set[fx.Node]) -> list[State]:

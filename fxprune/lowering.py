@@ -26,6 +26,7 @@ from fxprune.deferral import (
 )
 from fxprune.gates import Gates, WidthSite, linear_gate, width_gate
 from fxprune.kinds import LAYERS, NORMS, SUMS
+from fxprune.modules import submodule
 from fxprune.ops.elementwise import NONLINEARITIES
 from fxprune.rules import key_of
 
@@ -101,7 +102,7 @@ def _deferrals(graph: fx.Graph, module: fx.GraphModule, gates: Gates) -> Iterato
         readers = [user for user in users if _applies(user, site, module)]
         others = [user for user in users if user not in readers]
         if all(_is_gated_again(user, site, gates, module) for user in others):
-            layers: list[Any] = [module.get_submodule(str(reader.target)) for reader in readers]
+            layers: list[Any] = [submodule(module, str(reader.target)) for reader in readers]
             yield _Deferral(gate, pool, readers, sum(layer.weight.numel() for layer in layers))
         elif pool is not None:
             yield _Deferral(gate, pool, [], None)
@@ -205,4 +206,4 @@ def _is_nonlinearity(node: fx.Node, module: fx.GraphModule) -> bool:
 def _called(node: fx.Node | None, module: fx.GraphModule) -> nn.Module | None:
     if node is None or node.op != "call_module":
         return None
-    return module.get_submodule(str(node.target))
+    return submodule(module, str(node.target))

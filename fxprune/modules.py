@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError, TraceError
+from fxprune.garbage import uncollected
 from fxprune.inputs import Inputs
 
 
@@ -42,21 +43,34 @@ def _is_finite(tensor: Tensor) -> bool:
 def copy_model(model: nn.Module) -> Any:
     """Deep-copy a module, also one that holds tensors computed from its parameters (masks)."""
     memo: dict[int, Any] = {}
-    try:
-        for module in model.modules():
-            for held in vars(module).values():
-                for value in held if isinstance(held, (list, tuple)) else (held,):
-                    if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
-                        memo[id(value)] = value.detach().clone()
-        for module in reversed(list(model.modules())):  # parts first
-            if _is_its_attributes(type(module)):
-                _copy_attributes(module, memo)
+    with copying(model):
+        put_parts_in(memo, model)
         return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def copying(model: nn.Module) -> Generator[None]:
+    """Raise `TraceError` for a model that cannot be copied."""
+    try:
+        with uncollected():
+            yield
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}; "
             "detach or drop what it holds besides parameters and buffers"
         ) from error
+
+
+def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
+    """Copy what is in a module into a memo of `deepcopy`, in a fraction of its time."""
+    for module in model.modules():
+        for held in vars(module).values():
+            for value in held if isinstance(held, (list, tuple)) else (held,):
+                if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
+                    memo[id(value)] = value.detach().clone()
+    for module in reversed(list(model.modules())):  # parts first
+        if _is_its_attributes(type(module)):
+            _copy_attributes(module, memo)
 
 
 def _is_its_attributes(cls: type[nn.Module]) -> bool:
@@ -75,10 +89,18 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
     twin = memo[id(module)] = type(module).__new__(type(module))
     state: dict[str, Any] = module.__getstate__()
     for key, value in state.items():
-        if type(value) in _ATOMS or (type(value) in _MAPPINGS and not value):
-            twin.__dict__[key] = value if type(value) in _ATOMS else type(value)()
+        if type(value) in _MAPPINGS and not value:
+            twin.__dict__[key] = type(value)()
+        elif _never_changes(value):
+            twin.__dict__[key] = value
         else:
             twin.__dict__[key] = copy.deepcopy(value, memo)
+
+
+def _never_changes(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(type(part) in _ATOMS for part in value)
+    return type(value) in _ATOMS
 
 
 _ATOMS = (bool, int, float, str, type(None))
@@ -91,6 +113,25 @@ def bake_masks(root: nn.Module) -> None:
         hooks = list(module._forward_pre_hooks.values())
         for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:
             prune.remove(module, name)
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path; torch's own search takes ten times as long."""
+    module = root
+    for name in path.split(".") if path else ():
+        child = module._modules[name]
+        assert child is not None
+        module = child
+    return module
+
+
+def tensors_in(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module, each once."""
+    found: dict[int, Tensor] = {}
+    for part in module.modules() if module._modules else (module,):
+        for held in (part._parameters, part._buffers):
+            found |= {id(tensor): tensor for tensor in held.values() if tensor is not None}
+    return list(found.values())
 
 
 def device_of(model: nn.Module) -> torch.device:

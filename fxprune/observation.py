@@ -43,6 +43,10 @@ class Observation:
     alias: dict[fx.Node, fx.Node]
     macs: dict[fx.Node, int]
 
+    def add(self, node: fx.Node, value: Any) -> None:
+        """Write down what a node computes that shares memory with no other."""
+        self.values[node], self.alias[node] = value, node
+
     def written(self, *nodes: fx.Node) -> bool:
         """Tell whether anybody writes into memory that one of the nodes shares."""
         return any(self.alias[node] in self._written for node in nodes)

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.modules import submodule
+
 
 def make_out_of_place(node: fx.Node, module: fx.GraphModule) -> bool:
     """Let an operator leave its input alone, all calls of a module at once; tell if that is new."""
     before = (node.target, node.kwargs, overwrites(node, module))
-    owner: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    owner: Any = submodule(module, str(node.target)) if node.op == "call_module" else None
     if hasattr(owner, "inplace"):
         owner.inplace = False
     if node.op == "call_method" and (twin := _method_out_of_place(str(node.target))):
@@ -31,7 +33,7 @@ def make_out_of_place(node: fx.Node, module: fx.GraphModule) -> bool:
 def give_own_module(node: fx.Node, module: fx.GraphModule) -> None:
     """Let a node that calls a module as others do call a copy of it instead."""
     path, _, name = str(node.target).rpartition(".")
-    owner = module.get_submodule(path)
+    owner = submodule(module, path)
     own = next(f"{name}_{i}" for i in itertools.count(2) if not hasattr(owner, f"{name}_{i}"))
     owner.add_module(own, copy.deepcopy(owner.get_submodule(name)))
     node.target = f"{path}.{own}" if path else own
@@ -41,7 +43,7 @@ def overwrites(node: fx.Node, module: fx.GraphModule) -> bool:
     """Tell whether a node calls a module that works in place."""
     if node.op != "call_module":
         return False
-    return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    return bool(getattr(submodule(module, str(node.target)), "inplace", False))
 
 
 def _method_out_of_place(name: str) -> str | None:

@@ -16,7 +16,9 @@ from torch import fx, nn
 from fxprune.comparison import Difference, differences, output_leaves
 from fxprune.errors import NothingToDoError, TraceError, VerificationError
 from fxprune.gates import gate_owners
+from fxprune.graph_modules import borrowing_copy
 from fxprune.inputs import Inputs, describe, to_device
+from fxprune.memories import recalled
 from fxprune.modules import bake_masks, check_parameters, copy_model, device_of, memory_of
 from fxprune.pipeline import Change
 from fxprune.precision import Run, run_all
@@ -99,12 +101,17 @@ def parts_in_evaluation(model: nn.Module, inputs: Inputs, *, check: bool = True)
 
 
 def capture_any(model: nn.Module, inputs: Inputs, *, check: bool) -> Program:
-    """Copy an instrumented model, which is traced already; capture any other, masks and all."""
+    """Copy an instrumented model, which is traced already; capture any other, masks and all.
+
+    The copy borrows weights of the instrumented model, see `graph_modules`.
+    """
     if not isinstance(model, fx.GraphModule) or not gate_owners(model):
         return capture(model, inputs, make_masks_permanent=True, check=check)
     check_parameters(model)
     args, kwargs = to_device(inputs, device_of(model))
-    return Program(copy_model(model), args, kwargs)
+    program = Program(borrowing_copy(model), args, kwargs)
+    program.seen = recalled(program, memory_of(model).get("run"))
+    return program
 
 
 def _search(

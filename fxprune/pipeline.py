@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial, update_wrapper
 from typing import Any, TypeVar
 
+from fxprune.garbage import uncollected
 from fxprune.program import Program
 
 
@@ -29,10 +30,10 @@ _P = TypeVar("_P", bound=Callable[..., list[Change]])
 
 
 def keeps_shapes(one: _P) -> _P:
-    """Mark a pass after which every node that is left computes a tensor of the shape it had.
+    """Mark a pass that keeps `program.seen` true: what a run would show of the nodes it leaves.
 
-    It adds no nodes, and corrects what nodes cost, so that what a run showed before the pass still
-    holds after it; where that cannot be, it forgets the run itself.
+    Most leave every node the shape it had; the others write down what has changed, and where they
+    cannot, they forget the run.
     """
     one.__dict__["keeps_shapes"] = True
     return one
@@ -43,12 +44,23 @@ def with_options(one: Callable[..., list[Change]], **options: Any) -> Pass:
     return update_wrapper(partial(one, **options), one)
 
 
-def run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
+def run(
+    program: Program, passes: Sequence[Pass], *, recompile: bool = True
+) -> dict[str, list[Change]]:
     """Run passes in order and return their changes, by the name of the pass.
 
     The graph is checked after every pass that changed it; the module's code is made anew at the
     end, so that a pass that calls the module, instead of observing it, recompiles it first.
+    recompile: make the code; without it the module cannot be called before somebody else does.
     """
+    with uncollected():
+        done = _run(program, passes)
+        if recompile:
+            program.module.recompile()
+    return done
+
+
+def _run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
     done: dict[str, list[Change]] = {}
     for one in passes:
         name = getattr(one, "__name__", repr(one))
@@ -62,7 +74,6 @@ def run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
         if changes and not getattr(one, "keeps_shapes", False):
             program.seen = None
         done[name] = [*done.get(name, []), *changes]
-    program.module.recompile()
     return done
 
 

@@ -36,6 +36,7 @@ PLAIN: tuple[Pass, ...] = (
 )
 
 
+@keeps_shapes
 def remove_dead_units(program: Program) -> list[Change]:
     """Remove constant branches, then dead channels: one analysis serves all that change nothing.
 

@@ -75,7 +75,7 @@ def capture(
     """Copy and trace `model`, and check that the trace computes what the model computes.
 
     `make_masks_permanent` writes the masks of `torch.nn.utils.prune` into the weights of the copy.
-    check: run both; without it the trace is believed.
+    check: run both; without it the trace is believed, and has no code before it is recompiled.
     Raises `ModelError`, `ExampleInputError` or `TraceError`.
     """
     check_parameters(model)
@@ -86,6 +86,7 @@ def capture(
     given = bound_arguments(root, args, kwargs)
     program = Program(trace(root, given), args, kwargs)
     if check:
+        program.module.recompile()
         _check_faithful(root, program)
     return program
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxprune.modules import submodule, tensors_in
 from fxprune.program import Program
 
 
@@ -16,8 +17,8 @@ def sole_modules(program: Program) -> dict[fx.Node, nn.Module]:
     users: dict[int, int] = {}
     for node in program.graph.nodes:
         if node.op == "call_module":
-            module = program.module.get_submodule(str(node.target))
-            held[node] = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+            module = submodule(program.module, str(node.target))
+            held[node] = {id(tensor) for tensor in tensors_in(module)}
         elif node.op == "get_attr":
             held[node] = {id(_attribute(program.module, str(node.target)))}
         for key in held.get(node, ()):
@@ -27,11 +28,11 @@ def sole_modules(program: Program) -> dict[fx.Node, nn.Module]:
         for node, keys in held.items()
         if node.op == "call_module"
         and all(users[key] == 1 for key in keys)
-        and not (module := program.module.get_submodule(str(node.target)))._forward_hooks
+        and not (module := submodule(program.module, str(node.target)))._forward_hooks
         and not module._forward_pre_hooks
     }
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
     owner, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(owner), name, None)
+    return getattr(submodule(module, owner), name, None)

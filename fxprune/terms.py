@@ -9,6 +9,7 @@ lives. Many terms are evaluated at once, as a product over columns of a table.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class Row:
         """How long the axis is while every unit lives."""
         return self.base + sum(self.times)
 
+    def __deepcopy__(self, memo: Any) -> "Row":
+        """Return itself: it never changes."""
+        return self
+
     def restricted(self, place: Mapping[int, int]) -> "Row":
         """Return the row in the units that have a place; the others died."""
         pairs = [(place[u], m) for u, m in zip(self.units, self.times, strict=True) if u in place]
@@ -46,6 +51,10 @@ class Term:
 
     full: int
     rows: tuple[Row, ...]
+
+    def __deepcopy__(self, memo: Any) -> "Term":
+        """Return itself: it never changes."""
+        return self
 
     def restricted(self, new: Mapping[Row, Row]) -> "Term":
         """Return the term in rows that are shorter."""

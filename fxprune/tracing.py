@@ -25,6 +25,8 @@ from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import ExampleInputError, TraceError
+from fxprune.garbage import uncollected
+from fxprune.graph_modules import without_code
 from fxprune.modes import same_structure, thaw_modes
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
@@ -167,21 +169,22 @@ class ModelTracer(AskedTracer):
 def trace(root: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
     """Trace `root`; its forward arguments in `given` are inputs, all others keep their defaults.
 
-    The graph module shares the parameters of `root`. Where the two modes run different operators
-    (auxiliary heads), it is the graph of evaluation and `meta["evaluation_only"]` says so.
-    Raises `TraceError`.
+    The graph module shares the parameters of `root`, and has no code yet. Where the two modes run
+    different operators (auxiliary heads), it is the graph of evaluation and
+    `meta["evaluation_only"]` says so. Raises `TraceError`.
     """
     flags = {module: module.training for module in root.modules()}
     try:
-        training, _ = _trace_in_mode(root, given, training=True)
-        evaluation, tracer = _trace_in_mode(root, given, training=False)
+        with uncollected():
+            training, _ = _trace_in_mode(root, given, training=True)
+            evaluation, tracer = _trace_in_mode(root, given, training=False)
     finally:
         for module, flag in flags.items():
             module.training = flag
     same_in_both_modes = same_structure(root, training, evaluation)
     if same_in_both_modes:
         thaw_modes(training, evaluation)
-    module = fx.GraphModule(root, evaluation, type(root).__name__)
+    module = without_code(root, evaluation, type(root).__name__)
     module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
     for name, part in module.named_modules():
         part.training = flags[root.get_submodule(name)]

@@ -15,10 +15,11 @@ from torch.fx.node import map_aggregate, map_arg
 from fxprune.channels import Channels, analyse
 from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.errors import where
+from fxprune.foresight import foreseen
 from fxprune.liveness import settle
-from fxprune.modules import device_of
+from fxprune.modules import device_of, submodule
 from fxprune.observation import observe
-from fxprune.pipeline import Change
+from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program, narrowed
 from fxprune.rules import rule_for
 from fxprune.values import Barrier, State
@@ -26,6 +27,7 @@ from fxprune.values import Barrier, State
 _Plan = dict[fx.Node, Arguments | Literal]
 
 
+@keeps_shapes
 def eliminate_dead_channels(
     program: Program, known: Channels | None = None, *, in_training: bool = False
 ) -> list[Change]:
@@ -36,6 +38,7 @@ def eliminate_dead_channels(
     it would have. What was cut stands in `program.cuts`.
     """
     channels, cut, plan = _plan(program, known, in_training=in_training)
+    seen = observe(program)
     program.barriers = {where(node): reason for node, reason in channels.barriers.items()}
     followers = {
         node: call
@@ -56,7 +59,7 @@ def eliminate_dead_channels(
     for node, answer in plan.items():
         _apply(program, node, answer)
     changes += _erase(program, cut)
-    program.seen = None
+    program.seen = foreseen(program, channels, cut, plan, seen)
     return changes
 
 
@@ -143,12 +146,11 @@ def _over_the_rest(keep: Tensor, axis: int) -> Tensor:
 
 def _replace(module: nn.Module, names: list[str], old: Tensor, new: Tensor) -> None:
     """Put `new` in the place of `old` under all its names, so that what was tied stays tied."""
-    value: Tensor = new.clone()
     if isinstance(old, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=old.requires_grad)
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(owner), attribute, value)
+        setattr(submodule(module, owner), attribute, new)
 
 
 def _apply(program: Program, node: fx.Node, answer: Arguments | Literal) -> None:

@@ -10,20 +10,23 @@ from torch import fx, nn
 
 from fxprune.gates import UNGATED, Gates, linear_gate, width_gate
 from fxprune.lowering import raise_
-from fxprune.pipeline import Change
+from fxprune.observation import Observation, TensorSpec
+from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 
 
+@keeps_shapes
 def remove_gates(program: Program) -> list[Change]:
     """Replace every gate by its verdict, and drop the gates and penalties."""
     module = program.module
     gates = getattr(module, "gates", None)
     if not isinstance(gates, Gates):
         return []
+    _forget_written_gates(program)
     changes: list[Change] = []
     for node in list(program.graph.nodes):
         if node.target is width_gate:
-            changes += _resolve_width(module, gates, node)
+            changes += _resolve_width(program, gates, node)
         elif node.target is linear_gate:
             changes += _resolve_depth(gates, node)
     for node in reversed(list(program.graph.nodes)):
@@ -34,6 +37,14 @@ def remove_gates(program: Program) -> list[Change]:
     if isinstance(getattr(module, "penalties", None), nn.Module):
         del module.penalties
     return changes
+
+
+def _forget_written_gates(program: Program) -> None:
+    """Forget a run that overwrote what a gate returned: it would be the gate's input now."""
+    seen: Observation | None = program.seen
+    written = () if seen is None else (node for nodes in seen.mutated.values() for node in nodes)
+    if any(node.target in (width_gate, linear_gate) for node in written):
+        program.seen = None
 
 
 def _picks_gate(node: fx.Node) -> bool:
@@ -50,7 +61,9 @@ def _place(node: fx.Node) -> int:
     return place
 
 
-def _resolve_width(module: fx.GraphModule, gates: Gates, node: fx.Node) -> list[Change]:
+def _resolve_width(program: Program, gates: Gates, node: fx.Node) -> list[Change]:
+    module: fx.GraphModule = program.module
+    seen: Observation | None = program.seen
     site = gates.width_sites[_place(node)]
     kept = gates.kept(site)
     value = node.args[0]
@@ -67,6 +80,9 @@ def _resolve_width(module: fx.GraphModule, gates: Gates, node: fx.Node) -> list[
             buffer = node.graph.get_attr(name)
             product = node.graph.call_function(torch.mul, (value, buffer))
         product.meta["source"] = node.meta.get("source")
+        if seen is not None:
+            seen.add(buffer, TensorSpec(tuple(mask.shape), mask.dtype))
+            seen.add(product, seen.values[value])
         node.replace_all_uses_with(product)
         node.graph.erase_node(node)
     gated = sum(unit != UNGATED for unit in site.units)

@@ -10,6 +10,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.accounts import account
@@ -17,15 +18,16 @@ from fxprune.depth_sites import find_depth_sites
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import UNGATED, DepthSite, Gates, WidthSite, linear_gate, width_gate
 from fxprune.modules import device_of
-from fxprune.observation import observe
+from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.out_of_place import give_own_module, make_out_of_place, overwrites
 from fxprune.penalties import paper_penalties
-from fxprune.pipeline import Change
+from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.sites import Candidate, Plan, find_candidates, plan_sites
 from fxprune.values import Value
 
 
+@keeps_shapes
 def insert_gates(
     program: Program,
     *,
@@ -59,7 +61,7 @@ def insert_gates(
     )
     program.module.penalties = paper_penalties() if penalties is None else penalties
     program.module.gates.train(program.module.training)
-    _insert(program, plan.sites, depth)
+    _insert(program, plan.sites, depth, seen)
     changes += [Change(s.name, f"width gate over {len(s.units)} channels") for s in width]
     changes += [Change(s.name, "linearity gate") for s in depth.values()]
     return changes
@@ -101,24 +103,46 @@ def _refusals(plan: Plan) -> list[Change]:
     return changes
 
 
-def _insert(program: Program, sites: Sequence[Candidate], depth: dict[fx.Node, DepthSite]) -> None:
+def _insert(
+    program: Program,
+    sites: Sequence[Candidate],
+    depth: dict[fx.Node, DepthSite],
+    seen: Observation,
+) -> None:
     """Rewrite the graph: one call of the gates, then a gate function at every site."""
     graph = program.graph
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         gates = graph.call_module("gates")
         places = range(len(sites) + len(depth))
         vectors = [graph.call_function(operator.getitem, (gates, place)) for place in places]
+    _note_gates(program, gates, vectors, seen)
     gated: dict[fx.Node, fx.Node] = {}
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for (node, _), vector in zip(depth.items(), vectors[len(sites) :], strict=True):
         if calls[node.target] > 1 and overwrites(node, program.module):
             calls[node.target] -= 1
             give_own_module(node, program.module)  # the other calls may have to overwrite
-        make_out_of_place(node, program.module)
+        if make_out_of_place(node, program.module):
+            seen.mutated.pop(node, None)
         gated[node] = _insert_after(node, linear_gate, (node.all_input_nodes[0], node, vector))
+        seen.add(gated[node], seen.values[node])
     for site, vector in zip(sites, vectors, strict=False):
         position = gated.get(site.position, site.position)
-        _insert_after(position, width_gate, (position, vector))
+        gate = _insert_after(position, width_gate, (position, vector))
+        seen.add(gate, seen.values[position])
+
+
+def _note_gates(
+    program: Program, gates: fx.Node, vectors: Sequence[fx.Node], seen: Observation
+) -> None:
+    """Write down what the gates will return: parts of one tensor."""
+    module = program.module.gates
+    assert isinstance(module, Gates)
+    with torch.no_grad():
+        parts = tuple(TensorSpec(tuple(part.shape), part.dtype) for part in module())
+    seen.add(gates, parts)
+    for vector, part in zip(vectors, parts, strict=True):
+        seen.values[vector], seen.alias[vector] = part, gates
 
 
 def _insert_after(

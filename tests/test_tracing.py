@@ -105,7 +105,9 @@ class Gathers(nn.Module):
 
 
 def traced(model: nn.Module, *names: str) -> fx.GraphModule:
-    return trace(model, dict.fromkeys(names or ("x",), torch.randn(2, 4)))
+    module = trace(model, dict.fromkeys(names or ("x",), torch.randn(2, 4)))
+    module.recompile()
+    return module
 
 
 def targets(module: fx.GraphModule, op: str) -> list[str]:
@@ -434,6 +436,7 @@ def test_gathered_arguments_become_inputs_one_by_one(count: int, names: tuple[st
     rest = tuple(torch.randn(4) for _ in range(count))
     named = {name: torch.randn(4) for name in names}
     module = trace(model, bound_arguments(model, (x, *rest), named))
+    module.recompile()
     assert placeholders(module) == ["x", *(f"rest_{i}" for i in range(count)), *names]
     assert torch.equal(module(x, *rest, **named), model(x, *rest, **named))
 

@@ -125,22 +125,33 @@ def _pattern(mixing: Mixing) -> Tensor | None:
     weight = mixing.weight.tensor
     if int(torch.count_nonzero(weight)) == weight.numel():
         return None
-    pattern = (mixing.matrix(weight.detach()) != 0).any(-1).cpu()
+    nonzero = mixing.matrix(weight.detach()) != 0
+    pattern = (nonzero.squeeze(-1) if nonzero.shape[-1] == 1 else nonzero.any(-1)).cpu()
     return None if bool(pattern.all()) else pattern
 
 
 def _constant_outputs(
     mixing: Mixing, constants: Tensor, unknown: Tensor, pattern: Tensor | None
 ) -> Tensor:
-    weights = mixing.matrix(mixing.weight.tensor.detach()).sum(-1, dtype=torch.float64).cpu()
-    known = torch.where(unknown, 0.0, constants).reshape(mixing.groups, -1)
-    result = torch.einsum("goi,gi->go", weights, known).reshape(-1)
-    if mixing.bias is not None:
-        result = result + mixing.bias.known()
     missing = unknown.reshape(mixing.groups, 1, -1)
     read = missing if pattern is None else pattern & missing
-    varies = read.any(-1).expand(mixing.groups, weights.shape[1]).reshape(-1)
+    outputs = mixing.matrix(mixing.weight.tensor).shape[1]
+    varies = read.any(-1).expand(mixing.groups, outputs).reshape(-1)
+    if bool(varies.all()):
+        return torch.full(varies.shape, torch.nan, dtype=torch.float64)
+    result = _mixed(mixing, torch.where(unknown, 0.0, constants)).cpu()
+    if mixing.bias is not None:
+        result = result + mixing.bias.known()
     return torch.where(varies, torch.nan, result)
+
+
+def _mixed(mixing: Mixing, amounts: Tensor) -> Tensor:
+    """Return W·amounts in float64; most are 0, and large weights are not read for those."""
+    grouped = amounts.to(mixing.weight.tensor.device).reshape(mixing.groups, -1)
+    places = grouped.any(0).nonzero().reshape(-1)
+    matrix = mixing.matrix(mixing.weight.tensor.detach()).index_select(2, places)
+    weights = matrix.sum(-1, dtype=torch.float64)
+    return torch.einsum("goi,gi->go", weights, grouped[:, places]).reshape(-1)
 
 
 def _reads(
@@ -161,10 +172,10 @@ def _reads(
 
 def _shift_bias(call: Call, mixing: Mixing, amount: Tensor, cut: Cut) -> None:
     """Add W·amount to the bias; a bias made for it is cut here, as the analysis never saw it."""
-    matrix = mixing.matrix(mixing.weight.tensor.double()).sum(-1)
-    shift = torch.einsum("goi,gi->go", matrix, amount.reshape(mixing.groups, -1)).reshape(-1)
+    shift = _mixed(mixing, amount)
     if mixing.bias is not None:
-        mixing.bias.tensor.copy_(mixing.bias.tensor.double() + shift)
+        bias = mixing.bias.tensor
+        bias.data = (bias.double() + shift).to(bias.dtype)  # its memory may be the user's
         return
     module: Any = call.module
     keep = cut.keep(_weight_tags(mixing, mixing.value.along(mixing.axis).tags)[0])
@@ -177,7 +188,7 @@ def _stop_reading(mixing: Mixing, dying: Tensor) -> None:
     stay = (~dying).to(weight.device).reshape(mixing.groups, 1, -1, 1)
     masked = mixing.matrix(weight) * stay
     masked = masked if mixing.out_axis == 0 else masked.transpose(1, 2)
-    weight.copy_(masked.reshape(weight.shape))
+    weight.data = masked.reshape(weight.shape)
 
 
 def _depthwise_flow(call: Call, mixing: Mixing, along: Along) -> Flow:

@@ -49,7 +49,7 @@ def _states(call: Call) -> dict[str, State | None]:
 
 
 def _constants(call: Call, states: dict[str, State | None], inputs: Tensor) -> Tensor:
-    if bool(torch.isnan(inputs).all()) and call.generic:
+    if bool(torch.isnan(inputs).all()) and (call.generic or not _silences(states["weight"])):
         return inputs
     mean, variance = states["running_mean"], states["running_var"]
     assert mean is not None and variance is not None
@@ -61,6 +61,11 @@ def _constants(call: Call, states: dict[str, State | None], inputs: Tensor) -> T
         shift = shift + states["bias"].known()
     inputs = torch.where((scale == 0) & torch.isnan(inputs), 0.0, inputs)
     return inputs * scale + shift
+
+
+def _silences(weight: State | None) -> bool:
+    """Tell whether any channel is multiplied by 0."""
+    return weight is not None and not bool(weight.tensor.all())
 
 
 def _epsilon(call: Call) -> float:
