@@ -26,6 +26,7 @@ from fxprune.selection import gate_strength, meet_, strongest
 
 MEMORY = 0.99  # of the running mean, a step
 RANK_EVERY = 20  # steps, as ranking means waiting for the device
+TRIES = 32  # a ranking: what does not fit now may be compacted away
 LOYALTY = 1.1  # what being kept counts for, lest units come and go with the noise
 
 
@@ -136,7 +137,7 @@ class Ranking:
             _measure(gates)
         self.calls += 1
         if aim is not None and self.calls % RANK_EVERY == 0:
-            meet_(self.gates, self.groups, self.kind, aim, self.strengths(), tries=0)
+            meet_(self.gates, self.groups, self.kind, aim, self.strengths(), TRIES)
             self.kept = [_width(gates).detach().clone() for gates in self.gates]
         for gates, kept in zip(self.gates, self.kept, strict=True):
             _width(gates).copy_(kept)

@@ -1,10 +1,12 @@
 """LeNet (20-50-500) trained to budgets of parameters, on MNIST: what accuracy is left.
 
-    python -m tools.experiments.lenet_budget [--budgets 2000,8000] [--seeds 3] [--epochs 20]
+    python -m tools.experiments.lenet_budget [--budgets 2000,8000] [--seeds 3] [--epochs 30]
 
-One run each, no pretraining, no augmentation; the accuracy is that of the finalised model after the
-last epoch. One JSON line a run goes to the standard output, the table and what is on the way to
-the standard error; with `--plots DIR` also a picture of every run.
+One run each, no pretraining, no augmentation, compacted after every epoch; the accuracy is that of
+the finalised model after the last epoch. `--validate` judges on a sixth of the training images and
+does not train on them: by that, rates and phases were chosen. One JSON line a run goes to the
+standard output, the table and what is on the way to the standard error; with `--plots DIR` also a
+picture of every run.
 """
 
 import json
@@ -12,6 +14,7 @@ import math
 import os
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,17 +31,22 @@ from tools.plots import plot_budget
 from tools.training import BudgetHistory, Data, Recipe, accuracy, cosine
 
 NOTE_EVERY = 50  # steps
+PATIENCE = 1  # epochs for which a unit was dead before it goes
+PHASES = fxprune.Phases(shrink=0.4, settle=0.5)
 
 
 def experiment(
     budgets: Annotated[str, typer.Option(help="parameters, comma-separated")] = "2000,8000",
     seeds: Annotated[int, typer.Option(min=1, help="how many runs of each")] = 3,
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    epochs: Annotated[int, typer.Option(min=1)] = 30,
     data: Annotated[
         Path | None, typer.Option(help="a torchvision root with MNIST, else FXPRUNE_DATA")
     ] = None,
     lr: Annotated[float, typer.Option(help="the weights', falling as a cosine")] = 0.02,
     gate_lr: Annotated[float, typer.Option(help="the gates'")] = 0.1,
+    estimator: Annotated[str, typer.Option(help="gates or taylor")] = "taylor",
+    depth: Annotated[bool, typer.Option(help="train linearity gates too")] = False,
+    validate: Annotated[bool, typer.Option(help="leave the test images alone")] = False,
     plots: Annotated[Path | None, typer.Option(help="where pictures go")] = None,
 ) -> None:
     """Run every budget with every seed."""
@@ -46,11 +54,14 @@ def experiment(
     console = Console(stderr=True)
     root = data or (Path(os.environ["FXPRUNE_DATA"]) if "FXPRUNE_DATA" in os.environ else None)
     training, test = (load_images(part) for part in load_mnist(root))
+    if validate:
+        training, test = _divided(training)
+    how = How(estimator, depth)
     rows: list[dict[str, Any]] = []
     for target in map(float, budgets.split(",")):
         for seed in range(seeds):
             recipe = Recipe(epochs=epochs, lr=lr, gate_lr=gate_lr, seed=seed)
-            row, history = run(training, test, target, recipe, console)
+            row, history = run(training, test, target, recipe, how, console)
             print(json.dumps(row), flush=True)
             rows.append(row)
             if plots is not None:
@@ -58,17 +69,34 @@ def experiment(
     console.print(show(rows))
 
 
+@dataclass(frozen=True)
+class How:
+    """How units are told apart; whether layers may become linear."""
+
+    estimator: str
+    depth: bool
+
+
 def run(
-    training: Data, test: Data, target: float, recipe: Recipe, console: Console
+    training: Data, test: Data, target: float, recipe: Recipe, how: How, console: Console
 ) -> tuple[dict[str, Any], BudgetHistory]:
     """Train once, finalise, and return what came of it."""
     torch.manual_seed(recipe.seed)
     images, labels = training
     steps = recipe.epochs * math.ceil(len(images) / recipe.batch)
-    gated = fxprune.instrument(LeNet(), images[:2])
+    gated = fxprune.instrument(LeNet(), images[:2], linear_init=0.25 if how.depth else 0.0)
+    if gated.gates.linear is not None:
+        gated.gates.linear.requires_grad_(how.depth)
     groups = fxprune.parameter_groups(gated, lr=recipe.lr, gate_lr=recipe.gate_lr)
     optimizer = torch.optim.SGD(groups, momentum=recipe.momentum)
-    budget = fxprune.Budget(gated, parameters=target, steps=steps, optimizer=optimizer)
+    budget = fxprune.Budget(
+        gated,
+        parameters=target,
+        steps=steps,
+        phases=PHASES,
+        estimator=how.estimator,
+        optimizer=optimizer,
+    )
     history = BudgetHistory(budget.kind, budget.target)
     order = torch.Generator().manual_seed(recipe.seed)
     started = time.process_time()
@@ -83,6 +111,8 @@ def run(
             budget.step(loss)
             if budget.steps_done % NOTE_EVERY == 0:
                 history.note(budget, float(loss.detach()))
+        gated = fxprune.compact(gated, optimizer, patience=0 if budget.frozen else PATIENCE)
+        budget.follow(gated)
         console.print(f"epoch {epoch + 1} {budget.status} {_widths(gated)}", highlight=False)
     seconds = time.process_time() - started
     gated.eval()
@@ -91,6 +121,8 @@ def run(
     row = {
         "budget": target,
         "seed": recipe.seed,
+        "estimator": how.estimator,
+        "depth": how.depth,
         "epochs": recipe.epochs,
         "widths": _widths(gated),
         "parameters": small.report.after.parameters,
@@ -117,6 +149,14 @@ def show(rows: list[dict[str, Any]]) -> Table:
             f"{target:,.0f}", str(len(mine)), widths, ", ".join(parameters), f"{mean:.2%} ({each})"
         )
     return table
+
+
+def _divided(training: Data) -> tuple[Data, Data]:
+    """Return five sixths of the training images, and the rest."""
+    order = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(123))
+    held, kept = order[: len(order) // 6], order[len(order) // 6 :]
+    images, labels = training
+    return (images[kept], labels[kept]), (images[held], labels[held])
 
 
 def _widths(gated: torch.nn.Module) -> str:
