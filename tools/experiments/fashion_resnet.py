@@ -27,7 +27,8 @@ from tools.experiments.gated import Gated
 from tools.experiments.peers import PEERS, Peer
 from tools.training import Data, accuracy
 
-METHODS = ("plain", "fxprune", *PEERS)
+OURS = {"fxprune": "gates", "fxprune-taylor": "taylor"}
+METHODS = ("plain", *OURS, *PEERS)
 
 
 def experiment(
@@ -92,8 +93,8 @@ def _run(
     def start(steps: int) -> Method:
         if name == "plain":
             return Method(model, recipe, steps)
-        if name == "fxprune":
-            return Gated(model, recipe, steps, x, macs)
+        if name in OURS:
+            return Gated(model, recipe, steps, x, macs, OURS[name])
         return Peer(name, model, recipe, steps, x, macs)
 
     method, seconds = train(start, training, recipe, console)

@@ -7,6 +7,8 @@ import fxprune
 from fxprune.budget import Phases
 from tools.experiments.classifier import Method, Recipe
 
+GATE_LR = 0.1
+
 
 class Gated(Method):
     """A model trained to a budget of MACs."""
@@ -18,19 +20,19 @@ class Gated(Method):
         steps: int,
         x: Tensor,
         macs: float,
-        gate_lr: float = 0.1,
+        estimator: str,
     ) -> None:
-        self.gate_lr = gate_lr
         super().__init__(fxprune.instrument(model, x), recipe, steps)
         phases = Phases(shrink=0.7 * recipe.prune_at, settle=recipe.prune_at)
-        self.budget = fxprune.Budget(self.model, macs=macs, steps=steps, phases=phases)
-        self.epoch = steps // recipe.epochs
+        self.budget = fxprune.Budget(
+            self.model, macs=macs, steps=steps, phases=phases, estimator=estimator
+        )
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """Return an optimizer that does not decay the gates."""
         decay = self.recipe.weight_decay
         groups = fxprune.parameter_groups(
-            self.model, lr=self.recipe.lr, gate_lr=self.gate_lr, weight_decay=decay
+            self.model, lr=self.recipe.lr, gate_lr=GATE_LR, weight_decay=decay
         )
         return torch.optim.SGD(groups, momentum=self.recipe.momentum)
 
