@@ -63,7 +63,9 @@ class Shrinking(Plain):
         super().__init__(fxprune.instrument(model, x))
         groups = fxprune.parameter_groups(self.model, lr=0.02, gate_lr=0.1)
         self.optimizer = torch.optim.SGD(groups, momentum=0.9)
-        self.budget = fxprune.Budget(self.model, macs=macs, steps=steps)
+        # Ranked units keep to the target of every step; pulled ones may fall below it in a run as
+        # short as this, and what is gone by then does not come back.
+        self.budget = fxprune.Budget(self.model, macs=macs, steps=steps, estimator="taylor")
 
     def penalty(self) -> Tensor:
         return self.budget.penalty()
