@@ -76,6 +76,9 @@ class Budget:
     "taylor" by the squared gradients of their gates, for which gates' rates do not matter.
     optimizer: if given it is checked not to decay gates.
 
+    What `fxprune.compact` removed does not come back where the cost falls below the target: compact
+    during the shrinking only with "taylor", which keeps to it, else once the gates are frozen.
+
     In `DistributedDataParallel` take `find_unused_parameters=True`: frozen gates get no gradient.
 
     It stands in for `fxprune.penalty(gated)`: the terms of `gated.penalties` do not enter. Gates

@@ -35,22 +35,26 @@ def plot_architecture(history: History, path: Path) -> None:
 
 
 def plot_budget(history: BudgetHistory, path: Path) -> None:
-    """Draw the cost on its way to the budget, with λ and the loss below."""
+    """Draw the cost on its way to the budget, with λ, if one moves, and the loss below."""
     matplotlib.use("Agg")
     figure = Figure(figsize=(8, 6.5), layout="constrained")
-    cost, strength, loss = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    pulled = any(history.strengths)
+    cost, *strength, loss = figure.subplots(
+        2 + pulled, 1, sharex=True, height_ratios=(3, 1, 1)[: 2 + pulled]
+    )
     cost.plot(history.steps, history.costs, label=history.kind)
     cost.plot(history.steps, history.aims, ls="--", color="grey", label="target of the step")
     cost.axhline(history.target, color="black", lw=0.8, label=f"budget: {history.target:,.0f}")
     cost.set_ylabel(history.kind)
     cost.set_title("Cost of the model while it is trained to a budget")
     cost.legend()
-    strength.plot(history.steps, history.strengths)
-    strength.set_ylabel("λ")
+    for axes in strength:
+        axes.plot(history.steps, history.strengths)
+        axes.set_ylabel("λ")
     loss.plot(history.steps, history.losses, color="grey", lw=0.8)
     loss.set_ylabel("loss")
     loss.set_xlabel("step")
-    for axes in (cost, strength, loss):
+    for axes in (cost, *strength, loss):
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
     _save(figure, path)

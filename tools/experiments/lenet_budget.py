@@ -111,8 +111,9 @@ def run(
             budget.step(loss)
             if budget.steps_done % NOTE_EVERY == 0:
                 history.note(budget, float(loss.detach()))
-        gated = fxprune.compact(gated, optimizer, patience=0 if budget.frozen else PATIENCE)
-        budget.follow(gated)
+        if budget.frozen or how.estimator == "taylor":
+            gated = fxprune.compact(gated, optimizer, patience=0 if budget.frozen else PATIENCE)
+            budget.follow(gated)
         console.print(f"epoch {epoch + 1} {budget.status} {_widths(gated)}", highlight=False)
     seconds = time.process_time() - started
     gated.eval()
