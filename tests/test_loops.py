@@ -74,10 +74,10 @@ def plain_loop(with_budget: bool) -> Any:
             (loss / PARTS).backward()
             if place % PARTS == 0:
                 optimizer.step()
-                optimizer.zero_grad()
                 gated.gates.clip_()
                 if budget:
-                    budget.step()
+                    budget.step()  # with the gradients still there, which decide between equals
+                optimizer.zero_grad()
     return gated
 
 
