@@ -74,6 +74,7 @@ class _Accountant:
         for label, unit in units.items():
             self.number[label] = unit
         self.units = len(units)
+        self.samples = leading_size((program.args, program.kwargs)) or 1
         self.rows: dict[bytes, Row] = {}
         self.fixed = Row(1)
         self.open = [Row(0, (self.units + site,), (1,)) for site in range(len(depth))]
@@ -105,10 +106,9 @@ class _Accountant:
         others = [node for node in self.seen.macs if node not in merging]
         macs = [self._operator(node) for node in others]
         timings = [timing for node in others if (timing := self._timing(node)) is not None]
-        samples = leading_size((self.program.args, self.program.kwargs)) or 1
         chains = [self._ways(run) for run in runs]
         return UnitCosts(
-            *(self.units, parameters, macs, samples),
+            *(self.units, parameters, macs, self.samples),
             sites=len(self.depth),
             chains=chains,
             timings=timings,
@@ -214,8 +214,7 @@ class _Accountant:
     ) -> Timing:
         depthwise = 1 < geometry.groups == geometry.inputs
         step = geometry.outputs // geometry.groups if depthwise else geometry.groups
-        samples = leading_size((self.program.args, self.program.kwargs)) or 1
-        one = (max(places[0] // samples, 1), *places[1:])
+        one = (max(places[0] // self.samples, 1), *places[1:])
         return Timing(
             self._axis(made, geometry.outputs, step),
             self._axis(None if depthwise else read, geometry.inputs, geometry.groups),

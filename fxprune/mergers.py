@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fxprune.convolutions import Geometry, Inexact
-from fxprune.linear_layers import all_composed
+from fxprune.linear_layers import all_composed, composed, covers_map
 from fxprune.links import Links, find_links
 from fxprune.observation import Observation
 from fxprune.plans import LONGEST
@@ -72,17 +72,35 @@ def _mergers(
     found: list[Merger] = []
     for start in range(len(chain) - 1):
         sites: tuple[int, ...] = ()
+        before: Geometry | None = layers[start]
         for stop in range(start + 2, min(len(chain), start + LONGEST) + 1):
             sites += tuple(depth[node] for node in known.links[chain[stop - 2]].passed)
+            run = [*layers[start : stop - 1], last[stop - 1]]
             try:
-                merged = all_composed([*layers[start : stop - 1], last[stop - 1]])
+                merged = all_composed(run) if before is None else _composed(before, run)
             except Inexact:
                 if not any(isinstance(layer, WholeMap) for layer in layers[stop:]):
                     break
                 continue
             if _follows(layers[start:stop]):
                 found.append(Merger(start, stop, sites, merged))
+            before = _extended(before, layers[stop - 1])
     return found
+
+
+def _composed(before: Geometry, run: Sequence[Geometry]) -> Geometry:
+    """Return what a run becomes; before: what it does without its last layer."""
+    return all_composed(run) if covers_map(run) else composed(before, run[-1])
+
+
+def _extended(before: Geometry | None, layer: Geometry) -> Geometry | None:
+    """Return what becomes of one layer more, None if it is not one layer."""
+    if before is None:
+        return None
+    try:
+        return composed(before, layer)
+    except Inexact:
+        return None
 
 
 def _follows(layers: Sequence[Geometry]) -> bool:
