@@ -97,7 +97,9 @@ def _digest(program: Program) -> str:
 def _held(root: nn.Module, node: fx.Node) -> Any:
     """Return what a node takes from the module: a tensor's layout, a module and those in it."""
     if node.op == "call_module":
-        return [_described(module) for module in submodule(root, str(node.target)).modules()]
+        module = submodule(root, str(node.target))
+        run = [module] if isinstance(module, Gates) else module.modules()  # costs are not run
+        return [_described(part) for part in run]
     if node.op != "get_attr":
         return None
     owner, _, name = str(node.target).rpartition(".")
