@@ -99,7 +99,7 @@ def instrument(
         if hoist_padding and not region.path:
             report.passes |= run(region.program, (with_options(hoist, ends=ends),))
             before = _outputs(region.program) if check else None
-        report.passes |= run(region.program, (insertion,))
+        report.passes |= run(region.program, (insertion,), recompile=False)
         lower_(region.program.module)
         if check and not same(before, _outputs(region.program)):
             raise VerificationError(
