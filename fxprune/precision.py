@@ -20,7 +20,7 @@ from fxprune.dispatch import DispatchMode
 from fxprune.errors import one_line
 from fxprune.gates import gate_owners
 from fxprune.inputs import Inputs, tensors_of
-from fxprune.modules import copy_model, device_of
+from fxprune.modules import copy_model, device_of, empty_
 from fxprune.program import quiet
 
 
@@ -73,6 +73,7 @@ def run_nudged(model: nn.Module, inputs: Inputs, seed: int) -> list[Run]:
             Tensor, lambda t: nudge(t) if t.is_floating_point() else t, inputs
         )
         runs.append(_run(moved, beside, torch.float64))
+        empty_(moved)
     return runs
 
 

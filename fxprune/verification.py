@@ -16,7 +16,7 @@ from torch import nn
 from fxprune.cases import normalised_inputs, random_cases
 from fxprune.errors import ExampleInputError, VerificationError
 from fxprune.inputs import Inputs, describe
-from fxprune.modules import copy_model
+from fxprune.modules import copy_model, empty_
 from fxprune.precision import Run, Runs, cast_, float_dtypes, lacks_float32, run_all, run_nudged
 from fxprune.verdicts import Check, Verdict, judge_all
 
@@ -151,7 +151,11 @@ def _runs(
     models: Sequence[nn.Module], cases: Mapping[str, Inputs], dtype: torch.dtype | None
 ) -> Runs:
     """Run copies of models on every case, one model after the other: two may be too large."""
-    found = [run_all([_copy_in(dtype, model)], cases, [dtype]) for model in models]
+    found: list[Runs] = []
+    for model in models:
+        twin = _copy_in(dtype, model)
+        found.append(run_all([twin], cases, [dtype]))
+        empty_(twin)
     return {name: [runs[name][0] for runs in found] for name in cases}
 
 
