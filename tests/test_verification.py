@@ -161,7 +161,6 @@ def test_a_parameter_that_is_an_output_is_compared_once_its_model_is_let_go() ->
     other.layer.weight.data.mul_(0.5)
     other.layer.bias.data.mul_(0.5)
     other.scale.data.mul_(2.0)
-    assert verify(model, copy.deepcopy(model), torch.randn(2, 3)).verdict == "equal"
     found = verify(model, other, torch.randn(2, 3))
     assert found.verdict == "different"
     assert {check.output for check in found.checks if check.verdict == "different"} == {"output[1]"}
