@@ -24,6 +24,7 @@ from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_train
 from fxprune.pipeline import Change, Pass, run, with_options
 from fxprune.pipelines import CUT, PLAIN, READABLE, folding
 from fxprune.program import Program, widened
+from fxprune.progress import shown
 from fxprune.regions import Region
 from fxprune.report import Report
 from fxprune.sharding import require_whole
@@ -51,6 +52,7 @@ else:  # at run time both are what they are: the result needs no class of ours
 ENDS_LEFT = 0.5
 
 
+@shown("instrument")
 def instrument(
     model: nn.Module,
     example_inputs: Any = None,
@@ -110,6 +112,7 @@ def instrument(
     return cast(GatedModel, _assembled("instrument", name, inputs, parts, reports))
 
 
+@shown("finalize")
 def finalize(
     model: nn.Module,
     example_inputs: Any = None,

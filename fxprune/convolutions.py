@@ -305,7 +305,7 @@ def _kernel(first: Layer, second: Layer, inner: Tensor, outer: Tensor) -> Tensor
     if prod(two.kernel) == 1 and _is_dense(one.kernel, one.dilation):
         return torch.tensordot(outer.flatten(1), inner, 1)
     if prod(one.kernel) == 1 and _is_dense(two.kernel, steps):
-        return torch.tensordot(outer, inner.flatten(1), ([1], [0])).movedim(-1, 1)
+        return torch.einsum("om...,mc->oc...", outer, inner.flatten(1))
     return _TRANSPOSED[axes - 1](outer, inner, stride=steps, dilation=one.dilation)
 
 

@@ -18,6 +18,7 @@ from fxprune.errors import ExampleInputError, VerificationError
 from fxprune.inputs import Inputs, describe
 from fxprune.modules import copy_model, empty_
 from fxprune.precision import Run, Runs, cast_, float_dtypes, lacks_float32, run_all, run_nudged
+from fxprune.progress import shown
 from fxprune.verdicts import Check, Verdict, judge_all
 
 DTYPES = ("float64", "float32")
@@ -98,6 +99,7 @@ class Verification:
         return "\n".join([f"{self.verdict}: error {errors}; {self.seconds:.2f} s", *rows])
 
 
+@shown("verify")
 def verify(
     reference: nn.Module,
     candidate: nn.Module,
@@ -152,9 +154,10 @@ def _runs(
 ) -> Runs:
     """Run copies of models on every case, one model after the other: two may be too large."""
     found: list[Runs] = []
-    for model in models:
+    for model, which in zip(models, ("the reference", "the result"), strict=True):
         twin = _copy_in(dtype, model)
-        found.append(run_all([twin], cases, [dtype]))
+        doing = f"proof in {'float64' if dtype is torch.float64 else 'float32'}, {which}"
+        found.append(run_all([twin], cases, [dtype], doing))
         empty_(twin)
     return {name: [runs[name][0] for runs in found] for name in cases}
 
