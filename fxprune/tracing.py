@@ -27,7 +27,7 @@ from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
-from fxprune.modes import same_structure, thaw_modes
+from fxprune.modes import forget_counts, same_structure, thaw_modes
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
 _PYTHONS = (len, list, round)
@@ -228,6 +228,8 @@ def _trace_in_mode(
             f"{_place(error)}; move the data-dependent Python of its forward into a submodule of "
             "its own (a submodule that cannot be traced is kept whole), or instrument its parts"
         ) from error
+    if training:
+        forget_counts(root, graph)
     for node in graph.nodes:  # unpickling traces again: Python's own functions must be wrapped
         node.meta["is_wrapped"] = node.target in _PYTHONS
     # Unpickling a graph module calls its tracer's class; torch.fx's own has all that takes.
