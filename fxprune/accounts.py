@@ -35,7 +35,7 @@ from fxprune.sites import Plan
 from fxprune.terms import Row, Term
 from fxprune.transposed_convolutions import transposed_geometry
 from fxprune.unit_costs import UnitCosts
-from fxprune.values import Value
+from fxprune.values import Value, as_value
 
 _Taken = tuple[fx.Node, Absorption]
 
@@ -156,10 +156,8 @@ class _Accountant:
 
     def _merged(self, run: Run, merger: Merger) -> Way:
         first, last, geometry = run.nodes[merger.start], run.nodes[merger.stop - 1], merger.geometry
-        made, read = (
-            self._made(last),
-            self._row(self.channels.values[first.all_input_nodes[0]].tags),
-        )
+        given = as_value(self.channels.values[first.all_input_nodes[0]])  # a buffer, perhaps
+        made, read = self._made(last), self._row(given.tags)
         ones = geometry.outputs * prod(geometry.kernel) if geometry.ones else 0
         along = (made,) if 1 < geometry.groups == geometry.inputs else (made, read)
         weights = [Term(geometry.weights - ones, along), Term(ones, (made,))]
