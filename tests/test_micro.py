@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn.utils import prune
 
 import fxprune
 from fxprune.testing import close_half, error, spread
@@ -361,6 +362,16 @@ def test_a_tied_embedding_stays_tied() -> None:
     assert small.up.out_features == 8
     assert small.head.weight is small.embedding.weight
     assert small.report.verification.verdict == "equal"
+
+
+def test_the_mask_of_a_head_leaves_the_embedding_it_is_tied_to_alone() -> None:
+    model: Any = randomise(Language())
+    prune.ln_structured(model.head, "weight", 0.4, n=2, dim=0)
+    prune.ln_structured(model.up, "weight", 0.4, n=2, dim=0)
+    tokens = torch.arange(20).reshape(4, 5)
+    small: Any = fxprune.finalize(model, tokens)
+    assert error(model(tokens).detach(), small(tokens).detach()) < 1e-5
+    assert small.up.out_features < 16
 
 
 class TwiceOnConstants(nn.Module):
