@@ -35,7 +35,7 @@ from fxprune.sites import Plan
 from fxprune.terms import Row, Term
 from fxprune.transposed_convolutions import transposed_geometry
 from fxprune.unit_costs import UnitCosts
-from fxprune.values import Value
+from fxprune.values import Value, as_value
 
 _Taken = tuple[fx.Node, Absorption]
 
@@ -236,7 +236,8 @@ class _Accountant:
     def _made(self, node: fx.Node) -> Row:
         """Return the row of what a node gives: every way to merge layers asks for two."""
         if node not in self.rows_of:
-            self.rows_of[node] = self._row(self.channels.values[node].tags)
+            given = as_value(self.channels.values[node])  # a buffer, perhaps
+            self.rows_of[node] = self._row(given.tags)
         return self.rows_of[node]
 
     def _where(self, term: Term, sites: tuple[int, ...]) -> Term:

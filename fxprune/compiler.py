@@ -50,6 +50,10 @@ else:  # at run time both are what they are: the result needs no class of ours
 
 # Of the channels around convolutions to be merged, where it is asked whether that could pay.
 ENDS_LEFT = 0.5
+_EVALUATION_ONLY = (
+    "not as in the model, which runs other operators then: gated, it computes in training what it "
+    "does in evaluation, only batch norms and dropout modules follow the mode"
+)
 
 
 @shown("instrument")
@@ -94,6 +98,8 @@ def instrument(
     def gate(region: Region) -> None:
         _require_both_modes(region.program, model)
         report = reports[region.path] = Report("instrument", name, {})
+        if region.program.module.meta["evaluation_only"]:
+            report.refused.append(Change("training", _EVALUATION_ONLY))
         if hoist_padding and region.path:
             report.refused.append(Change("padding", "not moved: that is for models traced whole"))
         before = _outputs(region.program) if check else None

@@ -5,7 +5,9 @@ depends on a tensor's numbers has no value here, by construction, and nothing of
 """
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
@@ -37,7 +39,7 @@ class ExampleValues(fx.Interpreter):
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of a node, its tensors fake; raise `UnknownValueError`."""
-        with self.mode, torch.no_grad():
+        with self.mode, torch.no_grad(), _unlogged():
             for one in reversed([*takewhile(self._is_new, reversed(self.growing.nodes))]):
                 self._run(one)
         if node in self.failures:
@@ -66,3 +68,15 @@ class ExampleValues(fx.Interpreter):
 
     def _faked(self, value: Any) -> Any:
         return pytree.tree_map_only(Tensor, self.mode.from_tensor, value)
+
+
+@contextmanager
+def _unlogged() -> Generator[None]:
+    """Keep torch from logging the traceback of an operator that has no value here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before

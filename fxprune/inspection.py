@@ -235,7 +235,10 @@ def _sites_by_class(program: Program, channels: Channels) -> dict[int, list[str]
         if node.target is not width_gate:
             continue
         site: WidthSite = gates.width_sites[node.args[1].args[1]]
-        labels: Tensor = channels.classes[channels.values[node].tags.reshape(-1)]
+        tags: Tensor = channels.values[node].tags
+        for axis, size in enumerate(site.shape):
+            tags = tags.narrow(axis, 0, size)  # sub-pixels of a channel share a gate
+        labels = channels.classes[tags.reshape(-1)]
         for label, unit in zip(labels.tolist(), site.units, strict=True):
             if unit != UNGATED and site.name not in found.setdefault(label, []):
                 found[label].append(site.name)

@@ -12,6 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def forget_counts(root: nn.Module, graph: fx.Graph) -> None:
+    """Leave out the counting of batches in a graph of training; no output depends on it.
+
+    Batch norms with a momentum never read the count (without one they cannot be traced into), and
+    what becomes a layer of torch's own counts for itself.
+    """
+    for node in reversed(graph.nodes):
+        held = node.args[0] if node.target == "add_" and node.args else None
+        if not isinstance(held, fx.Node) or held.op != "get_attr" or node.users:
+            continue
+        owner, _, name = str(held.target).rpartition(".")
+        if name == "num_batches_tracked" and isinstance(root.get_submodule(owner), _BatchNorm):
+            graph.erase_node(node)
+            if not held.users:
+                graph.erase_node(held)
 
 
 @contextmanager

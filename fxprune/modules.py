@@ -1,7 +1,7 @@
 """A user's module: checked, copied, its masks baked into its weights, what a verb left in it."""
 
 import copy
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -108,10 +108,18 @@ _MAPPINGS = (dict, OrderedDict)
 
 
 def bake_masks(root: nn.Module) -> None:
-    """Write the masks of `torch.nn.utils.prune` into the weights, in place."""
+    """Write the masks of `torch.nn.utils.prune` into the weights, in place.
+
+    Who else uses a masked weight (an embedding its head's) sees it whole.
+    """
+    held = Counter(id(p) for module in root.modules() for p in module._parameters.values())
     for module in root.modules():
         hooks = list(module._forward_pre_hooks.values())
         for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:
+            whole = module._parameters[f"{name}_orig"]
+            if whole is not None and held[id(whole)] > 1:
+                own = nn.Parameter(whole.detach().clone(), requires_grad=whole.requires_grad)
+                module._parameters[f"{name}_orig"] = own
             prune.remove(module, name)
 
 

@@ -27,7 +27,7 @@ from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
-from fxprune.modes import mode_questions, same_structure, thaw_modes
+from fxprune.modes import forget_counts, mode_questions, same_structure, thaw_modes
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
 _PYTHONS = (len, list, round)
@@ -98,11 +98,20 @@ class ModelTracer(AskedTracer):
     def create_arg(self, a: Any) -> Any:
         """Lower an argument; a dict that is a dataclass too (a ModelOutput) stays what it is."""
         if not isinstance(a, dict) or not is_dataclass(a):
-            return super().create_arg(a)
+            return self._lowered(a)
         entries = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
         if not entries.keys() >= a.keys():
             raise TraceError(f"a {type(a).__name__} has entries besides its fields")
         return self.create_node("call_function", type(a), (), entries)
+
+    def _lowered(self, a: Any) -> Any:
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            raise TraceError(
+                f"no graph holds a {type(a).__name__}, as is passed on or returned; do without it "
+                "(models of transformers: model.config.use_cache = False)"
+            ) from error
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Trace into torch's own transformer layers: what is between their linear layers can go."""
@@ -231,6 +240,8 @@ def _trace_in_mode(
             f"{_place(error)}; move the data-dependent Python of its forward into a submodule of "
             "its own (a submodule that cannot be traced is kept whole), or instrument its parts"
         ) from error
+    if training:
+        forget_counts(root, graph)
     for node in graph.nodes:  # unpickling traces again: Python's own functions must be wrapped
         node.meta["is_wrapped"] = node.target in _PYTHONS
     # Unpickling a graph module calls its tracer's class; torch.fx's own has all that takes.

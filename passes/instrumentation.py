@@ -24,6 +24,7 @@ from fxprune.penalties import paper_penalties
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.sites import Candidate, Plan, find_candidates, plan_sites
+from fxprune.tags import compress
 from fxprune.values import Value
 
 
@@ -74,11 +75,12 @@ def _width_sites(plan: Plan) -> tuple[list[WidthSite], dict[int, int]]:
     free = plan.freed.tolist()
     for site in plan.sites:
         value: Value = plan.channels.values[site.position]
+        classes = compress(plan.channels.classes[value.tags])  # sub-pixels of a channel are one
         units = tuple(
             indices.setdefault(label, len(indices)) if free[label] else UNGATED
-            for label in plan.channels.classes[value.tags.reshape(-1)].tolist()
+            for label in classes.reshape(-1).tolist()
         )
-        sites.append(WidthSite(site.name, units, tuple(value.tags.shape)))
+        sites.append(WidthSite(site.name, units, tuple(classes.shape)))
     return sites, indices
 
 

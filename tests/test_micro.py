@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn.utils import prune
 
 import fxprune
 from fxprune.testing import close_half, error, spread
@@ -46,6 +47,7 @@ class Micro(nn.Module):
         self.instance_norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
         self.prelu, self.map = nn.PReLU(8), nn.Parameter(torch.randn(1, 8, 6, 6))
         self.vector, self.matrix = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8, 8))
+        self.pair = nn.Parameter(torch.randn(2))
         self.reduce, self.expand = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
         self.spatial = nn.Conv2d(2, 1, 3, padding=1)
         self.wide, self.wide_bn = nn.Conv2d(16, 8, 1), nn.BatchNorm2d(16)
@@ -164,6 +166,9 @@ CASES: dict[str, Callable[[Any, Tensor], Any]] = {
         F.relu(F.pad(x, (0, 0, 0, 0, 4, 4)) + F.relu(m.doubling(x)))
     ),
     "pixel shuffle": lambda m, x: m.expand(F.relu(F.pixel_shuffle(m.pointwise(x), 2))),
+    "sub-pixels gated and scaled": lambda m, x: m.expand(
+        F.relu(F.relu(F.pixel_shuffle(m.pointwise(x), 2)) * m.pair.view(1, -1, 1, 1))
+    ),
     "attention over channels and space": cbam,
     "glu": lambda m, x: m.second(F.glu(F.relu(m.doubling(x)), 1)),
     "a map as parameter": lambda m, x: m.second(F.relu(x + m.map)),
@@ -210,6 +215,7 @@ SHRINKS: dict[str, tuple[str, ...]] = {
     "padded shortcut": ("first", "doubling", "wide"),
     "shortcut of option A": ("first", "strided", "wide"),
     "pixel shuffle": ("first", "pointwise"),
+    "sub-pixels gated and scaled": ("first", "pointwise", "expand"),
     "block of chunks": ("first", "pointwise", "second", "wide"),
     "grouped queries": ("second",),
     "grouped queries by expand": ("second", "inner"),
@@ -246,6 +252,37 @@ def test_exact_or_refused(name: str) -> None:
     assert small.report.after.parameters < small.report.before.parameters
     for layer in SHRINKS.get(name, ()):
         assert _size(small, layer) < _size(model, layer), f"{layer} has not shrunk"
+
+
+def test_gates_behind_a_pixel_shuffle_fit_maps_of_other_sizes() -> None:
+    model: Any = randomise(Micro(CASES["sub-pixels gated and scaled"], headless=False)).eval()
+    gated = fxprune.instrument(model, torch.randn(2, 3, 6, 6))
+    assert close_half(gated) > 0
+    small, other = fxprune.finalize(gated), torch.randn(2, 3, 10, 7)
+    assert error(gated(other), small(other)) < 2e-5
+    assert "relu" in str(fxprune.inspect(gated))
+
+
+class Coordinates(nn.Module):
+    """A table of coordinates that two layers turn into a bias (Swin v2, NeRF on a grid)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor
+        self.register_buffer("table", torch.randn(7, 2))
+        self.first, self.second, self.head = nn.Linear(2, 9), nn.Linear(9, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(x + self.second(F.relu(self.first(self.table)))))
+
+
+def test_layers_on_a_buffer_are_gated() -> None:
+    model = randomise(Coordinates()).eval()
+    gated = fxprune.instrument(model, torch.randn(2, 7, 5))
+    assert close_half(gated) > 0
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.report.after.parameters < small.report.before.parameters
 
 
 def _size(model: Any, name: str) -> int:
@@ -325,6 +362,16 @@ def test_a_tied_embedding_stays_tied() -> None:
     assert small.up.out_features == 8
     assert small.head.weight is small.embedding.weight
     assert small.report.verification.verdict == "equal"
+
+
+def test_the_mask_of_a_head_leaves_the_embedding_it_is_tied_to_alone() -> None:
+    model: Any = randomise(Language())
+    prune.ln_structured(model.head, "weight", 0.4, n=2, dim=0)
+    prune.ln_structured(model.up, "weight", 0.4, n=2, dim=0)
+    tokens = torch.arange(20).reshape(4, 5)
+    small: Any = fxprune.finalize(model, tokens)
+    assert error(model(tokens).detach(), small(tokens).detach()) < 1e-5
+    assert small.up.out_features < 16
 
 
 class TwiceOnConstants(nn.Module):

@@ -394,6 +394,15 @@ def test_a_module_made_on_the_fly_makes_a_leaf_of_who_makes_it() -> None:
     assert calls(module) == ["0", "1"]
 
 
+class Memory:
+    """What a language model keeps of the tokens before: an object, grown in place."""
+
+
+def test_an_object_no_graph_holds_is_named_with_a_remedy() -> None:
+    with pytest.raises(TraceError, match=r"a Memory, .*use_cache = False"):
+        traced(Model(lambda m, x: (m.layer(x), Memory())))
+
+
 def test_a_model_that_branches_at_its_top_is_refused_with_place_and_remedy() -> None:
     with pytest.raises(TraceError) as caught:
         traced(Branches())

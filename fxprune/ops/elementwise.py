@@ -72,7 +72,11 @@ def _flow(call: Call, constants: Callable[[Call, list[Value], Tensor], Tensor]) 
 
 
 def _split(operands: list[Value], shape: tuple[int, ...]) -> tuple[list[Value], list[Value]]:
-    """Part operands into those with all channels of the output, and those broadcast along them."""
+    """Part operands into those with channels of the output, and those broadcast along them.
+
+    What is broadcast along some of the axes, and has channels of its own along others, leaves one
+    channel along the former.
+    """
     sizes = broadcast_to([torch.empty(v.shape, device="meta") for v in operands], len(shape))
     tags = broadcast_to([v.tags for v in operands], len(shape))
     axes = {axis for t in tags for axis in varying_axes(t)}
@@ -83,6 +87,8 @@ def _split(operands: list[Value], shape: tuple[int, ...]) -> tuple[list[Value], 
     ]
     if not whole:
         raise Barrier("its operands have their channels along different axes")
+    chosen = {id(v) for v in whole}
+    whole += [v for v in operands if id(v) not in chosen and varying_axes(v.tags)]
     chosen = {id(v) for v in whole}
     return whole, [v for v in operands if id(v) not in chosen]
 
@@ -98,8 +104,6 @@ def _broadcast_tags(operands: list[Value], rank: int) -> Tensor:
 
 
 def _broadcast_read(part: Value, tags: Tensor) -> Read:
-    if varying_axes(part.tags):
-        raise Barrier("an operand is broadcast along a channel axis and has channels of its own")
     inputs = part.tags.reshape(-1)
     return Read(
         tags.reshape(-1).unique(), inputs, None, inputs == FIXED, "it is broadcast over channels"

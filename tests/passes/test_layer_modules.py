@@ -75,6 +75,27 @@ def test_it_trains_as_before() -> None:
     assert gated.state_dict().keys() - {"gates.width"} >= {"0.weight", "1.bias", "6.bias"}
 
 
+class CountingNormAct(nn.BatchNorm2d):
+    """A batch norm with its activation that counts its batches, as torch's and timm's do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+def test_a_norm_that_counts_its_batches_is_the_same_layer_in_both_modes() -> None:
+    layers = (Conv(3, 8, 3), CountingNormAct(8), nn.Flatten(), nn.LazyLinear(5), nn.Dropout())
+    model, x = nn.Sequential(*layers), torch.randn(4, 3, 6, 6)
+    model(x)
+    gated = fxprune.instrument(model.train(), x).train()
+    for _ in range(2):
+        torch.manual_seed(1)
+        expected = model(x)
+        torch.manual_seed(1)
+        assert torch.equal(gated(x), expected)
+    for name in ("1.running_mean", "1.running_var"):
+        assert torch.equal(gated.state_dict()[name], model.state_dict()[name])
+
+
 class Written(nn.Module):
     """One function of a module's parameters."""
 
