@@ -44,6 +44,7 @@ def test_only_a_model_that_asks_for_its_mode_is_traced_in_both(
     assert torch.equal(module.train()(torch.ones(2, 4)), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_flags_are_read_and_written_as_ever_while_questions_are_noted() -> None:
     model, other = Layer(asks=True), nn.Linear(2, 2)
     scripted = torch.jit.script(nn.Linear(2, 2))
