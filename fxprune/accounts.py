@@ -71,8 +71,7 @@ class _Accountant:
     ) -> None:
         self.program, self.channels, self.seen, self.depth = program, plan.channels, seen, depth
         self.number = torch.full((len(plan.channels.classes),), UNGATED)
-        for label, unit in units.items():
-            self.number[label] = unit
+        self.number[list(units)] = torch.tensor(list(units.values()), dtype=torch.int64)
         self.units = len(units)
         self.samples = leading_size((program.args, program.kwargs)) or 1
         self.rows: dict[bytes, Row] = {}

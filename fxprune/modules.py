@@ -4,6 +4,7 @@ import copy
 from collections import Counter, OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -150,9 +151,8 @@ def empty_(module: nn.Module) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter or buffer, the CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 @contextmanager

@@ -50,8 +50,8 @@ def run(
 ) -> dict[str, list[Change]]:
     """Run passes in order and return their changes, by the name of the pass.
 
-    The graph is checked after every pass that changed it; the module's code is made anew at the
-    end, so that a pass that calls the module, instead of observing it, recompiles it first.
+    The graph is checked, and the module's code made anew, at the end: a pass that calls the module,
+    instead of observing it, recompiles it first. (`fxprune.testing` checks after every pass.)
     recompile: make the code; without it the module cannot be called before somebody else does.
     """
     with uncollected():
@@ -67,14 +67,14 @@ def _run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
         name = getattr(one, "__name__", repr(one))
         try:
             changes = one(program)
-            if changes:
-                program.graph.lint()
         except Exception as error:
             error.add_note(f"while running the pass {name}, after {', '.join(done) or 'none'}")
             raise
         if changes and not getattr(one, "keeps_shapes", False):
             program.seen = None
         done[name] = [*done.get(name, []), *changes]
+    if any(done.values()):
+        program.graph.lint()
     return done
 
 
