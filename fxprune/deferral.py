@@ -1,11 +1,11 @@
 """Gates applied where that is cheapest: conv(x·w) = conv(x) with weights W·w.
 
-A gate in front of layers may be multiplied into their weights instead of the activation: the same
-values, the same ∂/∂w (also at w' = 0, as the layer then reads what is behind the gate), no further
-pass over activations, and no x·w saved for the backward (`fxprune.gated_reads`). A product with
-gates of 0 and 1 also changes places with a pool, behind which there is less to multiply, and with
-dropout; of a closed gate before a max pool, ∂w is then that of the largest values, which would come
-back.
+A gate in front of layers is left to them, who may multiply their weights instead of the activation
+(`fxprune.gated_reads`): the same values, the same ∂/∂w (also at w' = 0, as the layer then reads
+what is behind the gate), no further pass over activations, no x·w saved for the backward. A product
+with gates of 0 and 1 also changes places with a pool, behind which there is less to multiply, and
+with dropout; of a closed gate before a max pool, ∂w is then that of the largest values, which would
+come back.
 
 These functions are what runs of a lowered graph (`fxprune.lowering`). Traced by torch.fx they leave
 the operators they stand for, each gate where it was, so that the model's own graph comes back.
@@ -33,13 +33,12 @@ _POOLS: dict[Any, int] = {
 
 
 def defer_gate(
-    value: Tensor, gate: Tensor, weights: int | None, pool: nn.Module | None = None
+    value: Tensor, gate: Tensor, readers_can: bool, pool: nn.Module | None = None
 ) -> Any:
     """Return an activation and the gate its readers have to apply, None if it is applied already.
 
-    weights: how many weights the readers have; of fewer numbers the activation itself is
-    multiplied, and in exported programs, which take batches of any size. None if the readers cannot
-    apply a gate. pool: what reads the activation first.
+    readers_can: whether they can. In exported programs, which take batches of any size, they do
+    not. pool: what reads the activation first.
     """
     if isinstance(value, fx.Proxy):
         gated = width_gate(value, gate)
@@ -48,7 +47,7 @@ def defer_gate(
         return pool(width_gate(value, gate)), None
     if pool is not None:
         value = pool(value)
-    if weights is None or torch.compiler.is_exporting() or value.numel() <= weights:
+    if not readers_can or torch.compiler.is_exporting():
         return width_gate(value, gate), None
     return value, gate
 

@@ -1,16 +1,20 @@
-"""Layers that read through gates: y = L(x; W·w) + b, with W·w made again for the backward.
+"""Layers that read through gates: y = L(x·w; W) = L(x; W·w), whichever product is less work.
 
-Autograd would keep W·w of every such layer until then, which is as much as the weights themselves.
+The product is made again for the backward. Autograd would keep it until then, beside x and W.
 
-    ∂x = Lᵀ(∂y; W·w)    ∂W = ∂(W·w)·w    ∂w = Σ ∂(W·w)·W over all that reads a channel
+    of x·w:  ∂x = Lᵀ(∂y; W)·w     ∂W = ∂L(∂y; x·w)      ∂w = Σ Lᵀ(∂y; W)·x
+    of W·w:  ∂x = Lᵀ(∂y; W·w)     ∂W = ∂L(∂y; x)·w      ∂w = Σ ∂L(∂y; x)·W
+
+∂w is a sum over all that a channel's gate multiplies.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+
+from fxprune.gates import width_gate
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -18,21 +22,27 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 def read(layer: Any, value: Tensor, gate: Tensor) -> Tensor:
     """Call a linear layer or convolution on a value whose channels a gate multiplies.
 
-    gate: a number a channel of the value, in any shape.
+    gate: a number a channel, in a shape that broadcasts to the value's.
     """
     weights, groups = layer.weight, getattr(layer, "groups", 1)
-    if not _keeps_weights(layer, value):
-        scaled = scaled_weights(weights, gate, groups)
+    in_value = scales_value(layer, value)
+    if not _keeps_product(layer, value):
+        value, weights = _operands(value, weights, gate, groups, in_value)
         if isinstance(layer, nn.Linear):
-            return F.linear(value, scaled, layer.bias)
-        return layer._conv_forward(value, scaled, layer.bias)
+            return F.linear(value, weights, layer.bias)
+        return layer._conv_forward(value, weights, layer.bias)
     result: Any
     if isinstance(layer, nn.Linear):
-        result = _Linear.apply(value, weights, gate, layer.bias)
+        result = _Linear.apply(value, weights, gate, layer.bias, in_value)
     else:
         where = (list(layer.stride), list(layer.padding), list(layer.dilation), groups)
-        result = _Convolution.apply(value, weights, gate, layer.bias, *where)
+        result = _Convolution.apply(value, weights, gate, layer.bias, in_value, *where)
     return result
+
+
+def scales_value(layer: Any, value: Tensor) -> bool:
+    """Tell whether a layer is given fewer numbers than it has weights."""
+    return value.numel() <= layer.weight.numel()
 
 
 def scaled_weights(weights: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
@@ -43,7 +53,16 @@ def scaled_weights(weights: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
     return (weights.unflatten(0, (groups, -1)) * channels).flatten(0, 1)
 
 
-def _keeps_weights(layer: Any, value: Tensor) -> bool:
+def _operands(
+    value: Tensor, weights: Tensor, gate: Tensor, groups: int, in_value: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what a layer is called on, and with which weights."""
+    if in_value:
+        return width_gate(value, gate), weights
+    return value, scaled_weights(weights, gate, groups)
+
+
+def _keeps_product(layer: Any, value: Tensor) -> bool:
     """Tell whether autograd would keep the product, of a layer whose backward is written here.
 
     A compiler makes products again by itself, and what traces should see plain operators.
@@ -58,72 +77,97 @@ def _keeps_weights(layer: Any, value: Tensor) -> bool:
     return plain and value.dim() == layer.weight.dim()
 
 
-def _weight_gradients(
-    ctx: Any, scaled: Tensor | None, groups: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return ∂W and ∂w from ∂(W·w), as far as anybody needs them."""
-    if scaled is None:
-        return None, None
-    _, weights, gate = ctx.saved_tensors
-    scaled = scaled.to(weights.dtype)
-    to_weights = scaled_weights(scaled, gate, groups) if ctx.needs_input_grad[1] else None
-    if not ctx.needs_input_grad[2]:
-        return to_weights, None
-    parts = (scaled * weights).unflatten(0, (groups, -1))
-    others = [axis for axis in range(parts.dim()) if axis not in (0, 2)]
-    return to_weights, parts.sum(others).reshape(gate.shape).to(gate)
+class _Read(torch.autograd.Function):
+    """What both kinds of layers have in common."""
 
-
-class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, weights: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(value, scaled_weights(weights, gate), bias)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        value, weights, gate = ctx.saved_tensors
-        rows, to_value, to_scaled = grad.flatten(0, -2), None, None
-        if ctx.needs_input_grad[0]:
-            to_value = (grad @ scaled_weights(weights, gate).to(grad.dtype)).to(value.dtype)
-        if any(ctx.needs_input_grad[1:3]):
-            to_scaled = rows.t() @ value.flatten(0, -2).to(grad.dtype)
-        to_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
-        return to_value, *_weight_gradients(ctx, to_scaled, 1), to_bias
-
-
-class _Convolution(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        value: Tensor, weights: Tensor, gate: Tensor, bias: Tensor | None, *where: Any
-    ) -> Tensor:
-        convolution = _CONVOLUTIONS[weights.dim() - 3]
-        return convolution(value, scaled_weights(weights, gate, where[-1]), bias, *where)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:3])
-        ctx.where = inputs[4:]
+        ctx.in_value, *ctx.where = inputs[4:]
+
+    @staticmethod
+    def operands(ctx: Any, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return again what the layer saw, its value and its weights, in the dtype it worked in."""
+        value, weights, gate = ctx.saved_tensors
+        value, weights = _operands(value, weights, gate, groups, ctx.in_value)
+        return value.to(dtype), weights.to(dtype)
+
+    @staticmethod
+    def needed(ctx: Any) -> list[bool]:
+        """Tell whether ∂ of the value, the weights and the bias that the layer sees are needed."""
+        value, weights, gate, bias, *_ = ctx.needs_input_grad
+        return [value or (gate and ctx.in_value), weights or (gate and not ctx.in_value), bias]
+
+    @staticmethod
+    def shared(ctx: Any, groups: int, seen: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Return ∂x, ∂W, ∂w and ∂b from what the layer saw: its value, its weights, its bias."""
+        value, weights, gate = ctx.saved_tensors
+        to_value, to_weights, to_bias = seen
+        to_gate, wanted = None, ctx.needs_input_grad[2]
+        if to_value is not None:
+            to_value = to_value.to(value.dtype)
+        if to_weights is not None:
+            to_weights = to_weights.to(weights.dtype)
+        if ctx.in_value and to_value is not None:
+            to_gate = (to_value * value).sum_to_size(gate.shape) if wanted else None
+            to_value = width_gate(to_value, gate)
+        elif not ctx.in_value and to_weights is not None:
+            to_gate = _summed(to_weights * weights, gate, groups) if wanted else None
+            to_weights = scaled_weights(to_weights, gate, groups)
+        to_gate = None if to_gate is None else to_gate.to(gate.dtype)
+        return to_value, to_weights, to_gate, to_bias
+
+
+def _summed(weights: Tensor, gate: Tensor, groups: int) -> Tensor:
+    """Sum numbers of the shape of weights over all that read a channel."""
+    parts = weights.unflatten(0, (groups, -1))
+    others = [axis for axis in range(parts.dim()) if axis not in (0, 2)]
+    return parts.sum(others).reshape(gate.shape)
+
+
+class _Linear(_Read):
+    @staticmethod
+    def forward(
+        value: Tensor, weights: Tensor, gate: Tensor, bias: Tensor | None, in_value: bool
+    ) -> Tensor:
+        return F.linear(*_operands(value, weights, gate, 1, in_value), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        value, weights, gate = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.where
-        scaled = scaled_weights(weights, gate, groups).to(grad.dtype)
-        to_value, to_scaled, to_bias = torch.ops.aten.convolution_backward(
-            *(grad, value.to(grad.dtype), scaled, [len(weights)], stride, padding, dilation),
-            *(False, [0] * len(stride), groups),
-            [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[3]],
+        needed = _Read.needed(ctx)
+        value, weights = _Read.operands(ctx, 1, grad.dtype)
+        rows = grad.flatten(0, -2)
+        seen = (
+            grad @ weights if needed[0] else None,
+            rows.t() @ value.flatten(0, -2) if needed[1] else None,
+            rows.sum(0) if needed[2] else None,
         )
-        to_value = None if to_value is None else to_value.to(value.dtype)
-        found = (to_value, *_weight_gradients(ctx, to_scaled, groups), to_bias)
-        return *found, *(None for _ in ctx.where)
+        return *_Read.shared(ctx, 1, seen), None
+
+
+class _Convolution(_Read):
+    @staticmethod
+    def forward(
+        value: Tensor,
+        weights: Tensor,
+        gate: Tensor,
+        bias: Tensor | None,
+        in_value: bool,
+        *where: Any,
+    ) -> Tensor:
+        convolution = _CONVOLUTIONS[weights.dim() - 3]
+        return convolution(*_operands(value, weights, gate, where[-1], in_value), bias, *where)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        stride, padding, dilation, groups = ctx.where
+        value, weights = _Read.operands(ctx, groups, grad.dtype)
+        seen = torch.ops.aten.convolution_backward(
+            *(grad, value, weights, [len(weights)], stride, padding, dilation),
+            *(False, [0] * len(stride), groups, _Read.needed(ctx)),
+        )
+        return *_Read.shared(ctx, groups, seen), None, None, None, None, None

@@ -81,15 +81,12 @@ def lowered(module: fx.GraphModule) -> fx.Graph:
 
 @dataclass
 class _Deferral:
-    """A gate to be applied elsewhere: behind a pool, or by layers.
-
-    weights: how many those layers have; None if it is not left to layers.
-    """
+    """A gate to be applied elsewhere: behind a pool, or, if it is left to them, by its readers."""
 
     gate: fx.Node
     pool: fx.Node | None
     readers: list[fx.Node]
-    weights: int | None
+    is_left: bool
 
 
 def _deferrals(graph: fx.Graph, module: fx.GraphModule, gates: Gates) -> Iterator[_Deferral]:
@@ -102,17 +99,16 @@ def _deferrals(graph: fx.Graph, module: fx.GraphModule, gates: Gates) -> Iterato
         readers = [user for user in users if _applies(user, site, module)]
         others = [user for user in users if user not in readers]
         if all(_is_gated_again(user, site, gates, module) for user in others):
-            layers: list[Any] = [submodule(module, str(reader.target)) for reader in readers]
-            yield _Deferral(gate, pool, readers, sum(layer.weight.numel() for layer in layers))
+            yield _Deferral(gate, pool, readers, is_left=True)
         elif pool is not None:
-            yield _Deferral(gate, pool, [], None)
+            yield _Deferral(gate, pool, [], is_left=False)
 
 
 def _defer(graph: fx.Graph, deferral: _Deferral) -> None:
     gate, pool = deferral.gate, deferral.pool
     last = gate if pool is None else pool
     with graph.inserting_before(last):
-        args = (*gate.args, deferral.weights)
+        args = (*gate.args, deferral.is_left)
         args = args if pool is None else (*args, graph.get_attr(str(pool.target)))
         deferred = graph.call_function(defer_gate, args)
         value = graph.call_function(ungated, (deferred,))

@@ -30,7 +30,7 @@ from torchvision.models import get_model
 import fxprune
 from fxprune.compiler import GatedModel
 from fxprune.deferral import defer_gate, read_gated
-from fxprune.gated_reads import scaled_weights
+from fxprune.gated_reads import scaled_weights, scales_value
 from fxprune.gates import linear_gate, width_gate
 from fxprune.lowering import lowered
 
@@ -136,9 +136,12 @@ class Parts(fx.Interpreter):
         elif target is defer_gate and result[1] is None:
             self._remember(width_gate, result[0], args[1])
         elif target is read_gated and args[1][1] is not None:
-            layer, (_, gate) = args
-            scale = partial(scaled_weights, groups=getattr(layer, "groups", 1))
-            self._remember(scale, layer.weight, gate)
+            layer, (value, gate) = args
+            if scales_value(layer, value):
+                self._remember(width_gate, value, gate)
+            else:
+                scale = partial(scaled_weights, groups=getattr(layer, "groups", 1))
+                self._remember(scale, layer.weight, gate)
         return result
 
     def _remember(self, gate: Callable[..., Tensor], *inputs: Tensor) -> None:
