@@ -3,9 +3,10 @@
     python -m tools.experiments.fashion_resnet --data FOLDER [--methods plain,fxprune] [--seeds 3]
 
 FOLDER holds the four gzipped files of Fashion-MNIST (torchvision leaves them in FashionMNIST/raw).
-Every method gets the same epochs, batches, rates and seeds, bfloat16 autocast, no pretraining and
-no augmentation; what is pruned is fixed at half the steps. Accuracy is that of the last epoch on
-the test images, in float32. Runs are appended to a JSON-lines file; those in it are not repeated.
+Every method gets the same epochs, batches, rates and seeds, no pretraining and no
+augmentation; what is pruned is fixed at half the steps. Accuracy is that of the last epoch on the
+test images, in float32. Runs are appended to a JSON-lines file; those in it are not repeated, and
+all in it enter the table: give each protocol a file of its own.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 import typer
 from rich.console import Console
 from torch import Tensor, nn
@@ -37,13 +39,17 @@ def experiment(
     seeds: Annotated[int, typer.Option(min=1, help="how many runs of each")] = 3,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     macs: Annotated[float, typer.Option(help="the budget, a fraction")] = 0.5,
+    batch: Annotated[int, typer.Option(min=1)] = 128,
+    lr: Annotated[float, typer.Option(help="the highest rate")] = 0.1,
+    shrunk: Annotated[int, typer.Option(min=1, help="sides of images are divided by this")] = 1,
+    bfloat16: Annotated[bool, typer.Option(help="train under autocast")] = True,
     runs: Annotated[Path, typer.Option(help="JSON lines")] = Path("out/fashion_resnet.jsonl"),
     table: Annotated[Path, typer.Option(help="Markdown")] = Path("out/fashion_resnet.md"),
 ) -> None:
     """Run every method with every seed."""
     torch.set_num_threads(1)
     console = Console(stderr=True)
-    training, test = _images(data)
+    training, test = _images(data, shrunk)
     runs.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
         for name in methods.split(","):
@@ -53,7 +59,8 @@ def experiment(
             ):
                 continue
             console.print(f"{name}, seed {seed}")
-            row = _run(name, training, test, Recipe(epochs=epochs, seed=seed), macs, console)
+            recipe = Recipe(epochs=epochs, batch=batch, lr=lr, seed=seed, bfloat16=bfloat16)
+            row = _run(name, training, test, recipe, macs, console)
             with runs.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             table.write_text(show(_rows(runs)), encoding="utf-8")
@@ -119,15 +126,15 @@ def _rows(runs: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()]
 
 
-def _images(folder: Path) -> tuple[Data, Data]:
-    """Return training and test set, both shifted and scaled as the training pixels ask."""
+def _images(folder: Path, shrunk: int = 1) -> tuple[Data, Data]:
+    """Return training and test set, averaged over squares, scaled as the training pixels ask."""
     training, test = load_mnist(folder)
     pixels = training.data.float()
     mean, std = pixels.mean(), pixels.std()
 
     def images(part: Any) -> Data:
         x = ((part.data.float() - mean) / std).unsqueeze(1)
-        return x.to(memory_format=torch.channels_last), part.targets
+        return F.avg_pool2d(x, shrunk).to(memory_format=torch.channels_last), part.targets
 
     return images(training), images(test)
 

@@ -23,7 +23,7 @@ class Gated(Method):
         estimator: str,
     ) -> None:
         super().__init__(fxprune.instrument(model, x), recipe, steps)
-        phases = Phases(shrink=0.7 * recipe.prune_at, settle=recipe.prune_at)
+        phases = _phases(estimator, recipe.prune_at)
         self.budget = fxprune.Budget(
             self.model, macs=macs, steps=steps, phases=phases, estimator=estimator
         )
@@ -51,3 +51,10 @@ class Gated(Method):
     def finished(self) -> nn.Module:
         """Return the finalised model."""
         return fxprune.finalize(self.model.eval())
+
+
+def _phases(estimator: str, end: float) -> Phases:
+    """Return when to shrink: ranks wait for features to rank, pulled gates need time at the end."""
+    if estimator == "taylor":
+        return Phases(warm_up=0.4 * end, shrink=end, settle=end)
+    return Phases(shrink=0.7 * end, settle=end)
