@@ -76,6 +76,7 @@ class _Accountant:
         self.units = len(units)
         self.samples = leading_size((program.args, program.kwargs)) or 1
         self.rows: dict[bytes, Row] = {}
+        self.rows_of: dict[fx.Node, Row] = {}
         self.fixed = Row(1)
         self.open = [Row(0, (self.units + site,), (1,)) for site in range(len(depth))]
         self.reads: dict[fx.Node, Tensor] = {}
@@ -156,8 +157,7 @@ class _Accountant:
 
     def _merged(self, run: Run, merger: Merger) -> Way:
         first, last, geometry = run.nodes[merger.start], run.nodes[merger.stop - 1], merger.geometry
-        given = as_value(self.channels.values[first.all_input_nodes[0]])  # a buffer, perhaps
-        made, read = self._made(last), self._row(given.tags)
+        made, read = self._made(last), self._made(first.all_input_nodes[0])
         ones = geometry.outputs * prod(geometry.kernel) if geometry.ones else 0
         along = (made,) if 1 < geometry.groups == geometry.inputs else (made, read)
         weights = [Term(geometry.weights - ones, along), Term(ones, (made,))]
@@ -234,7 +234,11 @@ class _Accountant:
         return [n for n, one in self.given.get(node, ()) if not one.sites]
 
     def _made(self, node: fx.Node) -> Row:
-        return self._row(self.channels.values[node].tags)
+        """Return the row of what a node gives: every way to merge layers asks for two."""
+        if node not in self.rows_of:
+            given = as_value(self.channels.values[node])  # a buffer, perhaps
+            self.rows_of[node] = self._row(given.tags)
+        return self.rows_of[node]
 
     def _where(self, term: Term, sites: tuple[int, ...]) -> Term:
         """Return a term that counts where gates are open."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fxprune.latency_tables import LatencyTable, Timing
-from fxprune.structure import Structured
+from fxprune.structure import Structured, Unchanging
 from fxprune.terms import MACS, PARAMETERS, Row, Term, TermTable
 
 PIECES = 1024  # more than any chain has
 
 
 @dataclass(frozen=True)
-class Way:
+class Way(Unchanging):
     """Layers start … stop − 1 of a chain as one layer, if all the linearity gates are open."""
 
     start: int

@@ -21,11 +21,13 @@ from fxprune.passes.gate_marking import mark_gates, restore_gates
 from fxprune.penalties import gates_of
 from fxprune.pipeline import Change, run
 from fxprune.program import Program, narrowed
+from fxprune.progress import shown
 from fxprune.selection import strongest, units_of
 
 _Cuts = dict[str, list[tuple[int, Tensor]]]
 
 
+@shown("compact")
 def compact(
     gated: nn.Module, optimizer: Optimizer | None = None, *, patience: int = 0
 ) -> GatedModel:

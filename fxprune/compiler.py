@@ -24,6 +24,7 @@ from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_train
 from fxprune.pipeline import Change, Pass, run, with_options
 from fxprune.pipelines import CUT, PLAIN, READABLE, folding
 from fxprune.program import Program, widened
+from fxprune.progress import shown
 from fxprune.regions import Region
 from fxprune.report import Report
 from fxprune.sharding import require_whole
@@ -55,6 +56,7 @@ _EVALUATION_ONLY = (
 )
 
 
+@shown("instrument")
 def instrument(
     model: nn.Module,
     example_inputs: Any = None,
@@ -105,7 +107,7 @@ def instrument(
         if hoist_padding and not region.path:
             report.passes |= run(region.program, (with_options(hoist, ends=ends),))
             before = _outputs(region.program) if check else None
-        report.passes |= run(region.program, (insertion,))
+        report.passes |= run(region.program, (insertion,), recompile=False)
         lower_(region.program.module)
         if check and not same(before, _outputs(region.program)):
             raise VerificationError(
@@ -116,6 +118,7 @@ def instrument(
     return cast(GatedModel, _assembled("instrument", name, inputs, parts, reports))
 
 
+@shown("finalize")
 def finalize(
     model: nn.Module,
     example_inputs: Any = None,

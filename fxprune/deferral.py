@@ -2,9 +2,10 @@
 
 A gate in front of layers may be multiplied into their weights instead of the activation: the same
 values, the same ∂/∂w (also at w' = 0, as the layer then reads what is behind the gate), no further
-pass over activations, and W·w saved for the backward instead of x·w. A product with gates of 0 and
-1 also changes places with a pool, behind which there is less to multiply, and with dropout; of a
-closed gate before a max pool, ∂w is then that of the largest values, which would come back.
+pass over activations, and no x·w saved for the backward (`fxprune.gated_reads`). A product with
+gates of 0 and 1 also changes places with a pool, behind which there is less to multiply, and with
+dropout; of a closed gate before a max pool, ∂w is then that of the largest values, which would come
+back.
 
 These functions are what runs of a lowered graph (`fxprune.lowering`). Traced by torch.fx they leave
 the operators they stand for, each gate where it was, so that the model's own graph comes back.
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
+from fxprune.gated_reads import read
 from fxprune.gates import width_gate
 
 _FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
@@ -61,18 +62,7 @@ def read_gated(layer: Any, gated: Any) -> Any:
         return layer(value)
     if not applies_gates(layer):  # as above
         return layer(width_gate(value, gate))
-    weights = scaled_weights(layer.weight, gate, getattr(layer, "groups", 1))
-    if isinstance(layer, nn.Linear):
-        return F.linear(value, weights, layer.bias)
-    return layer._conv_forward(value, weights, layer.bias)
-
-
-def scaled_weights(weights: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
-    """Multiply each weight of a layer by the gate of the channel it is for."""
-    channels = gate.to(weights.dtype).reshape(groups, 1, -1, *(1,) * (weights.dim() - 2))
-    if groups == 1:
-        return weights * channels[0]
-    return (weights.unflatten(0, (groups, -1)) * channels).flatten(0, 1)
+    return read(layer, value, gate)
 
 
 def ungated(gated: Any) -> Any:

@@ -27,6 +27,7 @@ from fxprune.modules import copy_model, memory_of
 from fxprune.onnx_program import FIX_SIZES, write_onnx
 from fxprune.onnx_signature import Flat, Sizes
 from fxprune.precision import full_precision
+from fxprune.progress import shown, stages
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 
@@ -53,6 +54,7 @@ class OnnxCheck:
         return {**asdict(self), "errors": errors}
 
 
+@shown("export")
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -157,7 +159,8 @@ def _compare(flat: Flat, sizes: Sizes, draft: Path, tolerance: float) -> dict[st
     available = onnxruntime.get_available_providers()
     sessions = {name: _load(draft, name) for name in PROVIDERS if name in available}
     errors: dict[str, float] = {}
-    for case, inputs in sizes.cases().items():
+    cases = sizes.cases()
+    for case, inputs in stages("running it in onnxruntime", cases.items(), len(cases)):
         expected = _torch_outputs(flat, inputs)
         for provider, session in sessions.items():
             run = f"{case} on {provider.removesuffix('ExecutionProvider')}"

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx
 
 from fxprune.errors import GateError
-from fxprune.structure import Structured
+from fxprune.structure import Structured, Unchanging
 from fxprune.unit_costs import UnitCosts
 
 UNGATED = -1
@@ -24,7 +24,7 @@ HALF = 0.5
 
 
 @dataclass(frozen=True)
-class WidthSite:
+class WidthSite(Unchanging):
     """Where a width gate stands.
 
     name: the layer, for people. units: for every channel its index into `width`, or `UNGATED`.
@@ -35,13 +35,9 @@ class WidthSite:
     units: tuple[int, ...]
     shape: tuple[int, ...]
 
-    def __deepcopy__(self, memo: Any) -> "WidthSite":
-        """Return itself: it never changes, and has as many numbers as the layer has channels."""
-        return self
-
 
 @dataclass(frozen=True)
-class DepthSite:
+class DepthSite(Unchanging):
     """Where a linearity gate stands: the layer, and its index into `linear`."""
 
     name: str

@@ -29,6 +29,7 @@ from fxprune.passes.padding_hoisting import BORDERS
 from fxprune.penalties import gates_by_name
 from fxprune.piecewise import parts_in_evaluation
 from fxprune.program import Program
+from fxprune.progress import shown
 from fxprune.rules import rule_for
 from fxprune.values import Value
 
@@ -88,6 +89,7 @@ class Inspection:
         return stream.getvalue()
 
 
+@shown("inspect")
 def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     """Return the layers of a model, how many of their units live, and where its gates are.
 

@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from fxprune.structure import Structured
+from fxprune.structure import Structured, Unchanging
 from fxprune.terms import Row
 
 PARTS = (0.0, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
-class Axis:
+class Axis(Unchanging):
     """Channels of a layer: a row counts them, in units of `size` for all of them.
 
     step: what their number is a multiple of.
@@ -46,7 +46,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Timing:
+class Timing(Unchanging):
     """A layer of which the nanoseconds can be had: of so many channels made, and so many read."""
 
     made: Axis

@@ -17,6 +17,7 @@ from fxprune.modules import submodule
 from fxprune.observation import Observation, TensorSpec
 from fxprune.program import Program
 from fxprune.rules import rule_name
+from fxprune.structure import Unchanging
 from fxprune.values import flatten
 
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
@@ -25,7 +26,7 @@ _GATES = (width_gate, linear_gate)
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Unchanging):
     """An observation by the names of nodes, and the digest of the program it is of."""
 
     digest: str
@@ -33,10 +34,6 @@ class Memory:
     mutated: dict[str, list[str]]
     alias: dict[str, str]
     macs: dict[str, int]
-
-    def __deepcopy__(self, memo: Any) -> "Memory":
-        """Return itself: nobody writes to it."""
-        return self
 
 
 def memory_of_run(program: Program) -> Memory | None:

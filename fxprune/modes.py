@@ -6,7 +6,8 @@ module's flag. Any other difference means that one graph cannot serve both.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,29 @@ def forget_counts(root: nn.Module, graph: fx.Graph) -> None:
             graph.erase_node(node)
             if not held.users:
                 graph.erase_node(held)
+
+
+@contextmanager
+def mode_questions() -> Generator[set[nn.Module]]:
+    """Yield a set that gathers the modules of which anybody reads `training` meanwhile.
+
+    A module keeps the flag among its own attributes; a property of the class goes before those.
+    """
+    asked: set[nn.Module] = set()
+
+    def read(module: nn.Module) -> bool:
+        asked.add(module)
+        own = vars(module)
+        return bool(own["training"] if "training" in own else module.__getattr__("training"))
+
+    def write(module: nn.Module, flag: bool) -> None:
+        vars(module)["training"] = flag
+
+    nn.Module.training = property(read, write)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield asked
+    finally:
+        del nn.Module.training
 
 
 def same_structure(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bool:

@@ -142,6 +142,12 @@ def tensors_in(module: nn.Module) -> list[Tensor]:
     return list(found.values())
 
 
+def empty_(module: nn.Module) -> None:
+    """Let go of the numbers of a module that is spent: in cycles, as graphs are, it lingers."""
+    for tensor in tensors_in(module):
+        tensor.data = tensor.new_empty(0)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter or buffer, the CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fxprune.garbage import uncollected
 from fxprune.program import Program
+from fxprune.progress import stages
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def run(
 
 def _run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
     done: dict[str, list[Change]] = {}
-    for one in passes:
+    for one in stages("rewriting the graph", passes, len(passes)):
         name = getattr(one, "__name__", repr(one))
         try:
             changes = one(program)

@@ -20,8 +20,9 @@ from fxprune.dispatch import DispatchMode
 from fxprune.errors import one_line
 from fxprune.gates import gate_owners
 from fxprune.inputs import Inputs, tensors_of
-from fxprune.modules import copy_model, device_of
+from fxprune.modules import copy_model, device_of, empty_
 from fxprune.program import quiet
+from fxprune.progress import stages
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ def run_all(
     models: Sequence[nn.Module],
     cases: Mapping[str, Inputs],
     inputs_as: Sequence[torch.dtype | None],
+    doing: str = "running it to compare",
 ) -> Runs:
-    """Run every model on every case, its float inputs brought to a dtype of its own, if any."""
+    """Run every model on every case, its float inputs brought to a dtype of its own, if any.
+
+    doing: what that is for, to be shown.
+    """
     return {
-        name: [_run(model, inputs, d) for model, d in zip(models, inputs_as, strict=True)]
-        for name, inputs in cases.items()
+        name: [_run(model, cases[name], d) for model, d in zip(models, inputs_as, strict=True)]
+        for name in stages(doing, cases, len(cases))
     }
 
 
@@ -73,6 +78,7 @@ def run_nudged(model: nn.Module, inputs: Inputs, seed: int) -> list[Run]:
             Tensor, lambda t: nudge(t) if t.is_floating_point() else t, inputs
         )
         runs.append(_run(moved, beside, torch.float64))
+        empty_(moved)
     return runs
 
 

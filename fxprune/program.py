@@ -99,14 +99,16 @@ def narrowed(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
 
 
 def widened(program: Program) -> Program | None:
-    """Return a float64 copy of a program, or None if it insists on a shorter dtype."""
+    """Return a program in float64, None if it insists on a shorter dtype.
+
+    It takes the module over, as there may be no memory for two: the program given is spent.
+    """
     if device_of(program.module).type == "mps":
         return None  # has no float64
-    wide = program.clone()
-    wide.module.double()
-    wide.args, wide.kwargs = pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, (wide.args, wide.kwargs)
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, (program.args, program.kwargs)
     )
+    wide = Program(program.module.double(), args, kwargs)
     try:
         with evaluating(wide.module):
             wide.run()

@@ -1,13 +1,22 @@
-"""Tensors that belong to what a module is, as indices do, and not to the state it is in.
+"""What a module is, apart from the state it is in.
 
-They follow the module from device to device but are no buffers: averaging models would blend them,
-loading a state would ask for them, and data parallelism would send them round in every step.
+Tensors of that kind, as indices, follow the module from device to device but are no buffers:
+averaging models would blend them, loading a state would ask for them, and data parallelism would
+send them round in every step. Values of that kind never change, so that copies share them.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
+
+
+class Unchanging:
+    """A value that a deep copy of what holds it shares: there may be thousands in a model."""
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Return itself: nobody writes to it."""
+        return self
 
 
 class Structured(nn.Module):

@@ -9,18 +9,17 @@ lives. Many terms are evaluated at once, as a product over columns of a table.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxprune.structure import Structured
+from fxprune.structure import Structured, Unchanging
 
 NEURONS, PARAMETERS, MACS, LATENCY = "neurons", "parameters", "macs", "latency"
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class Row(Unchanging):
     """An axis: how many of its channels always stay, and how many each unit stands for.
 
     Rows are told apart by identity: who makes them makes equal ones once.
@@ -35,10 +34,6 @@ class Row:
         """How long the axis is while every unit lives."""
         return self.base + sum(self.times)
 
-    def __deepcopy__(self, memo: Any) -> "Row":
-        """Return itself: it never changes."""
-        return self
-
     def restricted(self, place: Mapping[int, int]) -> "Row":
         """Return the row in the units that have a place; the others died."""
         pairs = [(place[u], m) for u, m in zip(self.units, self.times, strict=True) if u in place]
@@ -46,15 +41,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(Unchanging):
     """What costs `full` while every unit lives, in proportion to each of its rows."""
 
     full: int
     rows: tuple[Row, ...]
-
-    def __deepcopy__(self, memo: Any) -> "Term":
-        """Return itself: it never changes."""
-        return self
 
     def restricted(self, new: Mapping[Row, Row]) -> "Term":
         """Return the term in rows that are shorter."""

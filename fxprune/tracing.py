@@ -2,7 +2,7 @@
 
 Three rungs of a ladder: symbolic tracing; where Python asks for a size, the example inputs' (see
 `assumptions`); and, where a submodule cannot be traced, that submodule as a leaf, as small as
-possible, which the analysis then treats as a barrier. The model is traced once
+possible, which the analysis then treats as a barrier. A model that asks for its mode is traced once
 in training and once in evaluation mode: a flag that torch.fx would have frozen
 (`F.dropout(x, training=self.training)`) becomes a read of the live flag instead.
 """
@@ -27,7 +27,7 @@ from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
-from fxprune.modes import forget_counts, same_structure, thaw_modes
+from fxprune.modes import forget_counts, mode_questions, same_structure, thaw_modes
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
 _PYTHONS = (len, list, round)
@@ -184,14 +184,17 @@ def trace(root: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
     """
     flags = {module: module.training for module in root.modules()}
     try:
-        with uncollected():
-            training, _ = _trace_in_mode(root, given, training=True)
+        with uncollected(), mode_questions() as asked:
             evaluation, tracer = _trace_in_mode(root, given, training=False)
+        training = evaluation
+        if asked:
+            with uncollected():
+                training, _ = _trace_in_mode(root, given, training=True)
     finally:
         for module, flag in flags.items():
             module.training = flag
-    same_in_both_modes = same_structure(root, training, evaluation)
-    if same_in_both_modes:
+    same_in_both_modes = training is evaluation or same_structure(root, training, evaluation)
+    if same_in_both_modes and training is not evaluation:
         thaw_modes(training, evaluation)
     module = without_code(root, evaluation, type(root).__name__)
     module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes

@@ -7,6 +7,7 @@ algebra, float32 that the rewrite cost no precision; both must have evidence for
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import nn
 from fxprune.cases import normalised_inputs, random_cases
 from fxprune.errors import ExampleInputError, VerificationError
 from fxprune.inputs import Inputs, describe
-from fxprune.modules import copy_model
+from fxprune.modules import copy_model, empty_
 from fxprune.precision import Run, Runs, cast_, float_dtypes, lacks_float32, run_all, run_nudged
+from fxprune.progress import shown
 from fxprune.verdicts import Check, Verdict, judge_all
 
 DTYPES = ("float64", "float32")
@@ -97,6 +99,7 @@ class Verification:
         return "\n".join([f"{self.verdict}: error {errors}; {self.seconds:.2f} s", *rows])
 
 
+@shown("verify")
 def verify(
     reference: nn.Module,
     candidate: nn.Module,
@@ -129,27 +132,42 @@ def verify(
     given = {"example": normalised_inputs(example_inputs)}
     given |= {f"extra {i}": normalised_inputs(extra) for i, extra in enumerate(extra_inputs)}
     cases = given | random_cases(given["example"], batches, seed)
-    models = [copy_model(model).eval() for model in (reference, candidate)]
-    inputs_as = None
-    if any(map(lacks_float32, models)):
-        inputs_as = torch.float32
-        for model in models:
-            cast_(model, inputs_as)
-    single = run_all(models, cases, [inputs_as, inputs_as])
+    models = (reference, candidate)
+    single = _runs(models, cases, torch.float32 if any(map(lacks_float32, models)) else None)
     _require_runs(reference, given, single)
-    # Other copies: the weights of a float64 model did not survive the float32 run.
-    widest = candidate if exact is None else exact
-    models = [copy_model(model).eval() for model in (reference, widest)]
-    for model in models:
-        cast_(model, torch.float64)
-    double = run_all(models, cases, [torch.float64, torch.float64])
+    double = _runs((reference, candidate if exact is None else exact), cases, torch.float64)
+
+    @cache
+    def wide() -> nn.Module:
+        return _copy_in(torch.float64, reference)
 
     def nudge(name: str) -> list[Run]:
-        return run_nudged(models[0], cases[name], seed)
+        return run_nudged(wide(), cases[name], seed)
 
     return Verification(
         judge_all(cases, (double, float64_tolerance), (single, float32_tolerance), nudge)
     )
+
+
+def _runs(
+    models: Sequence[nn.Module], cases: Mapping[str, Inputs], dtype: torch.dtype | None
+) -> Runs:
+    """Run copies of models on every case, one model after the other: two may be too large."""
+    found: list[Runs] = []
+    for model, which in zip(models, ("the reference", "the result"), strict=True):
+        twin = _copy_in(dtype, model)
+        doing = f"proof in {'float64' if dtype is torch.float64 else 'float32'}, {which}"
+        found.append(run_all([twin], cases, [dtype], doing))
+        empty_(twin)
+    return {name: [runs[name][0] for runs in found] for name in cases}
+
+
+def _copy_in(dtype: torch.dtype | None, model: nn.Module) -> nn.Module:
+    """Return a copy of a model in evaluation mode, brought to a dtype unless that is None."""
+    twin = copy_model(model).eval()
+    if dtype is not None:
+        cast_(twin, dtype)
+    return twin
 
 
 def _require_runs(reference: nn.Module, given: Mapping[str, Inputs], runs: Runs) -> None:

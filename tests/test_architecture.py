@@ -18,13 +18,14 @@ ROOT = Path(__file__).parent.parent
 # Modules of one layer do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("structure", "kinds", "garbage"),
+    ("structure", "kinds", "garbage", "progress"),
     ("terms",),
     ("latency_tables",),
     ("chain_costs",),
     ("unit_costs",),
     ("gates",),
-    ("dispatch", "deferral"),
+    ("dispatch", "gated_reads"),
+    ("deferral",),
     ("macs",),
     ("tags",),
     ("sharding",),

@@ -142,3 +142,25 @@ def test_a_candidate_without_parameters_is_run_as_its_reference_is() -> None:
 
     found = verify(Idle(4, 4).double(), nn.Tanh(), torch.randn(3, 4, dtype=torch.float64))
     assert found.verdict == "equal"
+
+
+class WithScale(nn.Module):
+    """Returns one of its own parameters too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x) * self.scale, self.scale
+
+
+def test_a_parameter_that_is_an_output_is_compared_once_its_model_is_let_go() -> None:
+    model = WithScale()
+    other = copy.deepcopy(model)
+    other.layer.weight.data.mul_(0.5)
+    other.layer.bias.data.mul_(0.5)
+    other.scale.data.mul_(2.0)
+    found = verify(model, other, torch.randn(2, 3))
+    assert found.verdict == "different"
+    assert {check.output for check in found.checks if check.verdict == "different"} == {"output[1]"}

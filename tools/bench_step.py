@@ -29,7 +29,8 @@ from torchvision.models import get_model
 
 import fxprune
 from fxprune.compiler import GatedModel
-from fxprune.deferral import defer_gate, read_gated, scaled_weights
+from fxprune.deferral import defer_gate, read_gated
+from fxprune.gated_reads import scaled_weights
 from fxprune.gates import linear_gate, width_gate
 from fxprune.lowering import lowered
 

@@ -4,6 +4,7 @@ python -m tools.zoo_model resnet18
 """
 
 import copy
+import gc
 import json
 import sys
 import tempfile
@@ -40,6 +41,7 @@ def study(name: str) -> dict[str, Any]:
     x = example(model, name)
     calibrate(model, x)
     result["permutation"] = permutation(model, x)
+    gc.collect()  # copies of the model, in cycles
     started = time.perf_counter()
     try:
         gated = fxprune.instrument(model, x)
