@@ -67,7 +67,7 @@ class ExampleValues(fx.Interpreter):
         return super().get_attr(target, args, kwargs)
 
     def _given(self, value: Any) -> Any:
-        """Return an input to be written to at will: an object (a cache) may take in what is fake."""
+        """Return an input to be written to at will: an object (a cache) takes in fakes."""
         with FakeCopyMode(self.mode):
             return pytree.tree_map_only(
                 lambda leaf: not isinstance(leaf, Tensor), copy.deepcopy, self._faked(value)

@@ -120,7 +120,9 @@ class ModelTracer(AskedTracer):
         """Trace into torch's own transformer layers: what is between their linear layers can go."""
         if isinstance(m, _TRANSFORMERS):
             return False
-        return module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
+        return module_qualified_name in self.whole or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Read a parameter, and remember where torch.fx remembers the node that does."""
