@@ -6,6 +6,7 @@ Both work on a copy: what the user holds is never modified.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import fx, nn
 
 from fxprune.assumptions import assumptions
@@ -18,16 +19,19 @@ from fxprune.inputs import Inputs, model_inputs, same, to_device
 from fxprune.lowering import lower_
 from fxprune.memories import memory_of_run
 from fxprune.modules import device_of, evaluating, memory_of, remember_
+from fxprune.observation import TensorSpec, observe
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
 from fxprune.pipeline import Change, Pass, run, with_options
 from fxprune.pipelines import CUT, PLAIN, READABLE, folding
+from fxprune.precision import reading_float64
 from fxprune.program import Program, widened
 from fxprune.progress import shown
 from fxprune.regions import Region
 from fxprune.report import Report
 from fxprune.sharding import require_whole
+from fxprune.values import flatten
 from fxprune.verification import Verification, verify
 
 if TYPE_CHECKING:
@@ -241,7 +245,11 @@ def _prove(
     weights in float64: rounding the merged weights to their dtype would hide what it does.
     """
     exact = widened(source)
-    if exact is not None:
+    if exact is not None and _casts_to_float32(exact):
+        exact.seen = None
+        with reading_float64():  # as the proof reads them: a pass may compute what is constant
+            run(exact, passes)
+    elif exact is not None:
         run(exact, passes)
     return verify(
         reference,
@@ -250,6 +258,11 @@ def _prove(
         exact=None if exact is None else exact.module,
         extra_inputs=extra_inputs,
     )
+
+
+def _casts_to_float32(exact: Program) -> bool:
+    shown = flatten(list(observe(exact).values.values()))
+    return any(isinstance(one, TensorSpec) and one.dtype == torch.float32 for one in shown)
 
 
 def _assembled(

@@ -56,7 +56,7 @@ class ExampleValues(fx.Interpreter):
             return
         try:
             given = node in self.inputs
-            self.env[node] = self._faked(self.inputs[node]) if given else self.run_node(node)
+            self.env[node] = self._given(self.inputs[node]) if given else self.run_node(node)
         except Exception as error:  # whatever it is, this node has no value
             self.failures[node] = f"{node.name}: {one_line(error)}"
 
@@ -65,6 +65,13 @@ class ExampleValues(fx.Interpreter):
         if hasattr(self.root, target) and not hasattr(self.module, target):
             return self._faked(getattr(self.root, target))
         return super().get_attr(target, args, kwargs)
+
+    def _given(self, value: Any) -> Any:
+        """Return an input to be written to at will: an object (a cache) takes in fakes."""
+        with FakeCopyMode(self.mode):
+            return pytree.tree_map_only(
+                lambda leaf: not isinstance(leaf, Tensor), copy.deepcopy, self._faked(value)
+            )
 
     def _faked(self, value: Any) -> Any:
         return pytree.tree_map_only(Tensor, self.mode.from_tensor, value)

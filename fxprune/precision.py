@@ -7,7 +7,7 @@ as such: hardware that multiplies in TF32 or bfloat16 is told not to.
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,11 @@ def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Run:
     except Exception as error:
         return Run({}, one_line(error), 0.0, time.perf_counter() - start)
     return Run(outputs, "", float64.rounding, time.perf_counter() - start)
+
+
+def reading_float64() -> AbstractContextManager[Any]:
+    """Read, for a while, casts to float32 of what is float64 as casts to float64."""
+    return _Float64()
 
 
 class _Float64(DispatchMode):

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.cuts import Arguments, Cut, Literal
+from fxprune.kinds import PASSES
 from fxprune.observation import TensorSpec
 from fxprune.values import Barrier, State, Value, as_value, fixed, flatten, map_values, unknown
 
@@ -181,6 +182,8 @@ def rule_name(node: fx.Node, module: nn.Module | None) -> str:
 def rule_for(node: fx.Node, module: nn.Module | None) -> OpRule:
     """Return the rule of a node's operator; `Barrier`, saying why, if it has none."""
     rule = RULES.get(key_of(node, module))
+    if rule is None and node.meta.get(PASSES):
+        rule = RULES[nn.Identity]
     if rule is None:
         because = node.meta.get("leaf_because")
         raise Barrier("it could not be traced into: " + because if because else "unknown operator")

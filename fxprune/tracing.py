@@ -12,7 +12,7 @@ import inspect
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
+from fxprune.kinds import PASSES
 from fxprune.modes import forget_counts, mode_questions, same_structure, thaw_modes
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
@@ -40,9 +41,11 @@ class ModelTracer(AskedTracer):
     # Arithmetic on buffers alone is part of the graph: they may change after tracing.
     proxy_buffer_attributes = True
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(self, given: Mapping[str, Any], whole: Collection[str] = ()) -> None:
         super().__init__()
         self.given = given
+        self.whole = whole
+        self.passes: dict[str, bool] = {}
         self.leaves: dict[str, str] = {}
         self.evaluation_only = False
         self._parameter_proxies: dict[str, fx.Proxy] = {}
@@ -117,7 +120,9 @@ class ModelTracer(AskedTracer):
         """Trace into torch's own transformer layers: what is between their linear layers can go."""
         if isinstance(m, _TRANSFORMERS):
             return False
-        return super().is_leaf_module(m, module_qualified_name)
+        return module_qualified_name in self.whole or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Read a parameter, and remember where torch.fx remembers the node that does."""
@@ -151,10 +156,13 @@ class ModelTracer(AskedTracer):
         if self.answering:
             return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
+        path = self.path_of_module(m)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            passes = self._last_node() is last and len(args) == 1 and result is args[0]
+            self.passes[path] = passes and self.passes.get(path, True)
+            return result
         except Exception as error:
-            path = self.path_of_module(m)
             self.leaves[path] = f"{type(error).__name__}: {_first_line(error)}"
             while len(self.module_stack) > depth:
                 self.module_stack.popitem()
@@ -184,12 +192,7 @@ def trace(root: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
     """
     flags = {module: module.training for module in root.modules()}
     try:
-        with uncollected(), mode_questions() as asked:
-            evaluation, tracer = _trace_in_mode(root, given, training=False)
-        training = evaluation
-        if asked:
-            with uncollected():
-                training, _ = _trace_in_mode(root, given, training=True)
+        training, evaluation, tracer = _trace_in_both_modes(root, given)
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -203,6 +206,8 @@ def trace(root: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
     for node in module.graph.nodes:
         if node.op == "call_module" and node.target in tracer.leaves:
             node.meta["leaf_because"] = tracer.leaves[node.target]
+        if node.op == "call_module" and node.target in tracer.whole:
+            node.meta[PASSES] = True
     return module
 
 
@@ -226,11 +231,36 @@ def bound_arguments(
         ) from error
 
 
+def _trace_in_both_modes(
+    root: nn.Module, given: Mapping[str, Any]
+) -> tuple[fx.Graph, fx.Graph, ModelTracer]:
+    """Return the graphs of training and evaluation, which is one where nobody asks for the mode.
+
+    A module that does something in training only (stochastic depth) is kept whole if then the
+    graphs have one structure.
+    """
+    with uncollected(), mode_questions() as asked:
+        evaluation, tracer = _trace_in_mode(root, given, training=False)
+    if not asked:
+        return evaluation, evaluation, tracer
+    with uncollected():
+        training, other = _trace_in_mode(root, given, training=True)
+        idle = {path for path, passes in tracer.passes.items() if passes}
+        idle -= {path for path, passes in other.passes.items() if passes}
+        if not idle or same_structure(root, training, evaluation):
+            return training, evaluation, tracer
+        found, keeping = _trace_in_mode(root, given, training=False, whole=idle)
+        wanted, _ = _trace_in_mode(root, given, training=True, whole=idle)
+    if same_structure(root, wanted, found):
+        return wanted, found, keeping
+    return training, evaluation, tracer
+
+
 def _trace_in_mode(
-    root: nn.Module, given: Mapping[str, Any], *, training: bool
+    root: nn.Module, given: Mapping[str, Any], *, training: bool, whole: Collection[str] = ()
 ) -> tuple[fx.Graph, ModelTracer]:
     root.train(training)
-    tracer = ModelTracer(given)
+    tracer = ModelTracer(given, whole)
     try:
         with torch.enable_grad(), _without_fused_layers():
             graph = tracer.trace(root)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxprune.kinds import PASSES
 from fxprune.observation import observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
@@ -102,7 +103,8 @@ def _drop_settled_assertions(program: Program) -> list[Change]:
 def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) -> bool:
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return type(module) in _IDENTITIES and not module._forward_hooks
+        idle = type(module) in _IDENTITIES or node.meta.get(PASSES)
+        return bool(idle) and not module._forward_hooks
     if node.op != "call_function":
         return False
     if node.target is torch.cat:

@@ -591,3 +591,25 @@ def test_a_dataclass_is_no_input_of_a_file(tmp_path: Path) -> None:
 def test_plain_arguments_go_through_the_exporter(tmp_path: Path) -> None:
     small = fxprune.finalize(Flagged().eval(), (rows(), True, None, "other"))
     assert fxprune.export_onnx(small, tmp_path / "small.onnx").inputs == ("x",)
+
+
+class Cache:
+    """What a decoder keeps of the tokens before."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def update(self, x: Tensor) -> Tensor:
+        self.kept.append(x)
+        return torch.cat(self.kept)
+
+
+def test_an_object_among_the_arguments_takes_in_nothing_of_the_trace() -> None:
+    def grows(m: Any, x: Any, cache: Any) -> Any:
+        seen = cache.update(m.hidden(x))
+        return m.head(seen if seen.shape[0] > 0 else x)
+
+    cache = Cache()
+    with pytest.raises(fxprune.FxpruneError):  # it is another with every run
+        fxprune.instrument(Arguments(grows).eval(), (rows(), cache))
+    assert all(type(kept) is Tensor for kept in cache.kept)

@@ -326,3 +326,25 @@ def test_what_training_does_otherwise_is_reported() -> None:
     assert any(change.where == "training" for change in gated.report.refused)
     plain = fxprune.instrument(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval())
     assert not plain.report.refused
+
+
+class ShiftedNorm(nn.Module):
+    """The norm of Gemma: its weight is cast, and counted from 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6) / 3)
+        self.hidden, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        x = (wide * (1.0 + self.weight.float())).type_as(x)
+        return self.head(F.relu(self.hidden(x)))
+
+
+def test_constants_computed_in_float32_are_proved_in_float64() -> None:
+    gated = fxprune.instrument(randomise(ShiftedNorm()), torch.randn(3, 6))
+    assert close_half(gated) > 0
+    proof = fxprune.finalize(gated).report.verification
+    assert proof is not None and proof.verdict == "equal" and proof.error["float64"] < 1e-12

@@ -263,6 +263,17 @@ def test_gates_behind_a_pixel_shuffle_fit_maps_of_other_sizes() -> None:
     assert "relu" in str(fxprune.inspect(gated))
 
 
+def test_a_map_unflattened_by_its_own_sizes_may_have_others() -> None:
+    def fold(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.second(x)).flatten(-2)
+        return m.inner(y.unflatten(-1, (x.shape[2], x.shape[3])))
+
+    gated = fxprune.instrument(randomise(Micro(fold, headless=True)), torch.randn(2, 3, 6, 6))
+    assert close_half(gated) > 0
+    small, other = fxprune.finalize(gated), torch.randn(2, 3, 10, 7)
+    assert error(gated.eval()(other), small(other)) < 2e-5
+
+
 class Coordinates(nn.Module):
     """A table of coordinates that two layers turn into a bias (Swin v2, NeRF on a grid)."""
 

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError as FxTraceError
 
+import fxprune
 from fxprune.errors import ExampleInputError, TraceError, where
+from fxprune.testing import close_half
 from fxprune.tracing import bound_arguments, trace
 
 
@@ -343,6 +345,42 @@ def test_nothing_of_an_attempt_that_failed_stays_in_the_graph() -> None:
     module.graph.lint()
     assert [str(n.target) for n in module.graph.nodes][:3] == ["x", "branches", "weight"]
     assert torch.equal(module(x), model(x))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, as timm and transformers have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(0.5)
+        return x * kept.div_(0.5)
+
+
+class Deep(nn.Module):
+    """A residual block that is left out at random while training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.drop = nn.Linear(4, 16), nn.Linear(16, 4), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.down(F.relu(self.up(x))))
+
+
+def test_what_does_something_in_training_only_is_kept_whole() -> None:
+    model, x = nn.Sequential(Deep(), Deep(), nn.Linear(4, 3)), torch.randn(8, 4)
+    gated = fxprune.instrument(model.train(), x)
+    for training in (True, False):
+        torch.manual_seed(1)
+        expected = model.train(training)(x)
+        torch.manual_seed(1)
+        assert torch.equal(gated.train(training)(x), expected)
+    assert close_half(gated) == 16
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.get_submodule("0.up").out_features == 8
+    assert not any("drop" in name for name, _ in small.named_modules())
 
 
 class Silent(nn.Module):

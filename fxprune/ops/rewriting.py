@@ -63,12 +63,17 @@ def rewrite_unflatten(call: Call, cut: Cut) -> Arguments | None:
         return None
     module: Any = call.module
     dim: Any = module.dim if isinstance(module, nn.Unflatten) else call.argument(1, "dim")
+    args, kwargs = call.node.args, call.node.kwargs
     sizes: Any = call.argument(2, "sizes")
-    sizes = module.unflattened_size if isinstance(module, nn.Unflatten) else sizes
+    raw: Any = args[2] if len(args) > 2 else kwargs.get("sizes")
+    if isinstance(module, nn.Unflatten):
+        sizes = raw = module.unflattened_size
+    if not isinstance(raw, (tuple, list)):
+        raise Barrier("its sizes are another tensor's shape")
     output = _single_output(call)
     start = int(dim) % len(call.value().shape)
     span = slice(start, start + len(sizes))
-    new = _new_sizes(sizes, sizes, output.shape[span], cut.shape(output)[span])
+    new = _new_sizes(sizes, raw, output.shape[span], cut.shape(output)[span])
     return checked_arguments(call, cut, [source_of(call), dim, new], {}, torch.unflatten)
 
 
