@@ -5,9 +5,9 @@
 One run each, no pretraining, no augmentation; the accuracy is that of the finalised model after the
 last epoch. The model shrinks early and is compacted on the way, so that most epochs are cheap ones
 at the final size; the weights decay, since even a net of 2,000 parameters overfits. `--validate`
-judges on a sixth of the training images and does not train on them: by that, rates, decay and
-phases were chosen. One JSON line a run goes to the standard output, the table and what is on the
-way to the standard error; with `--plots DIR` also a picture of every run.
+judges on a sixth of the training images and does not train on them: on those, rate and decay were
+chosen, for nets trained without gates. One JSON line a run goes to the standard output, the table
+and what is on the way to the standard error; with `--plots DIR` also a picture of every run.
 """
 
 import json
