@@ -263,6 +263,8 @@ class Budget:
             elif found >= self.target * (1 - NEAR):
                 break
             elif all(bool(gates.live().all()) for gates in self._gates):
+                if not bool(has_slack(self._gates, self.kind, corrected)):
+                    break
                 restore_nonlinearity_(self._gates)
             elif math.isclose(aim, corrected, rel_tol=1e-3):
                 break  # one more unit would be too much

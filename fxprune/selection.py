@@ -98,19 +98,37 @@ def meet_(
 
 @torch.no_grad()
 def has_slack(all_gates: Sequence[Gates], kind: str, target: float) -> Tensor:
-    """Tell whether even all units cost less than `target`, with nonlinearities to come back."""
+    """Tell whether all units cost less than `target` by a unit or more, and nonlinearities are off.
+
+    Less than the dearest unit is what whole units may leave, above all where others were removed.
+    """
     costs: list[Tensor] = []
+    units: list[Tensor] = []
     opened: list[Tensor] = []
     for gates in all_gates:
         assert gates.width is not None
-        costs.append(cost_of(gates, kind, torch.ones_like(gates.width)))
         if gates.linear is not None and gates.linear.requires_grad:
             opened.append(gates.linearised().any())
+        cost, marginal = _whole_cost(gates, kind)
+        costs.append(cost)
+        units.append(marginal.max())
     device = costs[0].device
     if not opened:
         return torch.zeros((), dtype=torch.bool, device=device)
     total = torch.stack([cost.to(device) for cost in costs]).sum()
-    return (total < target * SLACK) & torch.stack([one.to(device) for one in opened]).any()
+    dearest = torch.stack([unit.to(device) for unit in units]).max()
+    gap = dearest.to(total).clamp_min((1 - SLACK) * target)
+    return (total + gap < target) & torch.stack([one.to(device) for one in opened]).any()
+
+
+def _whole_cost(gates: Gates, kind: str) -> tuple[Tensor, Tensor]:
+    """Return what all units cost together, and what each adds to the others, (units,)."""
+    assert gates.width is not None
+    with torch.enable_grad():
+        width = torch.ones_like(gates.width).requires_grad_()
+        cost = cost_of(gates, kind, width)
+        (marginal,) = torch.autograd.grad(cost, width)
+    return cost.detach(), marginal.detach()
 
 
 @torch.no_grad()

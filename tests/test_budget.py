@@ -254,6 +254,21 @@ def test_a_ranked_run_goes_on_after_a_compaction() -> None:
     assert is_binary(run.gated) and 0.95 <= run.budget.cost / run.budget.target <= 1
 
 
+@pytest.mark.parametrize("maps, stays", [(5, True), (4, False)])
+def test_what_whole_units_leave_brings_no_nonlinearity_back(maps: int, stays: bool) -> None:
+    gated = fxprune.instrument(LeNet(), torch.randn(2, 1, 28, 28))
+    gates = gates_of(gated)
+    assert gates.width is not None and gates.linear is not None
+    for part, live in zip(gates.width.data.split([20, 50, 500]), (7, maps, 18), strict=True):
+        part[live:] = 0
+    gates.linear.data.fill_(0.9)
+    gated = fxprune.compact(gated)
+    budget = fxprune.Budget(gated, parameters=2000, steps=10, estimator="taylor")
+    budget.finish()
+    assert bool(gates_of(gated).linearised().all()) == stays
+    assert budget.cost <= 2000
+
+
 def test_ranking_needs_gradients() -> None:
     run = Run(macs=0.3, estimator="taylor")
     with pytest.raises(BudgetError, match=r"before optimizer\.zero_grad"):
