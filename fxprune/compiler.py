@@ -18,7 +18,13 @@ from fxprune.graph_modules import own_
 from fxprune.inputs import Inputs, model_inputs, same, to_device
 from fxprune.lowering import lower_
 from fxprune.memories import memory_of_run
-from fxprune.modules import device_of, evaluating, memory_of, remember_
+from fxprune.modules import (
+    device_of,
+    evaluating,
+    memory_of,
+    remember_,
+    with_plain_weights,
+)
 from fxprune.observation import TensorSpec, observe
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
@@ -147,7 +153,7 @@ def finalize(
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
     not the same function.
     """
-    reference = gated_model(model)
+    reference = with_plain_weights(gated_model(model))
     inputs = inputs_for(reference, example_inputs)
     parts = parts_in_evaluation(reference, inputs, check=check)
     name = str(memory_of(reference).get("model", type(model).__name__))
