@@ -125,6 +125,7 @@ def instrument(
             )
 
     parts = parts_in_training(model, inputs, gate, check=check)
+    _restore_buffers(model, parts.root)
     return cast(GatedModel, _assembled("instrument", name, inputs, parts, reports))
 
 
@@ -170,6 +171,14 @@ def finalize(
         report.verification = with_whole(report.verification, reference, small, inputs, parts)
         report.verification.require()
     return cast(PlainModel, small)
+
+
+def _restore_buffers(model: nn.Module, gated: nn.Module) -> None:
+    """Let what a model counts while it runs be what it was before it was run here."""
+    own = dict(gated.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in own and not torch.equal(own[name], buffer):
+            own[name].data.copy_(buffer)
 
 
 def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, check: bool) -> Report:

@@ -72,7 +72,7 @@ def copying(model: nn.Module) -> Generator[None]:
 def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
     """Copy what is in a module into a memo of `deepcopy`, in a fraction of its time."""
     for module in model.modules():
-        for held in vars(module).values():
+        for held in (*vars(module).values(), list(module._buffers.values())):
             for value in held if isinstance(held, (list, tuple)) else (held,):
                 if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
                     memo[id(value)] = value.detach().clone()

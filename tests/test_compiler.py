@@ -278,6 +278,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         fxprune.ModelError,
         "the model is compiled; pass what it was made from",
     ),
+    "a script": (
+        lambda: fxprune.instrument(torch.jit.trace(LeNet(), IMAGE), IMAGE),
+        fxprune.TraceError,
+        "pass the model that",
+    ),
     "empty inputs": (
         lambda: fxprune.instrument(LeNet(), IMAGE[:0]),
         fxprune.ExampleInputError,
@@ -417,5 +422,34 @@ def test_parts_made_by_a_script_are_kept_whole() -> None:
     model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), script, nn.Linear(8, 3))
     gated = fxprune.instrument(model.eval(), torch.randn(4, 6))
     assert close_half(gated) == 6
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+
+
+class Counting(nn.Module):
+    """It counts its runs, and adds an identity that somebody lets require gradients (PointNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 9)
+        self.runs: Tensor
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.add_(1)
+        eye = torch.eye(3, requires_grad=True).repeat(x.shape[0], 1, 1)
+        return self.down(F.relu(self.up(x))).view(-1, 3, 3) + eye
+
+
+def test_runs_that_instrument_needs_are_not_counted() -> None:
+    model, x = Counting().eval(), torch.randn(2, 6)
+    model(x)
+    gated: Any = fxprune.instrument(model, x)
+    assert (int(model.runs), int(gated.runs)) == (1, 1)
+
+
+def test_constants_that_require_gradients_are_copied() -> None:
+    gated = fxprune.instrument(Counting().eval(), torch.randn(2, 6))
+    assert close_half(gated) == 4
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
