@@ -250,6 +250,10 @@ def compiled() -> Any:
     return torch.compile(LeNet(), backend="eager")
 
 
+def scripted() -> Any:
+    return torch.jit.trace(LeNet(), IMAGE)
+
+
 def keyword_named() -> nn.Module:
     model = nn.Sequential()
     model.add_module("in", nn.Linear(4, 4))
@@ -279,7 +283,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "the model is compiled; pass what it was made from",
     ),
     "a script": (
-        lambda: fxprune.instrument(torch.jit.trace(LeNet(), IMAGE), IMAGE),
+        lambda: fxprune.instrument(scripted(), IMAGE),
         fxprune.TraceError,
         "pass the model that",
     ),
