@@ -18,7 +18,13 @@ from fxprune.graph_modules import own_
 from fxprune.inputs import Inputs, model_inputs, same, to_device
 from fxprune.lowering import lower_
 from fxprune.memories import memory_of_run
-from fxprune.modules import device_of, evaluating, memory_of, remember_
+from fxprune.modules import (
+    device_of,
+    evaluating,
+    memory_of,
+    remember_,
+    with_plain_weights,
+)
 from fxprune.observation import TensorSpec, observe
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
@@ -119,6 +125,7 @@ def instrument(
             )
 
     parts = parts_in_training(model, inputs, gate, check=check)
+    _restore_buffers(model, parts.root)
     return cast(GatedModel, _assembled("instrument", name, inputs, parts, reports))
 
 
@@ -147,7 +154,7 @@ def finalize(
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
     not the same function.
     """
-    reference = gated_model(model)
+    reference = with_plain_weights(gated_model(model))
     inputs = inputs_for(reference, example_inputs)
     parts = parts_in_evaluation(reference, inputs, check=check)
     name = str(memory_of(reference).get("model", type(model).__name__))
@@ -164,6 +171,14 @@ def finalize(
         report.verification = with_whole(report.verification, reference, small, inputs, parts)
         report.verification.require()
     return cast(PlainModel, small)
+
+
+def _restore_buffers(model: nn.Module, gated: nn.Module) -> None:
+    """Let what a model counts while it runs be what it was before it was run here."""
+    own = dict(gated.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in own and not torch.equal(own[name], buffer):
+            own[name].data.copy_(buffer)
 
 
 def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, check: bool) -> Report:

@@ -145,9 +145,9 @@ def gate_owners(model: nn.Module) -> dict[Gates, nn.Module]:
     """Return the gates in a model, each with the module that holds them."""
     found: dict[Gates, nn.Module] = {}
     for module in model.modules():
-        gates = module._modules.get(
-            "gates"
-        )  # a wrapper may pass on the attributes of what it wraps
+        # A wrapper may pass on the attributes of what it wraps; a script has no dict of its parts.
+        parts = module._modules
+        gates = parts["gates"] if "gates" in parts else None
         if isinstance(gates, Gates):
             found.setdefault(gates, module)
     return found

@@ -15,6 +15,11 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 def model_inputs(example_inputs: Any) -> Inputs:
     """Normalise what users pass as example inputs: a tensor, a tuple, or a mapping of keywords."""
+    tensors = tensors_of(example_inputs)
+    if tensors and not any(map(torch.numel, tensors)):
+        raise ExampleInputError(
+            f"the example inputs {describe(example_inputs)} are empty; pass a sample or more"
+        )
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError, TraceError
@@ -19,7 +21,13 @@ from fxprune.inputs import Inputs
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Raise `ModelError` for weights no equality can be proved on."""
+    """Raise `ModelError` for weights no equality can be proved on, and for compiled parts."""
+    for path, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule":
+            raise ModelError(
+                f"{path or 'the model'} is compiled; pass what it was made from, its _orig_mod, "
+                "and compile the result"
+            )
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(parameter):
             raise ModelError(f"{name} is not initialised yet; run the model once on real inputs")
@@ -65,7 +73,7 @@ def copying(model: nn.Module) -> Generator[None]:
 def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
     """Copy what is in a module into a memo of `deepcopy`, in a fraction of its time."""
     for module in model.modules():
-        for held in vars(module).values():
+        for held in (*vars(module).values(), list(module._buffers.values())):
             for value in held if isinstance(held, (list, tuple)) else (held,):
                 if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
                     memo[id(value)] = value.detach().clone()
@@ -122,6 +130,47 @@ def bake_masks(root: nn.Module) -> None:
                 own = nn.Parameter(whole.detach().clone(), requires_grad=whole.requires_grad)
                 module._parameters[f"{name}_orig"] = own
             prune.remove(module, name)
+
+
+def with_plain_weights(model: nn.Module) -> nn.Module:
+    """Return a model whose weights are numbers: a copy where norms or parametrizations make them.
+
+    The numbers are those of evaluation, in the dtype of the model.
+    """
+    if not any(map(_computes_weights, model.modules())):
+        return model
+    plain: nn.Module = copy_model(model)
+    for module in list(plain.modules()):
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+        if parametrize.is_parametrized(module):
+            _bake_parametrizations(module)
+    return plain
+
+
+def _computes_weights(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    norms = any(isinstance(hook, (WeightNorm, SpectralNorm)) for hook in hooks)
+    return norms or parametrize.is_parametrized(module)
+
+
+def _bake_parametrizations(module: Any) -> None:
+    """Do what torch's removal does, but to the class that copies of the module share."""
+    parametrized: Any = module.parametrizations
+    with evaluating(module), torch.no_grad():
+        found = {name: getattr(module, name).detach().clone() for name in parametrized}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, tensor in found.items():
+        held = list(parametrized[name].parameters())
+        if not held:
+            module.register_buffer(name, tensor)
+            continue
+        trained = any(parameter.requires_grad for parameter in held)
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxprune.comparison import Difference, differences, output_leaves
@@ -117,6 +118,8 @@ def capture_any(model: nn.Module, inputs: Inputs, *, check: bool) -> Program:
 def _search(
     root: nn.Module, inputs: Inputs, whole: Exception, *, in_training: bool, treat: Treat
 ) -> Parts:
+    if isinstance(root, torch.jit.ScriptModule):
+        raise whole  # nobody can listen to its parts
     regions, refused = find_regions(root, inputs, in_training=in_training, treat=treat)
     if not regions:
         tried = "; ".join(map(str, refused)) or "no submodule is called with tensors"

@@ -9,6 +9,7 @@ in training and once in evaluation mode: a flag that torch.fx would have frozen
 
 import functools
 import inspect
+import keyword
 import os
 import sys
 from collections import OrderedDict
@@ -120,6 +121,8 @@ class ModelTracer(AskedTracer):
         """Trace into torch's own transformer layers: what is between their linear layers can go."""
         if isinstance(m, _TRANSFORMERS):
             return False
+        if isinstance(m, torch.jit.ScriptModule):  # its forward is no Python
+            return True
         return module_qualified_name in self.whole or super().is_leaf_module(
             m, module_qualified_name
         )
@@ -272,11 +275,24 @@ def _trace_in_mode(
         ) from error
     if training:
         forget_counts(root, graph)
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            _require_sayable(root, str(node.target))
     for node in graph.nodes:  # unpickling traces again: Python's own functions must be wrapped
         node.meta["is_wrapped"] = node.target in _PYTHONS
     # Unpickling a graph module calls its tracer's class; torch.fx's own has all that takes.
     graph._tracer_cls = None
     return graph, tracer
+
+
+def _require_sayable(root: nn.Module, path: str) -> None:
+    """Raise `TraceError` for a name that Python code cannot say."""
+    word = next((part for part in path.split(".") if keyword.iskeyword(part)), None)
+    if word is not None:
+        raise TraceError(
+            f"{type(root).__name__} cannot be traced: {path} has a part named {word!r}, a keyword "
+            "of Python; give it another name"
+        )
 
 
 def _flat_arguments(

@@ -24,6 +24,8 @@ from fxprune.verdicts import Check, Verdict, judge_all
 DTYPES = ("float64", "float32")
 # The float64 tolerance, and where a candidate's merged weights were rounded to float32.
 EXACT, ROUNDED = 1e-9, 1e-5
+# Of a dtype's ε: what weights that were merged, and rounded to it once, may differ by.
+MERGED = 2
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,17 @@ def verify(
 
     exact: the candidate as it was before its weights were rounded to their dtype; it stands for it
     in float64. float64_tolerance: 1e-9 if not given, or 1e-5 where a candidate of shorter weights
-    has no such stand-in, as merged weights were rounded once.
+    has no such stand-in, as merged weights were rounded once; with weights in float16 or bfloat16
+    both tolerances are at least two of their ε.
 
     Raises `ExampleInputError` if the reference does not run on the example or an extra input.
     """
+    dtypes = float_dtypes([*candidate.parameters()])
+    rounding = MERGED * max((torch.finfo(d).eps for d in dtypes), default=0.0)
+    float32_tolerance = max(float32_tolerance, rounding)
     if float64_tolerance is None:
-        unrounded = exact is not None or float_dtypes([*candidate.parameters()]) <= {torch.float64}
-        float64_tolerance = EXACT if unrounded else ROUNDED
+        unrounded = exact is not None or dtypes <= {torch.float64}
+        float64_tolerance = EXACT if unrounded else max(ROUNDED, rounding)
     given = {"example": normalised_inputs(example_inputs)}
     given |= {f"extra {i}": normalised_inputs(extra) for i, extra in enumerate(extra_inputs)}
     cases = given | random_cases(given["example"], batches, seed)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import fxprune
 from fxprune.testing import close_half, error, spread
@@ -244,6 +244,22 @@ def nan_model() -> nn.Module:
 
 
 IMAGE = torch.randn(2, 1, 28, 28)
+
+
+def compiled() -> Any:
+    return torch.compile(LeNet(), backend="eager")
+
+
+def scripted() -> Any:
+    return torch.jit.trace(LeNet(), IMAGE)
+
+
+def keyword_named() -> nn.Module:
+    model = nn.Sequential()
+    model.add_module("in", nn.Linear(4, 4))
+    return model.append(nn.ReLU()).append(nn.Linear(4, 2))
+
+
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "untraceable": (
         lambda: fxprune.instrument(Untraceable(), torch.randn(2, 4)),
@@ -261,6 +277,26 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "do not fit LeNet.forward",
     ),
     "NaN": (lambda: fxprune.finalize(nan_model(), IMAGE), fxprune.ModelError, "conv2.weight"),
+    "a compiled model": (
+        lambda: fxprune.instrument(compiled(), IMAGE),
+        fxprune.ModelError,
+        "the model is compiled; pass what it was made from",
+    ),
+    "a script": (
+        lambda: fxprune.instrument(scripted(), IMAGE),
+        fxprune.TraceError,
+        "pass the model that",
+    ),
+    "empty inputs": (
+        lambda: fxprune.instrument(LeNet(), IMAGE[:0]),
+        fxprune.ExampleInputError,
+        "are empty",
+    ),
+    "a keyword as a name": (
+        lambda: fxprune.instrument(keyword_named(), torch.ones(2, 4)),
+        fxprune.TraceError,
+        "named 'in', a keyword",
+    ),
     "nothing to gate": (
         lambda: fxprune.instrument(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), torch.ones(2, 4)),
         fxprune.NothingToDoError,
@@ -295,6 +331,15 @@ def test_a_mistake_gives_one_clear_error(name: str) -> None:
     with pytest.raises(kind, match=message) as caught:
         action()
     assert len(str(caught.value)) < 600
+
+
+def test_weights_merged_in_a_short_dtype_may_be_off_by_its_rounding() -> None:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+    for dtype in (torch.float16, torch.bfloat16):
+        model = randomise(nn.Sequential(*layers, nn.Linear(512, 5)).eval()).to(dtype)
+        small: Any = fxprune.finalize(model, torch.randn(2, 3, 8, 8, dtype=dtype))
+        assert small.report.verification.verdict != "different"
+        assert small.report.passes["fold_batch_norm"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -348,3 +393,67 @@ def test_constants_computed_in_float32_are_proved_in_float64() -> None:
     assert close_half(gated) > 0
     proof = fxprune.finalize(gated).report.verification
     assert proof is not None and proof.verdict == "equal" and proof.error["float64"] < 1e-12
+
+
+NORMED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "hooked weight norm": weight_norm,
+    "hooked spectral norm": spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", NORMED)
+def test_weights_computed_by_a_norm_are_plain_in_the_result(kind: str) -> None:
+    norm = NORMED[kind]
+    layers = [norm(nn.Conv1d(3, 8, 3)), nn.ReLU(), norm(nn.Conv1d(8, 6, 3)), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv1d(6, 6, 1), nn.ReLU(), nn.Conv1d(6, 2, 1)).eval()
+    x = torch.randn(2, 3, 12)
+    with torch.no_grad():
+        model(x)
+    last: Any = model[6]
+    last.weight.data[:, :3] = 0
+    small: Any = fxprune.finalize(model, x)
+    assert small.report.verification.verdict == "equal"
+    assert type(small.get_submodule("0")) is nn.Conv1d
+    assert small.report.after.parameters < small.report.before.parameters
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_parts_made_by_a_script_are_kept_whole() -> None:
+    script = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), script, nn.Linear(8, 3))
+    gated = fxprune.instrument(model.eval(), torch.randn(4, 6))
+    assert close_half(gated) == 6
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+
+
+class Counting(nn.Module):
+    """It counts its runs, and adds an identity that somebody lets require gradients (PointNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 9)
+        self.runs: Tensor
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.add_(1)
+        eye = torch.eye(3, requires_grad=True).repeat(x.shape[0], 1, 1)
+        return self.down(F.relu(self.up(x))).view(-1, 3, 3) + eye
+
+
+def test_runs_that_instrument_needs_are_not_counted() -> None:
+    model, x = Counting().eval(), torch.randn(2, 6)
+    model(x)
+    gated: Any = fxprune.instrument(model, x)
+    assert (int(model.runs), int(gated.runs)) == (1, 1)
+
+
+def test_constants_that_require_gradients_are_copied() -> None:
+    gated = fxprune.instrument(Counting().eval(), torch.randn(2, 6))
+    assert close_half(gated) == 4
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
