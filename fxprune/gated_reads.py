@@ -8,6 +8,7 @@ The product is made again for the backward. Autograd would keep it until then, b
 ∂w is a sum over all that a channel's gate multiplies.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def read(layer: Any, value: Tensor, gate: Tensor) -> Tensor:
     weights, groups = layer.weight, getattr(layer, "groups", 1)
     in_value = scales_value(layer, value)
     if not _keeps_product(layer, value):
-        value, weights = _operands(value, weights, gate, groups, in_value)
+        value, weights = _operands((value, weights, gate), groups, in_value)
         if isinstance(layer, nn.Linear):
             return F.linear(value, weights, layer.bias)
         return layer._conv_forward(value, weights, layer.bias)
@@ -53,10 +54,9 @@ def scaled_weights(weights: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
     return (weights.unflatten(0, (groups, -1)) * channels).flatten(0, 1)
 
 
-def _operands(
-    value: Tensor, weights: Tensor, gate: Tensor, groups: int, in_value: bool
-) -> tuple[Tensor, Tensor]:
-    """Return what a layer is called on, and with which weights."""
+def _operands(saved: Sequence[Tensor], groups: int, in_value: bool) -> tuple[Tensor, Tensor]:
+    """Return what a layer is called on, and with which weights; saved: value, weights and gate."""
+    value, weights, gate = saved
     if in_value:
         return width_gate(value, gate), weights
     return value, scaled_weights(weights, gate, groups)
@@ -88,22 +88,20 @@ class _Read(torch.autograd.Function):
         ctx.in_value, *ctx.where = inputs[4:]
 
     @staticmethod
-    def operands(ctx: Any, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return again what the layer saw, its value and its weights, in the dtype it worked in."""
-        value, weights, gate = ctx.saved_tensors
-        value, weights = _operands(value, weights, gate, groups, ctx.in_value)
-        return value.to(dtype), weights.to(dtype)
-
-    @staticmethod
     def needed(ctx: Any) -> list[bool]:
         """Tell whether ∂ of the value, the weights and the bias that the layer sees are needed."""
         value, weights, gate, bias, *_ = ctx.needs_input_grad
         return [value or (gate and ctx.in_value), weights or (gate and not ctx.in_value), bias]
 
     @staticmethod
-    def shared(ctx: Any, groups: int, seen: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Return ∂x, ∂W, ∂w and ∂b from what the layer saw: its value, its weights, its bias."""
-        value, weights, gate = ctx.saved_tensors
+    def shared(
+        ctx: Any, saved: Sequence[Tensor], groups: int, seen: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Return ∂x, ∂W, ∂w and ∂b from ∂ of what the layer saw: its value, its weights, its bias.
+
+        saved: asked for once, as checkpointed activations are there but once.
+        """
+        value, weights, gate = saved
         to_value, to_weights, to_bias = seen
         to_gate, wanted = None, ctx.needs_input_grad[2]
         if to_value is not None:
@@ -132,20 +130,22 @@ class _Linear(_Read):
     def forward(
         value: Tensor, weights: Tensor, gate: Tensor, bias: Tensor | None, in_value: bool
     ) -> Tensor:
-        return F.linear(*_operands(value, weights, gate, 1, in_value), bias)
+        return F.linear(*_operands((value, weights, gate), 1, in_value), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         needed = _Read.needed(ctx)
-        value, weights = _Read.operands(ctx, 1, grad.dtype)
+        saved = ctx.saved_tensors
+        value, weights = _operands(saved, 1, ctx.in_value)
+        value, weights = value.to(grad.dtype), weights.to(grad.dtype)
         rows = grad.flatten(0, -2)
         seen = (
             grad @ weights if needed[0] else None,
             rows.t() @ value.flatten(0, -2) if needed[1] else None,
             rows.sum(0) if needed[2] else None,
         )
-        return *_Read.shared(ctx, 1, seen), None
+        return *_Read.shared(ctx, saved, 1, seen), None
 
 
 class _Convolution(_Read):
@@ -159,15 +159,17 @@ class _Convolution(_Read):
         *where: Any,
     ) -> Tensor:
         convolution = _CONVOLUTIONS[weights.dim() - 3]
-        return convolution(*_operands(value, weights, gate, where[-1], in_value), bias, *where)
+        return convolution(*_operands((value, weights, gate), where[-1], in_value), bias, *where)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         stride, padding, dilation, groups = ctx.where
-        value, weights = _Read.operands(ctx, groups, grad.dtype)
+        saved = ctx.saved_tensors
+        value, weights = _operands(saved, groups, ctx.in_value)
+        value, weights = value.to(grad.dtype), weights.to(grad.dtype)
         seen = torch.ops.aten.convolution_backward(
             *(grad, value, weights, [len(weights)], stride, padding, dilation),
             *(False, [0] * len(stride), groups, _Read.needed(ctx)),
         )
-        return *_Read.shared(ctx, groups, seen), None, None, None, None, None
+        return *_Read.shared(ctx, saved, groups, seen), None, None, None, None, None

@@ -166,7 +166,8 @@ def test_when_nothing_fits_the_error_says_what_was_tried() -> None:
         infer_example_inputs(model)
     message = str(caught.value)
     assert message.startswith("no input for Sequential could be guessed (tried [2, 3, 224, 224]: ")
-    assert "[2, 3, 32, 32]: addmm: mat1 and mat2 shapes cannot be multiplied" in message
+    assert "[2, 3, 32, 32]: " in message
+    assert "mat1 and mat2 shapes cannot be multiplied" in message  # in torch's words of any version
     assert message.endswith("; pass example_inputs=(x,)")
 
 
