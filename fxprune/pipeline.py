@@ -1,4 +1,4 @@
-"""Passes and how they are run: in the order given, each leaving a checked program behind."""
+"""Passes and how they are run: in the order given, to a program that is checked at the end."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,8 +74,18 @@ def _run(program: Program, passes: Sequence[Pass]) -> dict[str, list[Change]]:
             program.seen = None
         done[name] = [*done.get(name, []), *changes]
     if any(done.values()):
-        program.graph.lint()
+        _check(program, done)
     return done
+
+
+def _check(program: Program, done: dict[str, list[Change]]) -> None:
+    """Raise unless the graph is well formed; say which passes edited it."""
+    try:
+        program.graph.lint()
+    except Exception as error:
+        edited = ", ".join(name for name, changes in done.items() if changes)
+        error.add_note(f"after the passes {edited}")
+        raise
 
 
 def until_stable(passes: Sequence[Pass], limit: int = 20) -> Pass:

@@ -102,21 +102,18 @@ def has_slack(all_gates: Sequence[Gates], kind: str, target: float) -> Tensor:
 
     Less than the dearest unit is what whole units may leave, above all where others were removed.
     """
-    costs: list[Tensor] = []
-    units: list[Tensor] = []
-    opened: list[Tensor] = []
-    for gates in all_gates:
-        assert gates.width is not None
-        if gates.linear is not None and gates.linear.requires_grad:
-            opened.append(gates.linearised().any())
-        cost, marginal = _whole_cost(gates, kind)
-        costs.append(cost)
-        units.append(marginal.max())
-    device = costs[0].device
+    opened = [
+        gates.linearised().any()
+        for gates in all_gates
+        if gates.linear is not None and gates.linear.requires_grad
+    ]
     if not opened:
-        return torch.zeros((), dtype=torch.bool, device=device)
+        assert all_gates[0].width is not None
+        return torch.zeros((), dtype=torch.bool, device=all_gates[0].width.device)
+    costs, units = zip(*(_whole_cost(gates, kind) for gates in all_gates), strict=True)
+    device = costs[0].device
     total = torch.stack([cost.to(device) for cost in costs]).sum()
-    dearest = torch.stack([unit.to(device) for unit in units]).max()
+    dearest = torch.stack([unit.max().to(device) for unit in units]).max()
     gap = dearest.to(total).clamp_min((1 - SLACK) * target)
     return (total + gap < target) & torch.stack([one.to(device) for one in opened]).any()
 
