@@ -29,7 +29,7 @@ PLAIN = (
 # Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
 # a traced size as it is, so that they are called by node at once.
 _C: Any = torch._C
-_IN_C = tuple(
+IN_C = frozenset(
     function
     for space in (_C._VariableFunctions, _C._nn)
     for name, function in inspect.getmembers(space, callable)
@@ -73,7 +73,7 @@ class AskedTracer(fx.Tracer):
     """torch.fx's tracer, where its proxies know what they are on the example inputs."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=_IN_C)
+        super().__init__(autowrap_functions=tuple(IN_C))
         self._autowrap_search += [torch, F]
         self.examples: dict[fx.Node, Any] = {}
         self.answering = False
@@ -128,6 +128,10 @@ class AskedTracer(fx.Tracer):
         """Note that an input is what the example has."""
         same = operator.is_ if value is None else operator.eq
         self._assume(self._call(same, obj, value))
+
+    def assume_given(self, obj: fx.Proxy) -> None:
+        """Note that an input is not None, which Python can ask of a proxy without its knowing."""
+        self._assume(self._call(operator.is_not, obj, None))
 
     def assume_structure(self, obj: fx.Proxy, value: Any) -> None:
         """Note that an input has the entries that the example has."""

@@ -20,6 +20,7 @@ from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.gate_marking import mark_gates, restore_gates
 from fxprune.penalties import gates_of
 from fxprune.pipeline import Change, run
+from fxprune.plain_weights import computes_weights
 from fxprune.program import Program, narrowed
 from fxprune.progress import shown
 from fxprune.selection import strongest, units_of
@@ -42,7 +43,8 @@ def compact(
     of the parameter's shape. patience: leave a unit until that many calls before found it dead.
 
     A tensor all of whose units are dead keeps the strongest. Returns the very model if nothing
-    goes. Raises `GateError` if it was instrumented region by region, or if the optimizer keeps a
+    goes. Raises `GateError` if it was instrumented region by region, if layers whose weights are
+    computed (weight norm, parametrizations, masks) keep dead units, or if the optimizer keeps a
     state that cannot be cut (Adafactor); nothing has changed then.
     """
     model = gated_model(gated)
@@ -62,6 +64,7 @@ def compact(
         return eliminate_dead_channels(program, in_training=True)
 
     run(program, (mark, cut, restore_gates))
+    _require_gone(program.module, keep)
     _hand_over(model, program.module, optimizer, program.cuts)
     return cast(GatedModel, program.module)
 
@@ -75,6 +78,19 @@ def _kept(gates: Gates, patience: int) -> Tensor:
     keep = gates.dead_calls <= patience
     keep[strongest(gates.width, units_of(gates))] = True
     return keep
+
+
+def _require_gone(module: nn.Module, keep: Tensor) -> None:
+    """Raise `GateError` if dead units stay because nobody can cut what computes their weights."""
+    gates = gates_of(module)
+    left = 0 if gates.width is None else len(gates.width)
+    computing = [name for name, part in module.named_modules() if computes_weights(part)]
+    if left > int(keep.sum()) and computing:
+        raise GateError(
+            f"{left - int(keep.sum())} dead units cannot be removed while training, as the weights "
+            f"of {', '.join(computing[:3])} are computed (weight norm, a parametrization, a mask); "
+            "train on without compacting: finalize removes them"
+        )
 
 
 def _hand_over(old: nn.Module, new: nn.Module, optimizer: Optimizer | None, cuts: _Cuts) -> None:

@@ -4,12 +4,14 @@ Both work on a copy: what the user holds is never modified.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import fx, nn
 
 from fxprune.assumptions import assumptions
+from fxprune.comparison import differences, output_leaves
 from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
@@ -19,11 +21,11 @@ from fxprune.inputs import Inputs, model_inputs, same, to_device
 from fxprune.lowering import lower_
 from fxprune.memories import memory_of_run
 from fxprune.modules import (
+    copy_model,
     device_of,
     evaluating,
     memory_of,
     remember_,
-    with_plain_weights,
 )
 from fxprune.observation import TensorSpec, observe
 from fxprune.passes.instrumentation import insert_gates
@@ -31,11 +33,14 @@ from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
 from fxprune.pipeline import Change, Pass, run, with_options
 from fxprune.pipelines import CUT, PLAIN, READABLE, folding
+from fxprune.plain_weights import plain_weights_in, with_plain_weights
 from fxprune.precision import reading_float64
 from fxprune.program import Program, widened
 from fxprune.progress import shown
+from fxprune.recording import copies
 from fxprune.regions import Region
 from fxprune.report import Report
+from fxprune.retracing import keep_buffers_
 from fxprune.sharding import require_whole
 from fxprune.values import flatten
 from fxprune.verification import Verification, verify
@@ -60,6 +65,8 @@ else:  # at run time both are what they are: the result needs no class of ours
 
 # Of the channels around convolutions to be merged, where it is asked whether that could pay.
 ENDS_LEFT = 0.5
+# What outputs may differ by where weights are computed, or were once.
+COMPUTED = 1e-4
 _EVALUATION_ONLY = (
     "not as in the model, which runs other operators then: gated, it computes in training what it "
     "does in evaluation, only batch norms and dropout modules follow the mode"
@@ -117,7 +124,8 @@ def instrument(
         if hoist_padding and not region.path:
             report.passes |= run(region.program, (with_options(hoist, ends=ends),))
             before = _outputs(region.program) if check else None
-        report.passes |= run(region.program, (insertion,), recompile=False)
+        with plain_weights_in(region.program.module):
+            report.passes |= run(region.program, (insertion,), recompile=False)
         lower_(region.program.module)
         if check and not same(before, _outputs(region.program)):
             raise VerificationError(
@@ -154,9 +162,12 @@ def finalize(
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
     not the same function.
     """
-    reference = with_plain_weights(gated_model(model))
+    original = gated_model(model)
+    reference = with_plain_weights(original)
     inputs = inputs_for(reference, example_inputs)
     parts = parts_in_evaluation(reference, inputs, check=check)
+    if check and reference is not original:
+        _require_plain(original, reference, inputs)
     name = str(memory_of(reference).get("model", type(model).__name__))
     passes = (*CUT, *folding(cost)) if fold else CUT
     reports = {
@@ -171,6 +182,23 @@ def finalize(
         report.verification = with_whole(report.verification, reference, small, inputs, parts)
         report.verification.require()
     return cast(PlainModel, small)
+
+
+def _require_plain(model: nn.Module, plain: nn.Module, inputs: Inputs) -> None:
+    """Raise `VerificationError` unless a model computes its weights as they were written down."""
+    twin = copy_model(model)
+    outputs: list[dict[str, Any]] = []
+    with evaluating(twin, plain), torch.no_grad():
+        for one in (twin, plain):
+            args, kwargs = copies(to_device(inputs, device_of(model)))
+            outputs.append(output_leaves(one(*args, **kwargs)))
+    far = [found for found in differences(*outputs) if found.error > COMPUTED]
+    if far:
+        raise VerificationError(
+            f"{type(model).__name__} is not what its computed weights (weight norm, "
+            f"parametrizations, masks) say in evaluation mode: {far[0].output} {far[0].message}; "
+            "make them permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
 
 
 def _restore_buffers(model: nn.Module, gated: nn.Module) -> None:
@@ -190,6 +218,7 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
     report.passes |= run(program, passes)
     own_(program.module, reference)
     program.module.delete_all_unused_submodules()
+    keep_buffers_(program.module)
     report.after = costs_of(program)
     report.plans = list(program.plans.values())
     report.refused = [
@@ -260,12 +289,13 @@ def _prove(
     weights in float64: rounding the merged weights to their dtype would hide what it does.
     """
     exact = widened(source)
-    if exact is not None and _casts_to_float32(exact):
-        exact.seen = None
-        with reading_float64():  # as the proof reads them: a pass may compute what is constant
+    if exact is not None:
+        casts = _casts_to_float32(exact)
+        if casts:
+            exact.seen = None
+        # As the proof reads them: a pass may compute what is constant.
+        with reading_float64() if casts else nullcontext():
             run(exact, passes)
-    elif exact is not None:
-        run(exact, passes)
     return verify(
         reference,
         program.module,

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.gated_reads import read
 from fxprune.gates import width_gate
+from fxprune.plain_weights import computes_weights
 
 _FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _MAX_POOLS = {
@@ -70,8 +71,12 @@ def ungated(gated: Any) -> Any:
 
 
 def applies_gates(layer: nn.Module) -> bool:
-    """Tell whether a layer does what its weights say, and nobody listens to it."""
-    return type(layer).forward in _FORWARDS and _is_untouched(layer)
+    """Tell whether a layer does what its weights say, and nobody listens to it.
+
+    Weights that are computed are left alone: spectral norms change whenever they are read.
+    """
+    computed = computes_weights(layer)
+    return type(layer).forward in _FORWARDS and _is_untouched(layer) and not computed
 
 
 def swaps_with_gates(pool: nn.Module) -> bool:

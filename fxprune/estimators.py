@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import BudgetError
 from fxprune.gates import HALF, Gates
-from fxprune.penalties import cost_of
+from fxprune.penalties import cost_and_prices
 from fxprune.selection import gate_strength, meet_, strongest
 
 MEMORY = 0.99  # of the running mean, a step
@@ -146,7 +146,7 @@ class Ranking:
         """Return the importance of the units over their prices, those kept before preferred."""
         found: list[Tensor] = []
         for gates, kept in zip(self.gates, self.kept, strict=True):
-            price = _marginal(gates, self.kind, _width(gates).detach())
+            _, price = cost_and_prices(gates, self.kind, _width(gates))
             price = price.clamp_min(1e-3 * float(price.mean()) or 1.0)
             found.append(gates.importance / price.to(gates.importance) * LOYALTY**kept)
         return found
@@ -198,17 +198,9 @@ def _binary_depth(gates: Gates) -> Tensor:
 
 def _prices(all_gates: Sequence[Gates], kind: str) -> list[Tensor]:
     """Return what each unit costs beside all others, to the power ½ and with mean 1."""
-    found = [_marginal(g, kind, torch.ones_like(_width(g))).sqrt() for g in all_gates]
+    found = [cost_and_prices(gates, kind)[1].sqrt() for gates in all_gates]
     mean = sum(float(price.sum()) for price in found) / sum(map(len, found))
     return [price / (mean or 1.0) for price in found]
-
-
-def _marginal(gates: Gates, kind: str, width: Tensor) -> Tensor:
-    """Return what each unit adds to the cost, given which of the others live."""
-    with torch.enable_grad():
-        width = width.clone().requires_grad_()
-        (price,) = torch.autograd.grad(cost_of(gates, kind, width), width)
-    return price.clamp_min(0)
 
 
 def _width(gates: Gates) -> nn.Parameter:

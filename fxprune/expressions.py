@@ -26,6 +26,7 @@ _COMPARISONS = {
     operator.gt: ">",
     operator.ge: ">=",
     operator.is_: "is",
+    operator.is_not: "is not",
 }
 # Methods of tensors that tell of their shape.
 _QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "keys"}

@@ -28,6 +28,7 @@ from fxprune.gates import Gates, WidthSite, linear_gate, width_gate
 from fxprune.kinds import LAYERS, NORMS, SUMS
 from fxprune.modules import submodule
 from fxprune.ops.elementwise import NONLINEARITIES
+from fxprune.retracing import BufferTracer
 from fxprune.rules import key_of
 
 
@@ -58,11 +59,11 @@ class LoweringCodeGen(CodeGen):
         return replace(code, _lineno_map={})  # its lines are those of no node of the module's graph
 
 
-class RetracingTracer(fx.Tracer):
+class RetracingTracer(BufferTracer):
     """Traces a module anew when it is unpickled, to be lowered again."""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace as torch.fx does."""
+        """Trace as torch.fx does, to run lowered."""
         graph = super().trace(root, concrete_args)
         graph.set_codegen(LoweringCodeGen())
         return graph

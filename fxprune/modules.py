@@ -1,7 +1,7 @@
-"""A user's module: checked, copied, its masks baked into its weights, what a verb left in it."""
+"""A user's module: checked, copied, and what a verb left in it."""
 
 import copy
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import chain
@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError, TraceError
@@ -114,63 +111,6 @@ def _never_changes(value: Any) -> bool:
 
 _ATOMS = (bool, int, float, str, type(None))
 _MAPPINGS = (dict, OrderedDict)
-
-
-def bake_masks(root: nn.Module) -> None:
-    """Write the masks of `torch.nn.utils.prune` into the weights, in place.
-
-    Who else uses a masked weight (an embedding its head's) sees it whole.
-    """
-    held = Counter(id(p) for module in root.modules() for p in module._parameters.values())
-    for module in root.modules():
-        hooks = list(module._forward_pre_hooks.values())
-        for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:
-            whole = module._parameters[f"{name}_orig"]
-            if whole is not None and held[id(whole)] > 1:
-                own = nn.Parameter(whole.detach().clone(), requires_grad=whole.requires_grad)
-                module._parameters[f"{name}_orig"] = own
-            prune.remove(module, name)
-
-
-def with_plain_weights(model: nn.Module) -> nn.Module:
-    """Return a model whose weights are numbers: a copy where norms or parametrizations make them.
-
-    The numbers are those of evaluation, in the dtype of the model.
-    """
-    if not any(map(_computes_weights, model.modules())):
-        return model
-    plain: nn.Module = copy_model(model)
-    for module in list(plain.modules()):
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, WeightNorm):
-                remove_weight_norm(module, hook.name)
-            elif isinstance(hook, SpectralNorm):
-                remove_spectral_norm(module, hook.name)
-        if parametrize.is_parametrized(module):
-            _bake_parametrizations(module)
-    return plain
-
-
-def _computes_weights(module: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks.values()
-    norms = any(isinstance(hook, (WeightNorm, SpectralNorm)) for hook in hooks)
-    return norms or parametrize.is_parametrized(module)
-
-
-def _bake_parametrizations(module: Any) -> None:
-    """Do what torch's removal does, but to the class that copies of the module share."""
-    parametrized: Any = module.parametrizations
-    with evaluating(module), torch.no_grad():
-        found = {name: getattr(module, name).detach().clone() for name in parametrized}
-    module.__class__ = parametrize.type_before_parametrizations(module)
-    del module._modules["parametrizations"]
-    for name, tensor in found.items():
-        held = list(parametrized[name].parameters())
-        if not held:
-            module.register_buffer(name, tensor)
-            continue
-        trained = any(parameter.requires_grad for parameter in held)
-        module.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:

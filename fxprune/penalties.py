@@ -12,6 +12,7 @@ holds it; λ3 ≥ λ1 sends every gate to 0 that the loss does not hold. The ter
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -122,6 +123,19 @@ def cost_of(gates: Gates, kind: str, width: Tensor | None = None) -> Tensor:
     width = gates.width if width is None else width
     live, linear = (_exact(gate, gates) for gate in (width, gates.linear))
     return gates.costs(kind, live, linear)
+
+
+def cost_and_prices(gates: Gates, kind: str, width: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return a model's cost, a scalar, and what each unit adds to it, given the others, (units,).
+
+    width: gates of 0 and 1; all are open if not given.
+    """
+    assert gates.width is not None
+    with torch.enable_grad():
+        chosen = torch.ones_like(gates.width) if width is None else width.detach().clone()
+        cost = cost_of(gates, kind, chosen.requires_grad_())
+        (prices,) = torch.autograd.grad(cost, chosen)
+    return cost.detach(), prices.clamp_min(0)
 
 
 def paper_penalties(

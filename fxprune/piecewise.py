@@ -20,8 +20,9 @@ from fxprune.gates import gate_owners
 from fxprune.graph_modules import borrowing_copy
 from fxprune.inputs import Inputs, describe, to_device
 from fxprune.memories import recalled
-from fxprune.modules import bake_masks, check_parameters, copy_model, device_of, memory_of
+from fxprune.modules import check_parameters, copy_model, device_of, memory_of
 from fxprune.pipeline import Change
+from fxprune.plain_weights import bake_masks
 from fxprune.precision import Run, run_all
 from fxprune.program import Program, capture
 from fxprune.recording import copies, record

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxprune.errors import GateError
 from fxprune.gates import HALF, Gates
-from fxprune.penalties import cost_of
+from fxprune.penalties import cost_and_prices, cost_of
 
 TRIES = 256
 BARELY_SHUT = 0.49  # of a gate that may open again
@@ -110,22 +110,12 @@ def has_slack(all_gates: Sequence[Gates], kind: str, target: float) -> Tensor:
     if not opened:
         assert all_gates[0].width is not None
         return torch.zeros((), dtype=torch.bool, device=all_gates[0].width.device)
-    costs, units = zip(*(_whole_cost(gates, kind) for gates in all_gates), strict=True)
+    costs, units = zip(*(cost_and_prices(gates, kind) for gates in all_gates), strict=True)
     device = costs[0].device
     total = torch.stack([cost.to(device) for cost in costs]).sum()
     dearest = torch.stack([unit.max().to(device) for unit in units]).max()
     gap = dearest.to(total).clamp_min((1 - SLACK) * target)
     return (total + gap < target) & torch.stack([one.to(device) for one in opened]).any()
-
-
-def _whole_cost(gates: Gates, kind: str) -> tuple[Tensor, Tensor]:
-    """Return what all units cost together, and what each adds to the others, (units,)."""
-    assert gates.width is not None
-    with torch.enable_grad():
-        width = torch.ones_like(gates.width).requires_grad_()
-        cost = cost_of(gates, kind, width)
-        (marginal,) = torch.autograd.grad(cost, width)
-    return cost.detach(), marginal.detach()
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
 from fxprune.kinds import PASSES
 from fxprune.modes import forget_counts, mode_questions, same_structure, thaw_modes
+from fxprune.retracing import wrap_functions_
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
-_PYTHONS = (len, list, round)
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
@@ -42,10 +42,13 @@ class ModelTracer(AskedTracer):
     # Arithmetic on buffers alone is part of the graph: they may change after tracing.
     proxy_buffer_attributes = True
 
-    def __init__(self, given: Mapping[str, Any], whole: Collection[str] = ()) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], whole: Collection[str] = (), *, inside: bool = False
+    ) -> None:
         super().__init__()
         self.given = given
         self.whole = whole
+        self.inside = inside
         self.passes: dict[str, bool] = {}
         self.leaves: dict[str, str] = {}
         self.evaluation_only = False
@@ -85,6 +88,8 @@ class ModelTracer(AskedTracer):
             for name, value in given.items()
         }
         self.examples |= {proxy.node: given[name] for name, proxy in proxies.items()}
+        for name in _may_be_none(signature, given, anything=self.inside):
+            self.assume_given(proxies[name])
         return {name: self._specialised(proxies[name], value) for name, value in given.items()}
 
     def _specialised(self, proxy: fx.Proxy, value: Any) -> Any:
@@ -186,16 +191,17 @@ class ModelTracer(AskedTracer):
                 del self._parameter_proxies[name]
 
 
-def trace(root: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
+def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) -> fx.GraphModule:
     """Trace `root`; its forward arguments in `given` are inputs, all others keep their defaults.
 
+    inside: it is called by a model, not by a user who sees what it takes.
     The graph module shares the parameters of `root`, and has no code yet. Where the two modes run
     different operators (auxiliary heads), it is the graph of evaluation and
     `meta["evaluation_only"]` says so. Raises `TraceError`.
     """
     flags = {module: module.training for module in root.modules()}
     try:
-        training, evaluation, tracer = _trace_in_both_modes(root, given)
+        training, evaluation, tracer = _trace_in_both_modes(root, given, inside=inside)
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -235,35 +241,41 @@ def bound_arguments(
 
 
 def _trace_in_both_modes(
-    root: nn.Module, given: Mapping[str, Any]
+    root: nn.Module, given: Mapping[str, Any], *, inside: bool
 ) -> tuple[fx.Graph, fx.Graph, ModelTracer]:
     """Return the graphs of training and evaluation, which is one where nobody asks for the mode.
 
     A module that does something in training only (stochastic depth) is kept whole if then the
     graphs have one structure.
     """
+    in_mode = functools.partial(_trace_in_mode, root, given, inside=inside)
     with uncollected(), mode_questions() as asked:
-        evaluation, tracer = _trace_in_mode(root, given, training=False)
+        evaluation, tracer = in_mode(training=False)
     if not asked:
         return evaluation, evaluation, tracer
     with uncollected():
-        training, other = _trace_in_mode(root, given, training=True)
+        training, other = in_mode(training=True)
         idle = {path for path, passes in tracer.passes.items() if passes}
         idle -= {path for path, passes in other.passes.items() if passes}
         if not idle or same_structure(root, training, evaluation):
             return training, evaluation, tracer
-        found, keeping = _trace_in_mode(root, given, training=False, whole=idle)
-        wanted, _ = _trace_in_mode(root, given, training=True, whole=idle)
+        found, keeping = in_mode(training=False, whole=idle)
+        wanted, _ = in_mode(training=True, whole=idle)
     if same_structure(root, wanted, found):
         return wanted, found, keeping
     return training, evaluation, tracer
 
 
 def _trace_in_mode(
-    root: nn.Module, given: Mapping[str, Any], *, training: bool, whole: Collection[str] = ()
+    root: nn.Module,
+    given: Mapping[str, Any],
+    *,
+    training: bool,
+    inside: bool,
+    whole: Collection[str] = (),
 ) -> tuple[fx.Graph, ModelTracer]:
     root.train(training)
-    tracer = ModelTracer(given, whole)
+    tracer = ModelTracer(given, whole, inside=inside)
     try:
         with torch.enable_grad(), _without_fused_layers():
             graph = tracer.trace(root)
@@ -278,8 +290,7 @@ def _trace_in_mode(
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             _require_sayable(root, str(node.target))
-    for node in graph.nodes:  # unpickling traces again: Python's own functions must be wrapped
-        node.meta["is_wrapped"] = node.target in _PYTHONS
+    wrap_functions_(graph)
     # Unpickling a graph module calls its tracer's class; torch.fx's own has all that takes.
     graph._tracer_cls = None
     return graph, tracer
@@ -318,6 +329,22 @@ def _optional(signature: inspect.Signature, given: Mapping[str, Any]) -> set[str
         if not plain or name not in signature.parameters or value != default:
             break
         found.add(name)
+    return found
+
+
+def _may_be_none(
+    signature: inspect.Signature, given: Mapping[str, Any], *, anything: bool
+) -> list[str]:
+    """Return the inputs that are not None here, but could be: a forward may ask that of them.
+
+    By default or annotation; or `anything` but the first, where nobody says.
+    """
+    found: list[str] = []
+    for place, (name, parameter) in enumerate(signature.parameters.items()):
+        told = parameter.default is None or "None" in str(parameter.annotation)
+        told = told or "Optional" in str(parameter.annotation)
+        if name in given and not isinstance(given[name], PLAIN) and (told or (anything and place)):
+            found.append(name)
     return found
 
 

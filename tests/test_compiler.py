@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils import prune
 
 import fxprune
 from fxprune.testing import close_half, error, spread
@@ -393,31 +393,6 @@ def test_constants_computed_in_float32_are_proved_in_float64() -> None:
     assert close_half(gated) > 0
     proof = fxprune.finalize(gated).report.verification
     assert proof is not None and proof.verdict == "equal" and proof.error["float64"] < 1e-12
-
-
-NORMED: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "weight norm": parametrizations.weight_norm,
-    "spectral norm": parametrizations.spectral_norm,
-    "hooked weight norm": weight_norm,
-    "hooked spectral norm": spectral_norm,
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", NORMED)
-def test_weights_computed_by_a_norm_are_plain_in_the_result(kind: str) -> None:
-    norm = NORMED[kind]
-    layers = [norm(nn.Conv1d(3, 8, 3)), nn.ReLU(), norm(nn.Conv1d(8, 6, 3)), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Conv1d(6, 6, 1), nn.ReLU(), nn.Conv1d(6, 2, 1)).eval()
-    x = torch.randn(2, 3, 12)
-    with torch.no_grad():
-        model(x)
-    last: Any = model[6]
-    last.weight.data[:, :3] = 0
-    small: Any = fxprune.finalize(model, x)
-    assert small.report.verification.verdict == "equal"
-    assert type(small.get_submodule("0")) is nn.Conv1d
-    assert small.report.after.parameters < small.report.before.parameters
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")

@@ -1,0 +1,101 @@
+"""Weights that are computed: by masks, norms and parametrizations of torch.nn.utils.
+
+A layer behind them does with its weight what a plain one does with numbers. So they are analysed as
+plain layers, and in the end are: what is deployed needs no mask and no norm.
+"""
+
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fxprune.modules import copy_model, evaluating
+
+
+def bake_masks(root: nn.Module) -> None:
+    """Write the masks of `torch.nn.utils.prune` into the weights, in place.
+
+    Who else uses a masked weight (an embedding its head's) sees it whole.
+    """
+    held = Counter(id(p) for module in root.modules() for p in module._parameters.values())
+    for module in root.modules():
+        hooks = list(module._forward_pre_hooks.values())
+        for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:
+            whole = module._parameters[f"{name}_orig"]
+            if whole is not None and held[id(whole)] > 1:
+                own = nn.Parameter(whole.detach().clone(), requires_grad=whole.requires_grad)
+                module._parameters[f"{name}_orig"] = own
+            prune.remove(module, name)
+
+
+def with_plain_weights(model: nn.Module) -> nn.Module:
+    """Return a model whose weights are numbers: a copy where norms or parametrizations make them.
+
+    The numbers are those of evaluation, in the dtype of the model.
+    """
+    if not any(map(computes_weights, model.modules())):
+        return model
+    plain: nn.Module = copy_model(model)
+    for module in list(plain.modules()):
+        _bake_norms(module)
+    bake_masks(plain)
+    return plain
+
+
+@contextmanager
+def plain_weights_in(root: nn.Module) -> Generator[None]:
+    """Let the modules in `root` that compute their weights be plain ones for a while."""
+    computing = {module for module in root.modules() if computes_weights(module)}
+    plain = {module: with_plain_weights(module) for module in computing}
+    places = [
+        (owner, name, module)
+        for owner in root.modules()
+        for name, module in owner._modules.items()
+        if module in computing
+    ]
+    for owner, name, module in places:
+        owner._modules[name] = plain[module]
+    try:
+        yield
+    finally:
+        for owner, name, module in places:
+            owner._modules[name] = module
+
+
+def computes_weights(module: nn.Module) -> bool:
+    """Tell whether a module's weights are not just numbers."""
+    kinds = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+    hooked = any(isinstance(hook, kinds) for hook in module._forward_pre_hooks.values())
+    return hooked or parametrize.is_parametrized(module)
+
+
+def _bake_norms(module: nn.Module) -> None:
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
+    if parametrize.is_parametrized(module):
+        _bake_parametrizations(module)
+
+
+def _bake_parametrizations(module: Any) -> None:
+    """Do what torch's removal does, but to the class that copies of the module share."""
+    parametrized: Any = module.parametrizations
+    with evaluating(module), torch.no_grad():
+        found = {name: getattr(module, name).detach().clone() for name in parametrized}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, tensor in found.items():
+        held = list(parametrized[name].parameters())
+        if not held:
+            module.register_buffer(name, tensor)
+            continue
+        trained = any(parameter.requires_grad for parameter in held)
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))

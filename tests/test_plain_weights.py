@@ -1,0 +1,123 @@
+"""Layers whose weights are computed: gated like plain ones, plain in the result."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+
+import fxprune
+from fxprune.errors import GateError, VerificationError
+from fxprune.gates import Gates
+from fxprune.plain_weights import computes_weights, plain_weights_in
+from fxprune.testing import close_half
+
+
+def _masked(layer: nn.Module) -> nn.Module:
+    return prune.random_unstructured(layer, "weight", 0.3)
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "hooked weight norm": weight_norm,
+    "hooked spectral norm": spectral_norm,
+    "mask": _masked,
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+
+
+def _net(kind: str) -> Any:
+    """Return three convolutions, all but the last with computed weights."""
+    torch.manual_seed(3)
+    compute = KINDS[kind]
+    layers = [compute(nn.Conv1d(3, 8, 3)), nn.ReLU(), compute(nn.Conv1d(8, 6, 3)), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv1d(6, 6, 1), nn.ReLU(), nn.Conv1d(6, 2, 1))
+    with torch.no_grad():
+        model(_x())
+    return model.eval()
+
+
+def _x() -> Tensor:
+    return torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_computed_weights_are_plain_in_the_result(kind: str) -> None:
+    model = _net(kind)
+    model[6].weight.data[:, :3] = 0
+    small: Any = fxprune.finalize(model, _x())
+    assert small.report.verification.verdict == "equal"
+    assert type(small.get_submodule("0")) is nn.Conv1d
+    assert not any(map(computes_weights, small.modules()))
+    assert small.report.after.parameters < small.report.before.parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_with_computed_weights_are_gated_like_plain_ones(kind: str) -> None:
+    gated, plain = (fxprune.instrument(_net(k), _x()) for k in (kind, "mask"))
+    assert fxprune.architecture(gated) == fxprune.architecture(plain)
+    assert [s["total"] for s in fxprune.architecture(gated).values()] == [8, 6, 6]
+    assert computes_weights(gated.get_submodule("0"))  # as a user trains it
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert [small.get_submodule(name).out_channels for name in "024"] == [4, 3, 3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_is_that_of_the_model(kind: str) -> None:
+    model = _net(kind).train()
+    gated = fxprune.instrument(model, _x()).train()
+    model = copy.deepcopy(model)
+    outputs = []
+    for one in (model, gated):
+        optimizer = torch.optim.SGD([p for n, p in one.named_parameters() if "gates" not in n], 0.1)
+        for _ in range(2):
+            one(_x()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        outputs.append(one(_x()))
+    assert torch.equal(*outputs)
+    trained = dict(gated.named_buffers())
+    assert all(torch.equal(trained[name], buffer) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compacting_refuses_what_it_cannot_cut(kind: str) -> None:
+    gated = fxprune.instrument(_net(kind), _x())
+    optimizer = torch.optim.SGD(gated.parameters(), 0.1, momentum=0.9)
+    gates = gated.gates
+    assert isinstance(gates, Gates) and gates.width is not None
+    close_half(gated)
+    with pytest.raises(GateError, match=r"units cannot be removed .* weights of 0, 2 are computed"):
+        fxprune.compact(gated, optimizer)
+    assert gates.width in set(optimizer.param_groups[0]["params"])
+
+
+class Fickle(nn.Module):
+    """A parametrization that is never the same twice."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * torch.rand(())
+
+
+def test_weights_that_are_not_what_they_were_are_refused() -> None:
+    layer = nn.Linear(3, 8)
+    parametrize.register_parametrization(layer, "weight", Fickle())
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 2)).eval()
+    with pytest.raises(VerificationError, match=r"is not what its computed weights .* say"):
+        fxprune.finalize(model, torch.randn(2, 3))
+
+
+def test_modules_come_back_after_they_were_plain() -> None:
+    shared = parametrizations.weight_norm(nn.Linear(4, 4))
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    with pytest.raises(RuntimeError), plain_weights_in(model):
+        assert type(model[0]) is nn.Linear and model[2] is model[0]
+        raise RuntimeError
+    assert model[0] is shared and model[2] is shared

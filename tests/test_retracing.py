@@ -1,0 +1,140 @@
+"""Saved models: what torch.fx traces again when it loads them computes the same."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.testing import close_half
+
+
+@torch.fx.wrap
+def wrapped_by_a_user(x: Tensor) -> Tensor:
+    """Python that no trace may look into."""
+    return x * 2 if x.sum() > 0 else x
+
+
+@dataclass
+class Output:
+    """What a model may return."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class Model(nn.Module):
+    """Two layers, and a buffer; `ask` does something to what comes in, `give` to what goes out."""
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        ask: Callable[["Model", Tensor, Tensor | None], Tensor],
+        give: Callable[[Tensor], Any] = lambda y: y,
+    ) -> None:
+        super().__init__()
+        self.ask, self.give = ask, give
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.register_buffer("scale", torch.rand(1, 12) + 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        x = self.ask(self, x, mask)
+        return self.give(self.second(torch.relu(self.first(x))))
+
+
+def _asks_for_a_mask(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x + mask
+
+
+def _slices_a_buffer(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
+    return x * model.scale[:, : x.shape[1]]
+
+
+def _computes_with_a_buffer(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
+    return x * (model.scale + 1).exp()[:, :8]
+
+
+def _calls_a_method_of_a_buffer(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
+    return x + model.scale.narrow(1, 0, x.size(1))
+
+
+def _asks_for_truth(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
+    kept = [size for size in x.shape if size]
+    return x * 2 if kept and not x.shape[1] % 2 and tuple(x.shape) else x
+
+
+def _calls_a_wrapped_function(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
+    return wrapped_by_a_user(x)
+
+
+ASKS = (
+    _asks_for_a_mask,
+    _slices_a_buffer,
+    _computes_with_a_buffer,
+    _calls_a_method_of_a_buffer,
+    _asks_for_truth,
+    _calls_a_wrapped_function,
+)
+
+
+def _loaded(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _pair(model: nn.Module, *inputs: Any) -> tuple[Any, Any]:
+    gated = fxprune.instrument(model, inputs)
+    close_half(gated)
+    return gated.eval(), fxprune.finalize(gated)
+
+
+@pytest.mark.parametrize("ask", ASKS, ids=lambda ask: ask.__name__)
+@pytest.mark.parametrize("mask", [None, torch.randn(3, 8)], ids=["", "mask"])
+def test_a_loaded_model_computes_the_same(ask: Any, mask: Tensor | None) -> None:
+    x = torch.randn(3, 8)
+    for model in _pair(Model(ask), x, mask):
+        assert torch.equal(_loaded(model)(x, mask), model(x, mask))
+        assert torch.equal(_loaded(_loaded(model))(x, mask), model(x, mask))
+
+
+@pytest.mark.parametrize("ask", [_slices_a_buffer, _computes_with_a_buffer])
+def test_a_loaded_model_still_reads_its_buffers(ask: Any) -> None:
+    x = torch.randn(3, 8)
+    model, _ = _pair(Model(ask), x)
+    other = _loaded(model)
+    state = model.state_dict()
+    state["scale"] = state["scale"] * 3
+    before = model(x)
+    for one in (model, other):
+        one.load_state_dict(state)
+    assert torch.equal(other(x), model(x)) and not torch.allclose(model(x), before)
+
+
+def test_a_loaded_model_returns_the_class_it_returned() -> None:
+    x = torch.randn(3, 8)
+    for model in _pair(Model(_asks_for_a_mask, lambda y: Output(y, y + 1)), x):
+        loaded = _loaded(model)(x)
+        assert isinstance(loaded, Output)
+        assert torch.equal(loaded.hidden, model(x).hidden)
+
+
+def test_a_loaded_model_refuses_what_it_refused() -> None:
+    x, mask = torch.randn(3, 8), torch.randn(3, 8)
+    for example, other in ((None, mask), (mask, None)):
+        for model in _pair(Model(_asks_for_a_mask), x, example):
+            for one in (model, _loaded(model)):
+                with pytest.raises(AssertionError, match="this model assumes mask is"):
+                    one(x, other)
+
+
+def test_a_plain_model_is_loaded_without_fxprune() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    small = fxprune.finalize(fxprune.instrument(model, torch.randn(3, 8)))
+    assert small._tracer_cls is None
