@@ -40,7 +40,7 @@ from fxprune.progress import shown
 from fxprune.recording import copies
 from fxprune.regions import Region
 from fxprune.report import Report
-from fxprune.retracing import keep_buffers_
+from fxprune.retracing import keep_buffers_, marks_in
 from fxprune.sharding import require_whole
 from fxprune.values import flatten
 from fxprune.verification import Verification, verify
@@ -318,10 +318,11 @@ def _assembled(
         program, report = region.program, reports[region.path]
         assumed = assumptions(program.graph)
         report.assumptions = [Change(node.name, text) for node, text in assumed.items()]
-        remember_(program.module, report, (program.args, program.kwargs), model=model)
+        memory = {"model": model, "marks": marks_in(program.graph)}
+        remember_(program.module, report, (program.args, program.kwargs), **memory)
         parts.put(region.path, program.module)
     report = joined(verb, model, parts, reports)
-    memory: dict[str, Any] = {"model": model, "regions": parts.paths}
+    memory = {**memory_of(parts.root), "model": model, "regions": parts.paths}
     if verb == "instrument" and not parts.paths:
         memory["run"] = memory_of_run(parts.regions[0].program)
     remember_(parts.root, report, inputs, **memory)

@@ -26,9 +26,9 @@ from fxprune.deferral import (
 )
 from fxprune.gates import Gates, WidthSite, linear_gate, width_gate
 from fxprune.kinds import LAYERS, NORMS, SUMS
-from fxprune.modules import submodule
+from fxprune.modules import memory_of, submodule
 from fxprune.ops.elementwise import NONLINEARITIES
-from fxprune.retracing import BufferTracer
+from fxprune.retracing import BufferTracer, mark_
 from fxprune.rules import key_of
 
 
@@ -66,6 +66,7 @@ class RetracingTracer(BufferTracer):
         """Trace as torch.fx does, to run lowered."""
         graph = super().trace(root, concrete_args)
         graph.set_codegen(LoweringCodeGen())
+        mark_(graph, memory_of(root).get("marks", {}))
         return graph
 
 

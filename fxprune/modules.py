@@ -159,17 +159,19 @@ def evaluating(*modules: nn.Module) -> Generator[None]:
 
 def memory_of(model: nn.Module) -> dict[str, Any]:
     """Return what a verb left in its result: the model's name, example inputs, regions; or {}."""
-    if isinstance(model, fx.GraphModule):
-        return model.meta.get("fxprune", {})
-    return vars(model).get("_fxprune", {})
+    kept = vars(model).get("_fxprune", {})
+    return model.meta.get("fxprune", kept) if isinstance(model, fx.GraphModule) else kept
 
 
 def remember_(model: nn.Module, report: Any, example_inputs: Inputs, /, **memory: Any) -> None:
-    """Leave a report in a result, and what the next verb asks for; a deep copy keeps both."""
+    """Leave a report in a result, and what the next verb asks for; copies and pickles keep both.
+
+    Of a graph module a deep copy keeps the meta data, a pickle the attributes. What a run did is
+    for copies only.
+    """
     memory["example_inputs"] = pytree.tree_map_only(Tensor, Tensor.cpu, example_inputs)
     vars(model)["report"] = report
+    vars(model)["_fxprune"] = {key: value for key, value in memory.items() if key != "run"}
     if isinstance(model, fx.GraphModule):
         model.meta["fxprune"] = memory
         model.meta.setdefault("_user_preserved_attributes", {})["report"] = report
-    else:
-        vars(model)["_fxprune"] = memory

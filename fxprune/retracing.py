@@ -5,14 +5,17 @@ output) would be answered, not traced, and arithmetic on buffers alone would bec
 no state dict and no device reaches.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from fxprune.assumptions import IN_C
+from fxprune.kinds import PASSES
 
 # Modules of Python's own functions, which do not dispatch on proxies.
 _PYTHONS = ("builtins", "_operator")
+_MARKS = (PASSES, "leaf_because")
 
 
 class BufferTracer(fx.Tracer):
@@ -34,6 +37,21 @@ def keep_buffers_(module: fx.GraphModule) -> None:
     """
     if any(_needs_buffers(node, module) for node in module.graph.nodes):
         module._tracer_cls = module.graph._tracer_cls = BufferTracer
+
+
+def marks_in(graph: fx.Graph) -> dict[str, dict[str, Any]]:
+    """Return what tracing found out about modules kept whole, by path."""
+    found = {
+        str(node.target): {mark: node.meta[mark] for mark in _MARKS if mark in node.meta}
+        for node in graph.find_nodes(op="call_module")
+    }
+    return {path: marks for path, marks in found.items() if marks}
+
+
+def mark_(graph: fx.Graph, marks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Tell a graph what `marks_in` found in what it was made from."""
+    for node in graph.find_nodes(op="call_module"):
+        node.meta |= marks.get(str(node.target), {})
 
 
 def _is_wrapped(node: fx.Node) -> bool:

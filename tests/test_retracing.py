@@ -134,6 +134,33 @@ def test_a_loaded_model_refuses_what_it_refused() -> None:
                     one(x, other)
 
 
+class Depth(nn.Module):
+    """Stochastic depth as many models spell it, which a trace keeps whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * torch.rand(x.shape[0], 1).bernoulli()
+
+
+class Sorting(nn.Module):
+    """Python that no trace gets past."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_loaded_model_knows_why_modules_are_whole() -> None:
+    layers = [nn.Linear(8, 16), Depth(), nn.ReLU(), nn.Linear(16, 4), Sorting()]
+    gated = fxprune.instrument(nn.Sequential(*layers), torch.randn(3, 8))
+    close_half(gated)
+    small, again = fxprune.finalize(gated), fxprune.finalize(_loaded(_loaded(gated)))
+    assert again.get_submodule("0").out_features == 8
+    reasons, found = ([change.what for change in m.report.refused] for m in (small, again))
+    assert found == reasons  # its lines are of code that is gone
+    assert any("symbolically traced" in str(change) for change in again.report.refused)
+
+
 def test_a_plain_model_is_loaded_without_fxprune() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     small = fxprune.finalize(fxprune.instrument(model, torch.randn(3, 8)))
