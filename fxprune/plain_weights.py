@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import (
+    parametrizations,
+    parametrize,
+    prune,
+    remove_spectral_norm,
+    remove_weight_norm,
+)
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -86,12 +92,18 @@ def _bake_norms(module: nn.Module) -> None:
 
 
 def _bake_parametrizations(module: Any) -> None:
-    """Do what torch's removal does, but to the class that copies of the module share."""
+    """Do what torch's removal does, but to the class that copies of the module share.
+
+    What weight norm hangs on the loading of state dicts goes too: nobody could pickle it.
+    """
     parametrized: Any = module.parametrizations
     with evaluating(module), torch.no_grad():
         found = {name: getattr(module, name).detach().clone() for name in parametrized}
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module._modules["parametrizations"]
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):
+        if getattr(hook.hook, "__module__", None) == parametrizations.__name__:
+            del module._load_state_dict_pre_hooks[key]
     for name, tensor in found.items():
         held = list(parametrized[name].parameters())
         if not held:

@@ -1,6 +1,7 @@
 """Layers whose weights are computed: gated like plain ones, plain in the result."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,8 @@ def test_computed_weights_are_plain_in_the_result(kind: str) -> None:
     assert type(small.get_submodule("0")) is nn.Conv1d
     assert not any(map(computes_weights, small.modules()))
     assert small.report.after.parameters < small.report.before.parameters
+    loaded = pickle.loads(pickle.dumps(small))
+    assert torch.equal(loaded(_x()), small(_x()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
