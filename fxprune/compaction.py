@@ -43,9 +43,9 @@ def compact(
     of the parameter's shape. patience: leave a unit until that many calls before found it dead.
 
     A tensor all of whose units are dead keeps the strongest. Returns the very model if nothing
-    goes. Raises `GateError` if it was instrumented region by region, if layers whose weights are
-    computed (weight norm, parametrizations, masks) keep dead units, or if the optimizer keeps a
-    state that cannot be cut (Adafactor); nothing has changed then.
+    goes. Raises `GateError` if it was instrumented region by region, if something keeps dead units
+    (forward hooks; weights that a norm, a parametrization or a mask computes), or if the optimizer
+    keeps a state that cannot be cut (Adafactor); nothing has changed then.
     """
     model = gated_model(gated)
     gates = gates_of(model)
@@ -64,7 +64,7 @@ def compact(
         return eliminate_dead_channels(program, in_training=True)
 
     run(program, (mark, cut, restore_gates))
-    _require_gone(program.module, keep)
+    _require_gone(program, keep)
     _hand_over(model, program.module, optimizer, program.cuts)
     return cast(GatedModel, program.module)
 
@@ -80,17 +80,20 @@ def _kept(gates: Gates, patience: int) -> Tensor:
     return keep
 
 
-def _require_gone(module: nn.Module, keep: Tensor) -> None:
-    """Raise `GateError` if dead units stay because nobody can cut what computes their weights."""
-    gates = gates_of(module)
-    left = 0 if gates.width is None else len(gates.width)
-    computing = [name for name, part in module.named_modules() if computes_weights(part)]
-    if left > int(keep.sum()) and computing:
+def _require_gone(program: Program, keep: Tensor) -> None:
+    """Raise `GateError` if dead units stay, and modules nobody may cut are why."""
+    width = gates_of(program.module).width
+    left = 0 if width is None else len(width) - int(keep.sum())
+    if left > 0 and any(map(_is_untouchable, program.module.modules())):
+        reasons = "; ".join(f"{place}: {reason}" for place, reason in program.barriers.items())
         raise GateError(
-            f"{left - int(keep.sum())} dead units cannot be removed while training, as the weights "
-            f"of {', '.join(computing[:3])} are computed (weight norm, a parametrization, a mask); "
-            "train on without compacting: finalize removes them"
+            f"{left} dead units cannot be removed while training: {reasons}; train on without "
+            "compacting: finalize removes what it can, and reports the rest"
         )
+
+
+def _is_untouchable(module: nn.Module) -> bool:
+    return computes_weights(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _hand_over(old: nn.Module, new: nn.Module, optimizer: Optimizer | None, cuts: _Cuts) -> None:

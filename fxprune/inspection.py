@@ -28,6 +28,7 @@ from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import BORDERS
 from fxprune.penalties import gates_by_name
 from fxprune.piecewise import parts_in_evaluation
+from fxprune.plain_weights import with_plain_weights
 from fxprune.program import Program
 from fxprune.progress import shown
 from fxprune.rules import rule_for
@@ -96,7 +97,7 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     model: gated or not; it is not modified. example_inputs: as in `fxprune.instrument`. Raises what
     `instrument` raises, except that a model no gate fits is no error here.
     """
-    model = gated_model(model)
+    model = with_plain_weights(gated_model(model))
     rows: list[Row] = []
     graph: nx.DiGraph[str] = nx.DiGraph()
     for region in parts_in_evaluation(model, inputs_for(model, example_inputs)).regions:
@@ -236,6 +237,8 @@ def _sites_by_class(program: Program, channels: Channels) -> dict[int, list[str]
             continue
         site: WidthSite = gates.width_sites[node.args[1].args[1]]
         tags: Tensor = channels.values[node].tags
+        if any(have < size for have, size in zip(tags.shape, site.shape, strict=False)):
+            continue  # behind what has become a barrier since (a hook): its channels are no units
         for axis, size in enumerate(site.shape):
             tags = tags.narrow(axis, 0, size)  # sub-pixels of a channel share a gate
         labels = channels.classes[tags.reshape(-1)]

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.kinds import PASSES
 from fxprune.observation import TensorSpec
+from fxprune.plain_weights import computes_weights
 from fxprune.values import Barrier, State, Value, as_value, fixed, flatten, map_values, unknown
 
 
@@ -184,6 +185,8 @@ def rule_for(node: fx.Node, module: nn.Module | None) -> OpRule:
     rule = RULES.get(key_of(node, module))
     if rule is None and node.meta.get(PASSES):
         rule = RULES[nn.Identity]
+    if module is not None and computes_weights(module):
+        raise Barrier("its weights are computed by a norm, a parametrization or a mask")
     if rule is None:
         because = node.meta.get("leaf_because")
         raise Barrier("it could not be traced into: " + because if because else "unknown operator")

@@ -173,6 +173,16 @@ def test_states_that_cannot_be_cut_are_refused() -> None:
     assert [p for group in optimizer.param_groups for p in group["params"]] == before
 
 
+def test_units_that_something_keeps_are_refused_by_name() -> None:
+    run = Training(next(iter(NETS))).close()
+    layer = next(m for m in run.gated.modules() if isinstance(m, nn.Conv2d))
+    layer.register_forward_hook(lambda *given: None)
+    before = [id(p) for group in run.optimizer.param_groups for p in group["params"]]
+    with pytest.raises(GateError, match=r"dead units cannot be removed .* has forward hooks"):
+        fxprune.compact(run.gated, run.optimizer)
+    assert before == [id(p) for group in run.optimizer.param_groups for p in group["params"]]
+
+
 def test_a_budget_goes_on_with_the_compacted_model() -> None:
     run = Training("residual").close()
     budget = fxprune.Budget(run.gated, parameters=0.5, steps=10)

@@ -6,8 +6,10 @@ import networkx as nx
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import fxprune
+from fxprune.testing import close_half
 from models.lenet import LeNet
 from tests.conftest import randomise
 
@@ -49,6 +51,24 @@ def test_residual_layers_name_all_sites_of_their_stream() -> None:
     rows = {row.layer: row for row in inspection.rows}
     assert rows["layer1.1.conv2"].gate == "relu, layer1.0.relu:2, layer1.1.relu:2"
     assert rows["layer2.0.downsample.0"].gate == "layer2.0.relu:2, layer2.1.relu:2"
+
+
+def test_a_gated_layer_somebody_listens_to_is_shown_with_the_reason() -> None:
+    gated = fxprune.instrument(LeNet(), torch.randn(2, 1, 28, 28))
+    before = fxprune.inspect(gated).rows
+    gated.get_submodule("conv2").register_forward_hook(lambda *given: None)
+    rows = fxprune.inspect(gated).rows
+    assert [row.gate for row in before[:2]] == ["relu1", "relu2"]
+    assert [row.gate for row in rows] == ["relu1", "", *(row.gate for row in before[2:])]
+    assert "the module has forward hooks" in rows[1].why_not
+
+
+def test_layers_with_computed_weights_are_shown_as_what_they_will_be() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 2))
+    gated = fxprune.instrument(model, torch.randn(2, 6))
+    close_half(gated)
+    first = fxprune.inspect(gated).rows[0]
+    assert (first.kind, first.live, first.total, first.gate) == ("Linear", 4, 8, "1")
 
 
 def test_the_graph_answers_graph_questions() -> None:

@@ -97,7 +97,7 @@ def test_compacting_refuses_what_it_cannot_cut(kind: str) -> None:
     gates = gated.gates
     assert isinstance(gates, Gates) and gates.width is not None
     close_half(gated)
-    with pytest.raises(GateError, match=r"units cannot be removed .* weights of 0, 2 are computed"):
+    with pytest.raises(GateError, match=r"units cannot be removed .* its weights are computed"):
         fxprune.compact(gated, optimizer)
     assert gates.width in set(optimizer.param_groups[0]["params"])
 
