@@ -139,6 +139,17 @@ def sharing(draft: Draft, x: str, pick: Pick) -> str:
 
 
 @writer
+def computed(draft: Draft, x: str, pick: Pick) -> str:
+    """Mix by a layer whose weight a norm computes."""
+    norm = f"torch.nn.utils.parametrizations.{pick(['weight_norm', 'spectral_norm'])}"
+    width, outs, kind = draft.channels(x), pick([4, 6, 2]), draft.kinds[x]
+    rank = len(draft.shape(x)) - 2
+    mixing = f"nn.Conv{rank}d({width}, {outs}, 3, padding=1)"
+    mixing = mixing if kind == "map" else f"nn.Linear({width}, {outs})"
+    return draft.let(f"{draft.layer(f'{norm}({mixing})')}({x})", kind)
+
+
+@writer
 def residual(draft: Draft, x: str, pick: Pick) -> str:
     """Add a branch of the stream's own width to it."""
     width, kind = draft.channels(x), draft.kinds[x]
