@@ -23,7 +23,7 @@ from fxprune.estimators import Pull
 from fxprune.estimators import estimator as find_estimator
 from fxprune.gates import Gates, gate_owners
 from fxprune.inspection import freeze
-from fxprune.penalties import cost_of, gates_by_name, require_undecayed
+from fxprune.penalties import Depth, cost_of, gates_by_name, require_undecayed
 from fxprune.selection import (
     has_slack,
     least_cost,
@@ -72,9 +72,10 @@ class Budget:
     one of them, the cost to reach: a fraction of the full cost if ≤ 1, else a number (of units, of
     parameters, of a sample's multiply-accumulates or nanoseconds) of the finalised model; for
     latency see `fxprune.Cost`. steps: optimizer steps in the whole run. phases: when what happens.
-    strength: the first λ. estimator: how units are told apart, "gates" as in the paper, or
-    "taylor" by the squared gradients of their gates, for which gates' rates do not matter.
-    optimizer: if given it is checked not to decay gates.
+    strength: the first λ. depth: λ4, which pulls nonlinearities towards linear, so that layers are
+    merged; where that saves more than asked for they come back. estimator: how units are told
+    apart, "gates" as in the paper, or "taylor" by the squared gradients of their gates, for which
+    gates' rates do not matter. optimizer: if given it is checked not to decay gates.
 
     What `fxprune.compact` removed does not come back where the cost falls below the target: compact
     during the shrinking only with "taylor", which keeps to it, else once the gates are frozen.
@@ -97,6 +98,7 @@ class Budget:
         latency: float | None = None,
         phases: Phases | None = None,
         strength: float = 1e-4,
+        depth: float = 0.0,
         estimator: str = "gates",
         optimizer: Optimizer | None = None,
     ) -> None:
@@ -108,12 +110,16 @@ class Budget:
             raise BudgetError(
                 f"give one of neurons, parameters, macs and latency, not {len(given)}"
             )
-        if steps < 1 or not strength > 0:
-            raise BudgetError(f"steps={steps}, strength={strength}: both must be positive")
+        if steps < 1 or not strength > 0 or not depth >= 0:
+            raise BudgetError(
+                f"steps={steps}, strength={strength}, depth={depth}: steps and strength must be "
+                "positive, depth not negative"
+            )
         ((self.kind, amount),) = given.items()
         self.steps, self.phases = steps, phases or Phases()
         self.steps_done = 0
         self._estimator = find_estimator(estimator, strength, steps)
+        self._depth = Depth(depth)
         self.follow(gated)
         self.full = sum(gates.costs.full(self.kind) for gates in self._gates if gates.costs)
         self.target = amount * self.full if amount <= 1 else float(amount)
@@ -184,7 +190,8 @@ class Budget:
             return _width(self._gates[0]).new_zeros(())
         cost = self._cost() if self._last_cost is None else self._last_cost
         over = cost > self.aim  # no pull below the target: units come back there
-        return self._estimator.penalty(over)
+        total = self._estimator.penalty(over)
+        return sum((self._depth(gates).to(total) for gates in self._gates), total)
 
     def step(self, loss: Tensor | None = None) -> None:
         """Move λ and, when it is time, freeze the gates; call it after `optimizer.step()`.

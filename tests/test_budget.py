@@ -254,6 +254,19 @@ def test_a_ranked_run_goes_on_after_a_compaction() -> None:
     assert is_binary(run.gated) and 0.95 <= run.budget.cost / run.budget.target <= 1
 
 
+@pytest.mark.parametrize("estimator", ["gates", "taylor"])
+def test_depth_pulls_nonlinearities_while_it_shrinks(estimator: str) -> None:
+    gated = fxprune.instrument(network(), data()[0][:2])
+    linear, pulls = gates_of(gated).linear, []
+    assert linear is not None
+    for depth in (0.0, 0.5):
+        budget = fxprune.Budget(gated, macs=0.3, steps=50, estimator=estimator, depth=depth)
+        assert float(budget.penalty()) == 0  # it warms up
+        budget.steps_done = 10
+        pulls.append(torch.autograd.grad(budget.penalty(), linear)[0])
+    assert torch.allclose(pulls[1] - pulls[0], torch.tensor([-0.5, -0.5]))
+
+
 @pytest.mark.parametrize("maps, stays", [(5, True), (4, False)])
 def test_what_whole_units_leave_brings_no_nonlinearity_back(maps: int, stays: bool) -> None:
     gated = fxprune.instrument(LeNet(), torch.randn(2, 1, 28, 28))
@@ -315,7 +328,8 @@ def test_nan_is_an_error_that_says_what_to_do() -> None:
         ({"macs": 0.5, "parameters": 0.5}, "not 2"),
         ({"macs": 0.001}, "cannot be met: with a unit in every layer they are"),
         ({"parameters": 1e9}, "with all units"),
-        ({"macs": 0.5, "strength": 0.0}, "both must be positive"),
+        ({"macs": 0.5, "strength": 0.0}, "must be positive, depth not negative"),
+        ({"macs": 0.5, "depth": -1.0}, "must be positive, depth not negative"),
         ({"macs": 0.5, "estimator": "luck"}, "there is no estimator 'luck'; take one of gates, ta"),
     ],
 )

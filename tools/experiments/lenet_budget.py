@@ -48,6 +48,7 @@ def experiment(
     gate_lr: Annotated[float, typer.Option(help="the gates'")] = 0.1,
     estimator: Annotated[str, typer.Option(help="gates or taylor")] = "taylor",
     depth: Annotated[bool, typer.Option(help="train linearity gates too")] = True,
+    pull: Annotated[float, typer.Option(min=0, help="λ4: towards linear layers")] = 0.0,
     shrink: Annotated[float, typer.Option(help="where the target ends, a part of the run")] = 0.18,
     settle: Annotated[float, typer.Option(help="where gates freeze, a part of the run")] = 0.22,
     validate: Annotated[bool, typer.Option(help="leave the test images alone")] = False,
@@ -60,7 +61,7 @@ def experiment(
     training, test = (load_images(part) for part in load_mnist(root))
     if validate:
         training, test = _divided(training)
-    how = How(estimator, depth, decay, fxprune.Phases(shrink=shrink, settle=settle))
+    how = How(estimator, depth, pull, decay, fxprune.Phases(shrink=shrink, settle=settle))
     rows: list[dict[str, Any]] = []
     for target in map(float, budgets.split(",")):
         for seed in range(seeds):
@@ -75,10 +76,11 @@ def experiment(
 
 @dataclass(frozen=True)
 class How:
-    """How units are told apart; whether layers may become linear; how weights decay; the phases."""
+    """How units are told apart; may layers become linear, what pulls them; decay; phases."""
 
     estimator: str
     depth: bool
+    pull: float
     decay: float
     phases: fxprune.Phases
 
@@ -104,6 +106,7 @@ def run(
         steps=steps,
         phases=how.phases,
         estimator=how.estimator,
+        depth=how.pull,
         optimizer=optimizer,
     )
     history = BudgetHistory(budget.kind, budget.target)
