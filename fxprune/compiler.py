@@ -218,8 +218,8 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
     report.passes |= run(program, passes)
     own_(program.module, reference)
     program.module.delete_all_unused_submodules()
-    keep_buffers_(program.module)
     report.after = costs_of(program)
+    keep_buffers_(program.module)
     report.plans = list(program.plans.values())
     report.refused = [
         Change(place, f"all channels around it stay: {reason}")

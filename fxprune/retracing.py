@@ -31,12 +31,23 @@ def wrap_functions_(graph: fx.Graph) -> None:
 
 
 def keep_buffers_(module: fx.GraphModule) -> None:
-    """Let a graph module be traced again by `BufferTracer`, if it needs that.
+    """Let torch's own tracer, which a plain result is traced again by, see buffers as values.
 
-    Otherwise it is torch's own tracer that traces it, so that nothing of ours is pickled.
+    It takes submodules for operators: behind an `nn.Identity` a buffer is what one returned.
     """
-    if any(_needs_buffers(node, module) for node in module.graph.nodes):
-        module._tracer_cls = module.graph._tracer_cls = BufferTracer
+    nodes = list(module.graph.nodes)
+    alone = [node for node in nodes if _needs_buffers(node, module)]
+    reads = {s: None for node in alone for s in node.all_input_nodes if _is_buffer(s, module)}
+    for read in reads:
+        name = _free_name(module, f"{read.name}_read")
+        module.add_submodule(name, nn.Identity().train(module.training))
+        with module.graph.inserting_after(read):
+            value = module.graph.call_module(name, (read,))
+        value.meta["source"] = read.meta.get("source")
+        read.replace_all_uses_with(value, delete_user_cb=lambda user, own=value: user is not own)
+    if reads:
+        module.graph.lint()
+        module.recompile()
 
 
 def marks_in(graph: fx.Graph) -> dict[str, dict[str, Any]]:
@@ -70,6 +81,12 @@ def _needs_buffers(node: fx.Node, module: fx.GraphModule) -> bool:
     first = node.args[0] if node.args else None
     asks = node.op == "call_method" or getattr(node.target, "__name__", "") == "getitem"
     return all(held) or (asks and isinstance(first, fx.Node) and _is_buffer(first, module))
+
+
+def _free_name(module: nn.Module, name: str) -> str:
+    while hasattr(module, name):
+        name += "_"
+    return name
 
 
 def _is_buffer(node: fx.Node, module: fx.GraphModule) -> bool:

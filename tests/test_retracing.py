@@ -161,7 +161,37 @@ def test_a_loaded_model_knows_why_modules_are_whole() -> None:
     assert any("symbolically traced" in str(change) for change in again.report.refused)
 
 
-def test_a_plain_model_is_loaded_without_fxprune() -> None:
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    small = fxprune.finalize(fxprune.instrument(model, torch.randn(3, 8)))
-    assert small._tracer_cls is None
+class Positions(nn.Module):
+    """Adds to tokens what a buffer says of their places, by number."""
+
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.table = nn.Embedding(12, 8)
+        self.register_buffer("places", torch.arange(12).flip(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.table(self.places[: x.shape[0]] // 2)
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_a_plain_model_is_loaded_without_fxprune(
+    without_fxprune: Callable[[nn.Module, str], str],
+) -> None:
+    gated = fxprune.instrument(Positions(), torch.randn(3, 8))
+    close_half(gated)
+    small = fxprune.finalize(gated)
+    assert small.get_submodule("first").out_features == 8
+    seen = without_fxprune(
+        _loaded(small), "(m.places.fill_(3), m(torch.ones(3, 8)).std(0))[1].max().item()"
+    )
+    assert seen == "0.0"  # as all places are one, so are the rows
+
+
+def test_a_second_time_nothing_is_left_of_what_saving_took() -> None:
+    small = fxprune.finalize(fxprune.instrument(Positions(), torch.randn(3, 8)))
+    again = fxprune.finalize(small)
+    targets, before = ([str(node.target) for node in m.graph.nodes] for m in (again, small))
+    assert targets == before and "places_read" in targets
