@@ -5,12 +5,12 @@ plain layers, and in the end are: what is deployed needs no mask and no norm.
 """
 
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import (
     parametrizations,
     parametrize,
@@ -43,12 +43,13 @@ def bake_masks(root: nn.Module) -> None:
 def with_plain_weights(model: nn.Module) -> nn.Module:
     """Return a model whose weights are numbers: a copy where norms or parametrizations make them.
 
-    The numbers are those of evaluation, in the dtype of the model.
+    The numbers are those of evaluation, in the dtype of the model. A graph that calls what computes
+    a weight keeps it.
     """
-    if not any(map(computes_weights, model.modules())):
+    if not _computing(model):
         return model
     plain: nn.Module = copy_model(model)
-    for module in list(plain.modules()):
+    for module in _computing(plain):
         _bake_norms(module)
     bake_masks(plain)
     return plain
@@ -57,7 +58,7 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
 @contextmanager
 def plain_weights_in(root: nn.Module) -> Generator[None]:
     """Let the modules in `root` that compute their weights be plain ones for a while."""
-    computing = {module for module in root.modules() if computes_weights(module)}
+    computing = set(_computing(root))
     plain = {module: with_plain_weights(module) for module in computing}
     places = [
         (owner, name, module)
@@ -79,6 +80,25 @@ def computes_weights(module: nn.Module) -> bool:
     kinds = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
     hooked = any(isinstance(hook, kinds) for hook in module._forward_pre_hooks.values())
     return hooked or parametrize.is_parametrized(module)
+
+
+def _computing(root: nn.Module) -> list[nn.Module]:
+    """Return the modules that compute their weights, but for those whose parts a graph uses."""
+    used: set[nn.Module] = set()
+    for module in root.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                *owners, _ = str(node.target).split(".")
+                used |= set(_along(module, owners))
+    return [module for module in root.modules() if computes_weights(module) and module not in used]
+
+
+def _along(module: nn.Module, path: list[str]) -> Iterator[nn.Module]:
+    for name in path:
+        module = getattr(module, name)
+        yield module
 
 
 def _bake_norms(module: nn.Module) -> None:

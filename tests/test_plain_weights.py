@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import fxprune
@@ -100,6 +101,30 @@ def test_compacting_refuses_what_it_cannot_cut(kind: str) -> None:
     with pytest.raises(GateError, match=r"units cannot be removed .* its weights are computed"):
         fxprune.compact(gated, optimizer)
     assert gates.width in set(optimizer.param_groups[0]["params"])
+
+
+class Tied(nn.Module):
+    """Reads a computed weight a second time, so that a trace calls what computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normed = parametrizations.weight_norm(nn.Linear(6, 8))
+        self.inner, self.last = parametrizations.weight_norm(nn.Linear(6, 10)), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.linear(torch.relu(self.normed(x)), self.normed.weight.t())
+        return self.last(torch.relu(self.inner(x)))
+
+
+def test_what_a_trace_reads_of_a_computed_weight_stays() -> None:
+    x = torch.randn(4, 6)
+    gated = fxprune.instrument(Tied().eval(), x)
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert type(small.get_submodule("inner")) is nn.Linear and small.inner.out_features == 5
+    assert computes_weights(small.get_submodule("normed"))
+    assert any("weights are computed" in str(change) for change in small.report.refused)
 
 
 class Fickle(nn.Module):

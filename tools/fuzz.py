@@ -16,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -39,6 +39,7 @@ from tools.cases import Surgery, draw, simpler
 from tools.networks import BATCH, Network, build, example, write
 
 TOLERANCE = 1e-9
+NOTE_EVERY = 100  # networks, in a log
 
 
 @dataclass
@@ -241,10 +242,21 @@ def fuzz(
     console = Console()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about odd but legal networks
-        numbers = track(range(first, first + cases), "networks", console=console)
+        numbers = _counted(range(first, first + cases), console)
         tally, failures = hunt(numbers, lambda text: console.print(f"\n{text}", markup=False))
     console.print(f"{tally}; {len(failures)} failed", markup=False)
     sys.exit(bool(failures))
+
+
+def _counted(numbers: range, console: Console) -> Iterator[int]:
+    """Yield numbers, and show how far it is: a bar, or lines where nothing can be drawn."""
+    if console.is_terminal:
+        yield from track(numbers, "networks", console=console)
+        return
+    for done, number in enumerate(numbers):
+        if done and done % NOTE_EVERY == 0:
+            console.print(f"{done}/{len(numbers)} networks")
+        yield number
 
 
 if __name__ == "__main__":
