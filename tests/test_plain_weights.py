@@ -112,7 +112,8 @@ class Tied(nn.Module):
         self.inner, self.last = parametrizations.weight_norm(nn.Linear(6, 10)), nn.Linear(10, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.linear(torch.relu(self.normed(x)), self.normed.weight.t())
+        weight: Any = self.normed.weight
+        x = functional.linear(torch.relu(self.normed(x)), weight.t())
         return self.last(torch.relu(self.inner(x)))
 
 
