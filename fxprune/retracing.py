@@ -66,9 +66,9 @@ def mark_(graph: fx.Graph, marks: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _is_wrapped(node: fx.Node) -> bool:
-    if node.target in IN_C:  # torch's own dispatch
+    module = getattr(node.target, "__module__", None) or ""
+    if node.target in IN_C or module.split(".")[0] == "torch":  # torch's own dispatch
         return False
-    module = getattr(node.target, "__module__", None)
     by_user = node.meta.get("is_wrapped", False)
     return isinstance(node.target, type) or module in _PYTHONS or by_user
 
