@@ -3,12 +3,11 @@
     python -m tools.experiments.lenet_budget [--budgets 2000,8000] [--seeds 3] [--epochs 16]
 
 One run each, no pretraining, no augmentation; the accuracy is that of the finalised model after the
-last epoch. The model shrinks early and is compacted once it is small, so that most epochs are cheap
-ones at the final size; until then every unit can come back, also where a merged layer leaves room.
-The weights decay, since even a net of 2,000 parameters overfits. `--validate` judges on a sixth of
-the training images and does not train on them: on those, rate and decay were chosen, for nets
-trained without gates. One JSON line a run goes to the standard output, the table and what is on the
-way to the standard error; with `--plots DIR` also a picture of every run.
+last epoch. The model shrinks early and is compacted on the way, so that most epochs are cheap ones
+at the final size; the weights decay, since even a net of 2,000 parameters overfits. `--validate`
+judges on a sixth of the training images and does not train on them: on those, rate and decay were
+chosen, for nets trained without gates. One JSON line a run goes to the standard output, the table
+and what is on the way to the standard error; with `--plots DIR` also a picture of every run.
 """
 
 import json
@@ -33,6 +32,8 @@ from tools.plots import plot_budget
 from tools.training import BudgetHistory, Data, Recipe, accuracy, cosine
 
 NOTE_EVERY = 50  # steps
+COMPACT_EVERY = 150  # steps
+PATIENCE = 1  # compactions at which a unit was dead before it goes
 
 
 def experiment(
@@ -110,7 +111,7 @@ def run(
     )
     history = BudgetHistory(budget.kind, budget.target)
     order = torch.Generator().manual_seed(recipe.seed)
-    started, compacted = time.process_time(), False
+    started = time.process_time()
     for epoch in range(recipe.epochs):
         gated.train()
         for picked in torch.randperm(len(images), generator=order).split(recipe.batch):
@@ -122,8 +123,10 @@ def run(
             budget.step(loss)
             if budget.steps_done % NOTE_EVERY == 0:
                 history.note(budget, float(loss.detach()))
-            if budget.frozen and not compacted:
-                gated, compacted = fxprune.compact(gated, optimizer), True
+            if budget.steps_done % COMPACT_EVERY == 0 and (
+                budget.frozen or how.estimator == "taylor"
+            ):
+                gated = fxprune.compact(gated, optimizer, patience=0 if budget.frozen else PATIENCE)
                 budget.follow(gated)
         console.print(f"epoch {epoch + 1} {budget.status} {_widths(gated)}", highlight=False)
     seconds = time.process_time() - started
