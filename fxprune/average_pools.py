@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.convolutions import Geometry, Layer
-from fxprune.modules import submodule
+from fxprune.modules import is_hooked, submodule
 from fxprune.program import Program
 
 AXES: dict[type[nn.Module], int] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
@@ -68,8 +68,7 @@ def pool_at(program: Program, node: fx.Node) -> Any:
     """Return the average pool that a node is, as a module; None if it is none."""
     if node.op == "call_module":
         module = submodule(program.module, str(node.target))
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        return module if type(module) in AXES and not hooked else None
+        return module if type(module) in AXES and not is_hooked(module) else None
     kind = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
     if kind is None or len(node.all_input_nodes) != 1 or node.args[:1] != (*node.all_input_nodes,):
         return None

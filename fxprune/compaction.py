@@ -15,7 +15,7 @@ from fxprune.compiler import GatedModel, gated_model, inputs_for
 from fxprune.errors import GateError
 from fxprune.gates import Gates
 from fxprune.inputs import to_device
-from fxprune.modules import copy_model, device_of, memory_of
+from fxprune.modules import copy_model, device_of, is_hooked, memory_of
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.gate_marking import mark_gates, restore_gates
 from fxprune.penalties import gates_of
@@ -93,7 +93,7 @@ def _require_gone(program: Program, keep: Tensor) -> None:
 
 
 def _is_untouchable(module: nn.Module) -> bool:
-    return computes_weights(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+    return computes_weights(module) or is_hooked(module)
 
 
 def _hand_over(old: nn.Module, new: nn.Module, optimizer: Optimizer | None, cuts: _Cuts) -> None:

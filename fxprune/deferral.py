@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from fxprune.gated_reads import read
 from fxprune.gates import width_gate
-from fxprune.plain_weights import computes_weights
 
 _FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _MAX_POOLS = {
@@ -75,7 +75,7 @@ def applies_gates(layer: nn.Module) -> bool:
 
     Weights that are computed are left alone: spectral norms change whenever they are read.
     """
-    computed = computes_weights(layer)
+    computed = parametrize.is_parametrized(layer)  # the others are hooks
     return type(layer).forward in _FORWARDS and _is_untouched(layer) and not computed
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.kinds import LAYERS, NORMS
-from fxprune.modules import copying, put_parts_in, tensors_in
+from fxprune.modules import copying, is_hooked, put_parts_in, tensors_in
 
 _PRESERVED = "_user_preserved_attributes"
 
@@ -62,7 +62,7 @@ def _lent(model: fx.GraphModule) -> Iterator[nn.Parameter]:
     taken = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
     held: set[int] = set()
     for path, module in model.named_modules():
-        hooked = module._forward_hooks or module._forward_pre_hooks
+        hooked = is_hooked(module)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue

@@ -123,6 +123,18 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def free_name(module: nn.Module, name: str) -> str:
+    """Return a name that a module does not use, `name` if it can be."""
+    while hasattr(module, name):
+        name += "_"
+    return name
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Tell whether somebody listens to what a module is given, or returns."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def tensors_in(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of a module, each once."""
     found: dict[int, Tensor] = {}

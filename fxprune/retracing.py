@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.assumptions import IN_C
 from fxprune.kinds import PASSES
+from fxprune.modules import free_name
 
 # Modules of Python's own functions, which do not dispatch on proxies.
 _PYTHONS = ("builtins", "_operator")
@@ -39,7 +40,7 @@ def keep_buffers_(module: fx.GraphModule) -> None:
     alone = [node for node in nodes if _needs_buffers(node, module)]
     reads = {s: None for node in alone for s in node.all_input_nodes if _is_buffer(s, module)}
     for read in reads:
-        name = _free_name(module, f"{read.name}_read")
+        name = free_name(module, f"{read.name}_read")
         module.add_submodule(name, nn.Identity().train(module.training))
         with module.graph.inserting_after(read):
             value = module.graph.call_module(name, (read,))
@@ -81,12 +82,6 @@ def _needs_buffers(node: fx.Node, module: fx.GraphModule) -> bool:
     first = node.args[0] if node.args else None
     asks = node.op == "call_method" or getattr(node.target, "__name__", "") == "getitem"
     return all(held) or (asks and isinstance(first, fx.Node) and _is_buffer(first, module))
-
-
-def _free_name(module: nn.Module, name: str) -> str:
-    while hasattr(module, name):
-        name += "_"
-    return name
 
 
 def _is_buffer(node: fx.Node, module: fx.GraphModule) -> bool:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.kinds import PASSES
+from fxprune.modules import is_hooked
 from fxprune.observation import TensorSpec
 from fxprune.plain_weights import computes_weights
 from fxprune.values import Barrier, State, Value, as_value, fixed, flatten, map_values, unknown
@@ -190,7 +191,7 @@ def rule_for(node: fx.Node, module: nn.Module | None) -> OpRule:
     if rule is None:
         because = node.meta.get("leaf_because")
         raise Barrier("it could not be traced into: " + because if because else "unknown operator")
-    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+    if module is not None and is_hooked(module):
         raise Barrier("the module has forward hooks")
     return rule
 

@@ -195,6 +195,7 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     """Trace `root`; its forward arguments in `given` are inputs, all others keep their defaults.
 
     inside: it is called by a model, not by a user who sees what it takes.
+
     The graph module shares the parameters of `root`, and has no code yet. Where the two modes run
     different operators (auxiliary heads), it is the graph of evaluation and
     `meta["evaluation_only"]` says so. Raises `TraceError`.

@@ -17,7 +17,7 @@ from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.errors import where
 from fxprune.foresight import foreseen
 from fxprune.liveness import settle
-from fxprune.modules import device_of, submodule
+from fxprune.modules import device_of, free_name, submodule
 from fxprune.observation import observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program, narrowed
@@ -171,9 +171,7 @@ def _apply(program: Program, node: fx.Node, answer: Arguments | Literal) -> None
 
 def _buffer(program: Program, node: fx.Node, tensor: Tensor) -> fx.Node:
     """Register a constant the program computes with from now on; return the node that reads it."""
-    name = f"{node.name}_index"
-    while hasattr(program.module, name):
-        name += "_"
+    name = free_name(program.module, f"{node.name}_index")
     program.module.register_buffer(name, tensor.to(device_of(program.module)))
     with program.graph.inserting_before(node):
         return program.graph.get_attr(name)
