@@ -48,7 +48,7 @@ def defer_gate(
         return pool(width_gate(value, gate)), None
     if pool is not None:
         value = pool(value)
-    if not readers_can or torch.compiler.is_exporting():
+    if not readers_can or _is_exporting():
         return width_gate(value, gate), None
     return value, gate
 
@@ -92,6 +92,12 @@ def swaps_with_gates(pool: nn.Module) -> bool:
 def pooled_axes(pool: nn.Module) -> int:
     """Return how many axes, the last ones, a pool makes smaller."""
     return _POOLS[type(pool)]
+
+
+def _is_exporting() -> bool:
+    """Tell whether a program is being exported; torch 2.11 also says so where it compiles one."""
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def _is_untouched(module: nn.Module) -> bool:

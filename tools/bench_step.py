@@ -1,12 +1,13 @@
 """How much gates add to a training step: time, its parts, and memory.
 
     python -m tools.bench_step [--models resnet18,resnet50] [--compile] [--table FILE]
+    python -m tools.bench_step --device cuda --batch 128 --size 224 --compile
 
 The plain and the instrumented model take the same step (loss, backward, SGD with momentum; the
 instrumented one with its penalty) in turns, in one process; the ratio is of medians. On the CPU
 that is processor time of one thread, which other load hardly moves. The parts are timed alone, on
 the shapes of every gate, as shares of the plain step. Memory is what a forward pass saves for its
-backward, on CUDA the peak that was allocated.
+backward, on CUDA the peak of a step, with the model and what its optimizer keeps.
 """
 
 import gc
@@ -60,6 +61,7 @@ ON_CUDA = (
     Variant("eager, bf16, channels last", half=True, channels_last=True),
 )
 COMPILED_ON_CUDA = Variant("compiled, bf16, channels last", True, True, True)
+VARIANTS = (EAGER, *ON_CUDA, COMPILED, COMPILED_ON_CUDA)
 
 
 class Step:
@@ -82,6 +84,12 @@ class Step:
         self.forward().backward()
         self.optimizer.step()
 
+    def held(self) -> int:
+        """Return the bytes that are there between steps."""
+        state = [value for kept in self.optimizer.state.values() for value in kept.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *state]
+        return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
+
 
 def seconds(work: Callable[[], object], device: str) -> float:
     """Return how long some work took: processor time on the CPU, a finished queue elsewhere."""
@@ -99,10 +107,11 @@ def seconds(work: Callable[[], object], device: str) -> float:
 def memory(step: Step) -> int:
     """Return the bytes saved for the backward, or on CUDA the peak of a step."""
     if step.x.device.type == "cuda":
-        torch.cuda.empty_cache()
+        step.optimizer.zero_grad()
+        others = torch.cuda.memory_allocated() - step.held()
         torch.cuda.reset_peak_memory_stats()
         step()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - others
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -195,6 +204,7 @@ def compare(name: str, variant: Variant, x: Tensor, repeats: int) -> dict[str, A
     if not variant.compiled:
         found = Parts(gated, variant, x).medians(repeats)
         row["parts"] = {part: taken / row["plain"] for part, taken in found.items()}
+    if not variant.compiled or x.device.type == "cuda":
         row["memory"] = memory(steps["gated"]) / memory(steps["plain"])
     return {"model": name, "variant": variant.name, **row}
 
@@ -206,21 +216,28 @@ def bench(
     repeats: Annotated[int, typer.Option(min=2, help="steps of each, in turns")] = 15,
     compiled: Annotated[bool, typer.Option("--compile", help="under torch.compile too")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    only: Annotated[str, typer.Option(help="of the ways to run it, semicolon-separated")] = "",
     table: Annotated[Path, typer.Option(help="the Markdown table")] = Path("out/bench_step.md"),
 ) -> None:
     """Time both steps and print the ratios."""
     console = Console()
     torch.set_num_threads(1)
     x = torch.randn(batch, 3, size, size, device=device)
-    variants = [EAGER, *(ON_CUDA if device == "cuda" else ())]
-    if compiled:
-        variants += [COMPILED, *((COMPILED_ON_CUDA,) if device == "cuda" else ())]
+    chosen = only.split(";") if only else [variant.name for variant in VARIANTS]
+    variants = [
+        variant
+        for variant in VARIANTS
+        if variant.name in chosen
+        and (compiled or not variant.compiled)
+        and (device == "cuda" or not variant.half)
+    ]
     lines = [
         "# Training step",
         "",
-        f"Median seconds of {repeats} steps in turns, batch {batch}×3×{size}×{size}, {device}; "
-        f"in brackets the quartiles of the ratio, beside it that of the least steps, which other "
-        f"work on the machine disturbs least; {date.today()}, torch {torch.__version__}.",
+        f"Median milliseconds of {repeats} steps in turns, batch {batch}×3×{size}×{size}, "
+        f"{_name(device)}; in brackets the quartiles of the ratio, beside it that of the least "
+        "steps, which other work on the machine disturbs least; "
+        f"{date.today()}, torch {torch.__version__}.",
         "",
         f"| model | how | plain | gated | ratio | of the least | {' | '.join(PARTS)} | memory |",
         f"|---|---|{'---:|' * (len(PARTS) + 5)}",
@@ -235,11 +252,16 @@ def bench(
     draft.replace(table)
 
 
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
 def _line(row: dict[str, Any]) -> str:
     shares = [f"{row['parts'][part]:.1%}" if "parts" in row else "" for part in PARTS]
     memory = f"{row['memory']:.2f}" if "memory" in row else ""
+    plain, gated = (f"{1e3 * row[which]:.1f}" for which in ("plain", "gated"))
     return (
-        f"| {row['model']} | {row['variant']} | {row['plain']:.3f} | {row['gated']:.3f} "
+        f"| {row['model']} | {row['variant']} | {plain} | {gated} "
         f"| {row['ratio']:.3f} ({row['low']:.3f}-{row['high']:.3f}) | {row['least']:.3f} "
         f"| {' | '.join(shares)} | {memory} |"
     )
