@@ -19,6 +19,7 @@ from torch.fx.proxy import TraceError as FxTraceError
 
 from fxprune.example_values import ExampleValues, UnknownValueError
 from fxprune.expressions import expression
+from fxprune.kinds import OVERWROTE
 
 ASSUMES = "this model assumes "
 # What an argument may be to have its value, rather than its shape, in the trace.
@@ -63,6 +64,12 @@ class Askable(fx.Proxy):
 
     def __format__(self, format_spec: str) -> str:
         return repr(self)
+
+    def __iadd__(self, other: Any) -> Any:
+        """Add out of place, as torch.fx does, and note that the model does not."""
+        total = self + other
+        total.node.meta[OVERWROTE] = True
+        return total
 
 
 class AskableAttribute(Askable, Attribute):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.compiler import GatedModel, gated_model, inputs_for
+from fxprune.default_device import on_cpu
 from fxprune.errors import GateError
 from fxprune.gates import Gates
 from fxprune.inputs import to_device
@@ -28,6 +29,7 @@ from fxprune.selection import strongest, units_of
 _Cuts = dict[str, list[tuple[int, Tensor]]]
 
 
+@on_cpu
 @shown("compact")
 def compact(
     gated: nn.Module, optimizer: Optimizer | None = None, *, patience: int = 0

@@ -13,6 +13,7 @@ from torch import fx, nn
 from fxprune.assumptions import assumptions
 from fxprune.comparison import differences, output_leaves
 from fxprune.costs import Costs, costs_of, count_costs
+from fxprune.default_device import on_cpu
 from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
@@ -73,6 +74,7 @@ _EVALUATION_ONLY = (
 )
 
 
+@on_cpu
 @shown("instrument")
 def instrument(
     model: nn.Module,
@@ -137,6 +139,7 @@ def instrument(
     return cast(GatedModel, _assembled("instrument", name, inputs, parts, reports))
 
 
+@on_cpu
 @shown("finalize")
 def finalize(
     model: nn.Module,

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from fxprune.gated_reads import read
 from fxprune.gates import width_gate
+from fxprune.kinds import OVERWROTE
 
 _FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _MAX_POOLS = {
@@ -68,6 +69,16 @@ def read_gated(layer: Any, gated: Any) -> Any:
 def ungated(gated: Any) -> Any:
     """Return the activation for an operator whose result is gated before anybody reads it."""
     return gated if isinstance(gated, fx.Proxy) else gated[0]
+
+
+def add_to(value: Tensor, other: Tensor) -> Tensor:
+    """Add to an activation that nobody else reads, as the model itself does."""
+    if isinstance(value, fx.Proxy):
+        total = value + other
+        total.node.meta[OVERWROTE] = True
+        return total
+    value += other
+    return value
 
 
 def applies_gates(layer: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.cases import normalised_inputs
 from fxprune.comparison import FLIPS, Difference, differences
+from fxprune.default_device import on_cpu
 from fxprune.errors import ExportError, as_export_error, one_line
 from fxprune.inputs import Inputs, describe, tensors_of, to_device
 from fxprune.modules import copy_model, memory_of
@@ -54,6 +55,7 @@ class OnnxCheck:
         return {**asdict(self), "errors": errors}
 
 
+@on_cpu
 @shown("export")
 def export_onnx(
     model: nn.Module,

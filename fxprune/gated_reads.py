@@ -1,6 +1,7 @@
 """Layers that read through gates: y = L(x·w; W) = L(x; W·w), whichever product is less work.
 
-The product is made again for the backward. Autograd would keep it until then, beside x and W.
+A large product is made again for the backward. Autograd would keep it until then, beside x and W;
+of small ones that costs less than the calls to make them.
 
     of x·w:  ∂x = Lᵀ(∂y; W)·w     ∂W = ∂L(∂y; x·w)      ∂w = Σ Lᵀ(∂y; W)·x
     of W·w:  ∂x = Lᵀ(∂y; W·w)     ∂W = ∂L(∂y; x)·w      ∂w = Σ ∂L(∂y; x)·W
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from fxprune.gates import width_gate
 
+LARGE = 2**19  # bytes of a product
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -48,10 +50,7 @@ def scales_value(layer: Any, value: Tensor) -> bool:
 
 def scaled_weights(weights: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
     """Multiply each weight of a layer by the gate of the channel it is for."""
-    channels = gate.to(weights.dtype).reshape(groups, 1, -1, *(1,) * (weights.dim() - 2))
-    if groups == 1:
-        return weights * channels[0]
-    return (weights.unflatten(0, (groups, -1)) * channels).flatten(0, 1)
+    return weights * _factors(weights, gate, groups)
 
 
 def _operands(saved: Sequence[Tensor], groups: int, in_value: bool) -> tuple[Tensor, Tensor]:
@@ -63,13 +62,17 @@ def _operands(saved: Sequence[Tensor], groups: int, in_value: bool) -> tuple[Ten
 
 
 def _keeps_product(layer: Any, value: Tensor) -> bool:
-    """Tell whether autograd would keep the product, of a layer whose backward is written here.
+    """Tell whether autograd would keep a large product, of a layer whose backward is written here.
 
-    A compiler makes products again by itself, and what traces should see plain operators.
+    A compiler makes products again by itself; what traces, or maps over samples (`torch.func`),
+    should see plain operators.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
         return False
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    product = value if scales_value(layer, value) else layer.weight
+    if product.numel() * product.element_size() < LARGE:
         return False
     if isinstance(layer, nn.Linear):
         return value.dim() > 1
@@ -77,15 +80,22 @@ def _keeps_product(layer: Any, value: Tensor) -> bool:
     return plain and value.dim() == layer.weight.dim()
 
 
-class _Read(torch.autograd.Function):
-    """What both kinds of layers have in common."""
+def _is_transformed() -> bool:
+    active: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
+    return active()
 
-    generate_vmap_rule = True
+
+class _Read(torch.autograd.Function):
+    """What both kinds of layers have in common.
+
+    Their forward takes a context: what torch does for those without takes as long as the gates.
+    """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.in_value, *ctx.where = inputs[4:]
+    def keep(ctx: Any, saved: Sequence[Tensor], in_value: bool, where: Sequence[Any]) -> None:
+        """Note what the backward needs."""
+        ctx.save_for_backward(*saved)
+        ctx.in_value, ctx.where = in_value, where
 
     @staticmethod
     def needed(ctx: Any) -> list[bool]:
@@ -110,12 +120,25 @@ class _Read(torch.autograd.Function):
             to_weights = to_weights.to(weights.dtype)
         if ctx.in_value and to_value is not None:
             to_gate = (to_value * value).sum_to_size(gate.shape) if wanted else None
-            to_value = width_gate(to_value, gate)
+            to_value = _times_(to_value, gate.to(value.dtype))
         elif not ctx.in_value and to_weights is not None:
             to_gate = _summed(to_weights * weights, gate, groups) if wanted else None
-            to_weights = scaled_weights(to_weights, gate, groups)
+            to_weights = _times_(to_weights, _factors(weights, gate, groups))
         to_gate = None if to_gate is None else to_gate.to(gate.dtype)
         return to_value, to_weights, to_gate, to_bias
+
+
+def _factors(weights: Tensor, gate: Tensor, groups: int) -> Tensor:
+    """Return what each weight is multiplied by, in a shape that broadcasts to the weights'."""
+    factors = gate.to(weights.dtype).reshape(groups, 1, -1)
+    if groups > 1:
+        factors = factors.expand(-1, weights.shape[0] // groups, -1)
+    return factors.reshape(-1, weights.shape[1], *(1,) * (weights.dim() - 2))
+
+
+def _times_(gradient: Tensor, factors: Tensor) -> Tensor:
+    """Multiply a gradient that was just made; a second backward needs it as it was."""
+    return gradient * factors if torch.is_grad_enabled() else gradient.mul_(factors)
 
 
 def _summed(weights: Tensor, gate: Tensor, groups: int) -> Tensor:
@@ -128,8 +151,9 @@ def _summed(weights: Tensor, gate: Tensor, groups: int) -> Tensor:
 class _Linear(_Read):
     @staticmethod
     def forward(
-        value: Tensor, weights: Tensor, gate: Tensor, bias: Tensor | None, in_value: bool
+        ctx: Any, value: Tensor, weights: Tensor, gate: Tensor, bias: Tensor | None, in_value: bool
     ) -> Tensor:
+        _Read.keep(ctx, (value, weights, gate), in_value, ())
         return F.linear(*_operands((value, weights, gate), 1, in_value), bias)
 
     @staticmethod
@@ -151,6 +175,7 @@ class _Linear(_Read):
 class _Convolution(_Read):
     @staticmethod
     def forward(
+        ctx: Any,
         value: Tensor,
         weights: Tensor,
         gate: Tensor,
@@ -158,6 +183,7 @@ class _Convolution(_Read):
         in_value: bool,
         *where: Any,
     ) -> Tensor:
+        _Read.keep(ctx, (value, weights, gate), in_value, where)
         convolution = _CONVOLUTIONS[weights.dim() - 3]
         return convolution(*_operands((value, weights, gate), where[-1], in_value), bias, *where)
 

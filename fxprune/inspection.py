@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from fxprune.channels import Channels, analyse
 from fxprune.compiler import gated_model, inputs_for
 from fxprune.cuts import Cut
+from fxprune.default_device import on_cpu
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import HALF, UNGATED, Gates, WidthSite, gate_owners, linear_gate, width_gate
 from fxprune.liveness import settle
@@ -90,6 +91,7 @@ class Inspection:
         return stream.getvalue()
 
 
+@on_cpu
 @shown("inspect")
 def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     """Return the layers of a model, how many of their units live, and where its gates are.

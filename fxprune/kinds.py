@@ -13,3 +13,5 @@ SUMS = (operator.add, torch.add, "add")
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 # What marks, in a node's `meta`, a call that gives back what it was given outside of training.
 PASSES = "passes_in_evaluation"
+# What marks a function that overwrote its first argument before it was made an ordinary one.
+OVERWROTE = "overwrote"

@@ -5,7 +5,7 @@ from the graph is that of its lowered form: gates are left to the layers that re
 behind a pool (`fxprune.deferral`). A residual stream is summed without its gates where the sum is
 gated again, over the same units, before anybody else reads it. Then each reader of the stream
 counts once in ∂/∂w, the first-order effect of removing the unit, and not again for every further
-gate that the stream passes.
+gate that the stream passes. Sums that the model makes in place are made in place.
 """
 
 import copy
@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 
 from fxprune.deferral import (
+    add_to,
     applies_gates,
     defer_gate,
     pooled_axes,
@@ -25,7 +26,7 @@ from fxprune.deferral import (
     ungated,
 )
 from fxprune.gates import Gates, WidthSite, linear_gate, width_gate
-from fxprune.kinds import LAYERS, NORMS, SUMS
+from fxprune.kinds import LAYERS, NORMS, OVERWROTE, SUMS
 from fxprune.modules import memory_of, submodule
 from fxprune.ops.elementwise import NONLINEARITIES
 from fxprune.retracing import BufferTracer, mark_
@@ -78,6 +79,10 @@ def lowered(module: fx.GraphModule) -> fx.Graph:
     if isinstance(gates, Gates):
         for deferral in list(_deferrals(graph, module, gates)):
             _defer(graph, deferral)
+        for node in graph.nodes:
+            if node.meta.get(OVERWROTE) and _is_made_for(node.args[0], node, module):
+                node.target = add_to
+                node.meta["is_wrapped"] = False
     return graph
 
 
@@ -188,6 +193,12 @@ def _is_private(value: Any, module: fx.GraphModule) -> bool:
             return False
         (value,) = value.all_input_nodes
     return False
+
+
+def _is_made_for(value: Any, reader: fx.Node, module: fx.GraphModule) -> bool:
+    """Tell whether a sum is all that reads a tensor, which a layer made and does not keep."""
+    alone = isinstance(value, fx.Node) and list(value.users) == [reader]
+    return alone and _is_sum(reader) and type(_called(value, module)) in (*LAYERS, *NORMS)
 
 
 def _is_sum(node: fx.Node) -> bool:

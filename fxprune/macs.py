@@ -1,19 +1,31 @@
 """Multiply-accumulates, counted while a model runs, where operators mix channels.
 
-The formulas are torch's own, of which some versions lack that of attention on a CPU. Its
-`FlopCounterMode` also keeps books by module, which takes as long again as small models do.
+The formulas are torch's own but for attention, where those of some versions lack the CPU, or know
+of no heads that share keys. Its `FlopCounterMode` also keeps books by module, which takes as long
+again as small models do.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from fxprune.dispatch import DispatchMode
 
-_SDPA: Any = torch.ops.aten._scaled_dot_product_flash_attention
-_SDPA_ON_CPU: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FORMULAS = {_SDPA_ON_CPU: flop_registry[_SDPA], **flop_registry}
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Return what attention takes: (batch, heads, positions, features), heads may share keys."""
+    return 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+_ATTENTIONS: tuple[Any, ...] = (
+    torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    torch.ops.aten._scaled_dot_product_efficient_attention,
+    torch.ops.aten._scaled_dot_product_cudnn_attention,
+)
+_FORMULAS = {**flop_registry, **dict.fromkeys(_ATTENTIONS, _attention)}
 
 
 class MacCounter(DispatchMode):

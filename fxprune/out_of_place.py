@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.kinds import OVERWROTE
 from fxprune.modules import submodule
 
 
@@ -27,6 +28,7 @@ def make_out_of_place(node: fx.Node, module: fx.GraphModule) -> bool:
         node.kwargs = {**node.kwargs, "inplace": False}
     if node.op == "call_function" and (twin := _out_of_place(node.target)):
         node.target = twin
+        node.meta[OVERWROTE] = True
     return before != (node.target, node.kwargs, overwrites(node, module))
 
 

@@ -29,8 +29,8 @@ def units_of(gates: Gates) -> Tensor:
     groups = gates.costs.groups()
     size = max(map(len, groups), default=0)
     rows = [(*group, *(len(gates.width),) * (size - len(group))) for group in groups]
-    found = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), size)
-    return found.to(gates.width.device)
+    found = torch.tensor(rows, dtype=torch.int64, device=gates.width.device)
+    return found.reshape(len(rows), size)
 
 
 def strongest(strength: Tensor, groups: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def meet_(
         strength[strongest(strength, groups)] = torch.inf
     whole = torch.cat([strength.cpu() for strength in strengths])
     order = whole.argsort(descending=True, stable=True)
-    live = torch.zeros(len(whole), dtype=torch.float64)
+    live = torch.zeros(len(whole), dtype=torch.float64, device=whole.device)
 
     def fits() -> bool:
         parts = live.split([len(strength) for strength in strengths])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fxprune.cases import normalised_inputs, random_cases
+from fxprune.default_device import on_cpu
 from fxprune.errors import ExampleInputError, VerificationError
 from fxprune.inputs import Inputs, describe
 from fxprune.modules import copy_model, empty_
@@ -101,6 +102,7 @@ class Verification:
         return "\n".join([f"{self.verdict}: error {errors}; {self.seconds:.2f} s", *rows])
 
 
+@on_cpu
 @shown("verify")
 def verify(
     reference: nn.Module,

@@ -58,8 +58,8 @@ def insert_gates(
         list(depth.values()),
         width_init=width_init,
         linear_init=linear_init,
-        costs=account(program, plan, seen, units, sites).to(device_of(program.module)),
-    )
+        costs=account(program, plan, seen, units, sites),
+    ).to(device_of(program.module))
     program.module.penalties = paper_penalties() if penalties is None else penalties
     program.module.gates.train(program.module.training)
     _insert(program, plan.sites, depth, seen)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of one layer do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("structure", "kinds", "garbage", "progress"),
+    ("structure", "kinds", "garbage", "progress", "default_device"),
     ("terms",),
     ("latency_tables",),
     ("chain_costs",),

@@ -432,3 +432,29 @@ def test_constants_that_require_gradients_are_copied() -> None:
     assert close_half(gated) == 4
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
+
+
+def test_another_default_device_than_the_models_is_no_matter(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 6, 6)
+    randomise(model)
+    default = torch.get_default_device()
+    try:
+        torch.set_default_device("meta")
+        gated: Any = fxprune.instrument(model, x)
+        budget = fxprune.Budget(gated, macs=0.7, steps=4, estimator="taylor")
+        optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.01))
+        for _ in range(4):
+            optimizer.zero_grad()
+            (F.mse_loss(gated(x), y) + fxprune.penalty(gated) + budget.penalty()).backward()
+            optimizer.step()
+            budget.step()
+        fxprune.inspect(gated)
+        gated = fxprune.compact(gated, optimizer)
+        small = fxprune.finalize(gated.eval())
+        fxprune.export_onnx(small, tmp_path / "small.onnx")
+        cost = fxprune.count_costs(small, ((x,), {}))
+    finally:
+        torch.set_default_device(default)
+    assert small.report.after and small.report.after.macs == cost.macs <= budget.target
+    assert small.report.verification and small.report.verification.verdict == "equal"

@@ -239,3 +239,17 @@ def test_a_residual_net_in_half_precision_is_proved() -> None:
     small = fxprune.finalize(gated)
     assert small.report.verification and small.report.verification.verdict == "equal"
     assert F.mse_loss(small(x), gated(x)) < 1e-4
+
+
+def test_the_gpu_may_be_the_default_device() -> None:
+    torch.set_default_device(DEVICE)
+    try:
+        torch.manual_seed(0)
+        model, x = Residual().double().eval(), torch.randn(2, 3, 8, 8).double()
+        gated: Any = fxprune.instrument(model, x)
+        gated.gates.width.data[::3] = 0
+        small = fxprune.finalize(gated)
+    finally:
+        torch.set_default_device("cpu")
+    assert x.device.type == next(small.parameters()).device.type == "cuda"
+    assert small.report.verification and small.report.verification.verdict == "equal"

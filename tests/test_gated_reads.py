@@ -45,6 +45,7 @@ def sample(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Tensor, 
 def in_value(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let gates be multiplied into the value, or into the weights, whichever is larger."""
     monkeypatch.setattr(gated_reads, "scales_value", lambda layer, value: request.param)
+    monkeypatch.setattr(gated_reads, "LARGE", 0)
 
 
 def gradients(
@@ -86,6 +87,14 @@ def test_only_what_is_there_anyway_is_kept_for_the_backward(name: str) -> None:
     there = {t.untyped_storage().data_ptr() for t in (value, gate, *layer.parameters())}
     assert kept
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= there
+
+
+def test_small_products_are_left_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, value, gate = sample("convolution")
+    functions = [type(read(layer, value, gate).grad_fn).__name__]
+    monkeypatch.setattr(gated_reads, "LARGE", 2**19)
+    functions.append(type(read(layer, value, gate).grad_fn).__name__)
+    assert functions == ["_ConvolutionBackward", "ConvolutionBackward0"]
 
 
 @pytest.mark.parametrize("frozen", ["value", "gate", "weights"])

@@ -44,8 +44,9 @@ NOTE_EVERY = 100  # networks, in a log
 
 @dataclass
 class Tally:
-    """What the cases came to."""
+    """What the cases came to, on a device."""
 
+    device: str = "cpu"
     outcomes: Counter[str] = field(default_factory=Counter[str])
     exchanged: int = 0
     picks: int = 0
@@ -67,8 +68,8 @@ class Tally:
 
 def check(network: Network, surgery: Surgery, tally: Tally) -> None:
     """Raise AssertionError, or whatever fxprune raises that it should not, if the case fails."""
-    source = write(network)
-    model, inputs = build(source, network.seed), example(network, BATCH)
+    model = build(write(network), network.seed).to(tally.device)
+    inputs = drawn(network, tally, BATCH)
     exchanged = exchange_units(capture(model, (inputs, {}), make_masks_permanent=False))
     assert exchanged.error <= TOLERANCE, f"units are not what they seem: {exchanged}"
     tally.exchanged += exchanged.moved
@@ -78,7 +79,7 @@ def check(network: Network, surgery: Surgery, tally: Tally) -> None:
         small = fxprune.finalize(reference, inputs, check=surgery.seed % 10 == 9)
     require_own_weights(small, reference, held)
     spreads = [
-        compare(reference, small, example(network, batch, size))
+        compare(reference, small, drawn(network, tally, batch, size))
         for batch, size in ((BATCH, 6), (1, 6), (2, 8))
     ]
     before, after = small.report.before, small.report.after
@@ -88,6 +89,11 @@ def check(network: Network, surgery: Surgery, tally: Tally) -> None:
     tally.picks += any("picks" in str(c) for c in small.report.passes["remove_dead_units"])
     if shrank:
         tally.spreads.append(spreads[0])
+
+
+def drawn(network: Network, tally: Tally, batch: int, size: int = 6) -> tuple[Tensor, ...]:
+    """Return example inputs on the device of the tally."""
+    return tuple(x.to(tally.device) for x in example(network, batch, size))
 
 
 def require_own_weights(small: nn.Module, reference: nn.Module, held: dict[str, Any]) -> None:
@@ -182,14 +188,14 @@ def silence(model: nn.Module, surgery: Surgery) -> nn.Module:
 
 
 def shrink(
-    network: Network, surgery: Surgery, kind: type[BaseException]
+    network: Network, surgery: Surgery, kind: type[BaseException], device: str = "cpu"
 ) -> tuple[Network, Surgery]:
     """Return the smallest case on the way down that fails with the same kind of error."""
     smaller = True
     while smaller:
         smaller = False
         for candidate in simpler(network, surgery):
-            if isinstance(failure(*candidate, Tally()), kind):
+            if isinstance(failure(*candidate, Tally(device)), kind):
                 (network, surgery), smaller = candidate, True
                 break
     return network, surgery
@@ -208,23 +214,25 @@ def failure(network: Network, surgery: Surgery, tally: Tally) -> BaseException |
     return None
 
 
-def hunt(numbers: Iterable[int], progress: Callable[[str], None]) -> tuple[Tally, list[str]]:
-    """Try cases; return what they came to, and each failure as text, shrunk."""
-    tally, failures = Tally(), list[str]()
+def hunt(numbers: Iterable[int], tally: Tally, progress: Callable[[str], None]) -> list[str]:
+    """Try cases, tally what they come to, and return each failure as text, shrunk."""
+    failures = list[str]()
     for number in numbers:
         network, surgery = draw(number)
         error = failure(network, surgery, tally)
         if error is not None:
             tally.outcomes["FAILED"] += 1
-            failures.append(describe(number, network, surgery, error))
+            failures.append(describe(number, network, surgery, error, tally.device))
             progress(failures[-1])
-    return tally, failures
+    return failures
 
 
-def describe(number: int, network: Network, surgery: Surgery, error: BaseException) -> str:
+def describe(
+    number: int, network: Network, surgery: Surgery, error: BaseException, device: str = "cpu"
+) -> str:
     """Return a failure shrunk: where it came from, the error, the source."""
-    network, surgery = shrink(network, surgery, type(error))
-    error = failure(network, surgery, Tally()) or error
+    network, surgery = shrink(network, surgery, type(error), device)
+    error = failure(network, surgery, Tally(device)) or error
     frames = traceback.extract_tb(error.__traceback__)
     ours = [
         f"  {f.filename}:{f.lineno} {f.line}" for f in frames if "site-packages" not in f.filename
@@ -236,6 +244,7 @@ def describe(number: int, network: Network, surgery: Surgery, error: BaseExcepti
 def fuzz(
     cases: Annotated[int, typer.Option(help="how many networks")] = 500,
     first: Annotated[int, typer.Option(help="the number of the first")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Hunt, and print each failure as a network that can be pasted into a test."""
     torch.set_num_threads(1)
@@ -243,7 +252,8 @@ def fuzz(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about odd but legal networks
         numbers = _counted(range(first, first + cases), console)
-        tally, failures = hunt(numbers, lambda text: console.print(f"\n{text}", markup=False))
+        tally = Tally(device)
+        failures = hunt(numbers, tally, lambda text: console.print(f"\n{text}", markup=False))
     console.print(f"{tally}; {len(failures)} failed", markup=False)
     sys.exit(bool(failures))
 
