@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import BudgetError
-from fxprune.gates import HALF, Gates
+from fxprune.gates import HALF, Gates, clipped
 from fxprune.penalties import cost_and_prices
 from fxprune.selection import gate_strength, meet_, strongest
 
@@ -80,7 +80,7 @@ class Pull:
         """Return λ times what pulls; below the target nothing does but to 0 or 1."""
         total = _width(self.gates[0]).new_zeros(())
         for gates, price in zip(self.gates, self.prices, strict=True):
-            width = _width(gates).clamp(0, 1)
+            width = clipped(_width(gates))
             pull = 0.5 * (1 - width) + over.to(width.device, width.dtype)
             total = total + (price * width * pull).sum().to(total.device)
             total = total + _binary_depth(gates).to(total)
@@ -192,7 +192,7 @@ def _binary_depth(gates: Gates) -> Tensor:
     """Return ½Σ d(1 − d)."""
     if gates.linear is None:
         return _width(gates).new_zeros(())
-    linear = gates.linear.clamp(0, 1)
+    linear = clipped(gates.linear)
     return 0.5 * (linear * (1 - linear)).sum()
 
 

@@ -1,7 +1,7 @@
 """Layers that read through gates: y = L(x·w; W) = L(x; W·w), whichever product is less work.
 
 A large product is made again for the backward. Autograd would keep it until then, beside x and W;
-of small ones that costs less than the calls to make them.
+of one that is small, or much smaller than x, that costs less than the calls to make it.
 
     of x·w:  ∂x = Lᵀ(∂y; W)·w     ∂W = ∂L(∂y; x·w)      ∂w = Σ Lᵀ(∂y; W)·x
     of W·w:  ∂x = Lᵀ(∂y; W·w)     ∂W = ∂L(∂y; x)·w      ∂w = Σ ∂L(∂y; x)·W
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxprune.eager import is_eager
 from fxprune.gates import width_gate
 
 LARGE = 2**19  # bytes of a product
+MUCH_SMALLER = 4  # times smaller than the value, which is kept in any case
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -64,25 +66,18 @@ def _operands(saved: Sequence[Tensor], groups: int, in_value: bool) -> tuple[Ten
 def _keeps_product(layer: Any, value: Tensor) -> bool:
     """Tell whether autograd would keep a large product, of a layer whose backward is written here.
 
-    A compiler makes products again by itself; what traces, or maps over samples (`torch.func`),
-    should see plain operators.
+    A compiler makes products again by itself.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
-        return False
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if not torch.is_grad_enabled() or not is_eager():
         return False
     product = value if scales_value(layer, value) else layer.weight
-    if product.numel() * product.element_size() < LARGE:
+    size = product.numel()
+    if size * product.element_size() < LARGE or size * MUCH_SMALLER < value.numel():
         return False
     if isinstance(layer, nn.Linear):
         return value.dim() > 1
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return plain and value.dim() == layer.weight.dim()
-
-
-def _is_transformed() -> bool:
-    active: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
-    return active()
 
 
 class _Read(torch.autograd.Function):

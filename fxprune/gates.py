@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx
 
+from fxprune.eager import is_eager
 from fxprune.errors import GateError
 from fxprune.structure import Structured, Unchanging
 from fxprune.unit_costs import UnitCosts
@@ -99,15 +100,37 @@ class Gates(Structured):
         """Return the binarised gates of every site."""
         if self.training:
             self.clip_()
-        vectors: list[Tensor] = []
-        if self.width is not None:
-            hard = binarize(self.width)
-            all_sites = torch.cat([hard, hard.new_ones(1)])[self._gather]
+        if torch.is_grad_enabled() and is_eager():
+            vectors: Any = _Vectors.apply(self.width, self.linear, self)
+            return vectors
+        binary = [None if gate is None else binarize(gate) for gate in (self.width, self.linear)]
+        return self.vectors(*binary)
+
+    def vectors(self, width: Tensor | None, linear: Tensor | None) -> tuple[Tensor, ...]:
+        """Return binarised gates as calling it does: one vector a site."""
+        found: list[Tensor] = []
+        if width is not None:
+            all_sites = torch.cat([width, width.new_ones(1)])[self._gather]
             parts = all_sites.split(self._sizes)
-            vectors += [p.view(s.shape) for p, s in zip(parts, self.width_sites, strict=True)]
-        if self.linear is not None:
-            vectors += binarize(self.linear).unbind()
-        return tuple(vectors)
+            found += [p.view(s.shape) for p, s in zip(parts, self.width_sites, strict=True)]
+        if linear is not None:
+            found += linear.unbind()
+        return tuple(found)
+
+    def gathered(self, vectors: Sequence[Tensor | None]) -> Tensor:
+        """Return for every unit the sum of a number of all its channels, (units,).
+
+        vectors: of the width sites; None stands for zeros.
+        """
+        assert self.width is not None
+        pairs = zip(vectors, self._sizes, strict=True)
+        numbers = [
+            self.width.new_zeros(size) if vector is None else vector.reshape(-1)
+            for vector, size in pairs
+        ]
+        units = len(self.width)
+        total = self.width.new_zeros(units + 1)
+        return total.index_add(0, self._gather, torch.cat(numbers))[:units]
 
     def clip_(self) -> None:
         """Clip the real gates to [0, 1], as the paper does after every update.
@@ -153,6 +176,15 @@ def gate_owners(model: nn.Module) -> dict[Gates, nn.Module]:
     return found
 
 
+def clipped(gate: Tensor) -> Tensor:
+    """Return gates within [0, 1], where clipping leaves them; at 0 and 1 too the gradient passes.
+
+    That of torch's clamp did so in version 2.11, and does not in 2.14: what pulls at gates would
+    let go of those at 1.
+    """
+    return torch.where((gate >= 0) & (gate <= 1), gate, gate.detach().clamp(0, 1))
+
+
 def binarize(gate: Tensor) -> Tensor:
     """Return [gate ≥ ½] in the gate's dtype; its gradient passes straight through (equation 4)."""
     return (gate >= HALF).to(gate.dtype) + (gate - gate.detach())
@@ -177,6 +209,30 @@ def linear_gate(value: Tensor, activated: Tensor, gate: Tensor) -> Tensor:
 def _whole(proxy: fx.Proxy, gate: Callable[..., Tensor], *args: Any) -> Any:
     """Put a gate into a graph as one node: torch.fx traces a model again when it is unpickled."""
     return proxy.tracer.create_proxy("call_function", gate, args, {})
+
+
+class _Vectors(torch.autograd.Function):
+    """The vectors of all sites, with one node in the backward instead of some for every site."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, width: Tensor | None, linear: Tensor | None, gates: Gates
+    ) -> tuple[Tensor, ...]:
+        ctx.gates, ctx.linear = gates, linear
+        ctx.set_materialize_grads(False)
+        binary = [None if gate is None else (gate >= HALF).to(gate) for gate in (width, linear)]
+        return gates.vectors(*binary)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gates, sites = ctx.gates, len(ctx.gates.width_sites)
+        to_width, to_linear = None, None
+        if ctx.needs_input_grad[0]:
+            to_width = gates.gathered(grads[:sites])
+        if ctx.needs_input_grad[1]:
+            zero = ctx.linear.new_zeros(())
+            to_linear = torch.stack([zero if grad is None else grad for grad in grads[sites:]])
+        return to_width, to_linear, None
 
 
 class _Select(torch.autograd.Function):

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxprune.eager import is_eager
 from fxprune.errors import GateError
-from fxprune.gates import Gates, binarize, gate_owners
+from fxprune.gates import Gates, binarize, clipped, gate_owners
+from fxprune.joint_terms import joint_term
+from fxprune.modules import is_hooked
 from fxprune.sharding import require_whole_gates
 from fxprune.terms import MACS
 from fxprune.unit_costs import require_kind
@@ -67,7 +70,7 @@ class Width(Penalty):
         """Return Σ_i h_i·[d_i < ½]."""
         if gates.width is None:
             return _zero(gates)
-        return (gates.width.clamp(0, 1) * self.nonlinear(gates)).sum()
+        return (clipped(gates.width) * self.nonlinear(gates)).sum()
 
     def nonlinear(self, gates: Gates) -> Tensor:
         """Return, for every unit, 1 if a site it stands at is nonlinear, else 0; no gradient."""
@@ -81,7 +84,7 @@ class Depth(Penalty):
         """Return Σ (1 − d)."""
         if gates.linear is None:
             return _zero(gates)
-        return (1 - gates.linear.clamp(0, 1)).sum()
+        return (1 - clipped(gates.linear)).sum()
 
 
 class Cost(Penalty):
@@ -138,6 +141,9 @@ def cost_and_prices(gates: Gates, kind: str, width: Tensor | None = None) -> tup
     return cost.detach(), prices.clamp_min(0)
 
 
+_PAPER = (WidthBinary, DepthBinary, Width, Depth)
+
+
 def paper_penalties(
     width_binary: float = 1e-3,
     depth_binary: float = 1e-3,
@@ -165,12 +171,14 @@ def penalty(gated: nn.Module) -> Tensor:
 
     Of several instrumented models in one, all count. Raises `GateError` if there is none.
     """
-    total = _zero(gates_of(gated))
+    totals: list[Tensor] = []
     for gates, owner in _owners(gated).items():
         terms: Any = owner.penalties
-        for term in terms.values():
-            total = total + term(gates).to(total.device)
-    return total
+        joint, others = _divided(list(terms.values()))
+        totals += _joint_terms(joint, gates) if any(joint.values()) else []
+        totals += [term(gates) for term in others]
+    first = totals[0] if totals else _zero(gates_of(gated))
+    return sum((total.to(first.device) for total in totals[1:]), first)
 
 
 def parameter_groups(
@@ -239,11 +247,38 @@ def _owners(model: nn.Module) -> dict[Gates, nn.Module]:
     return found
 
 
+def _divided(terms: list[nn.Module]) -> tuple[dict[type, float], list[nn.Module]]:
+    """Return the weights of the paper's terms that can be computed at once, and the other terms."""
+    weights, others = dict.fromkeys(_PAPER, 0.0), list[nn.Module]()
+    for term in terms:
+        weight: Any = getattr(term, "weight", None)
+        is_plain = type(term) in weights and isinstance(weight, int | float)
+        if is_plain and is_eager() and not is_hooked(term):
+            weights[type(term)] += weight
+        else:
+            others.append(term)
+    return weights, others
+
+
+def _joint_terms(weights: dict[type, float], gates: Gates) -> list[Tensor]:
+    """Return the terms of the width gates and of the linearity gates."""
+    found: list[Tensor] = []
+    if gates.width is not None:
+        binary, few = weights[WidthBinary], weights[Width]
+        nonlinear = gates.nonlinear().to(gates.width.dtype) if few and gates.depth_sites else 1.0
+        found.append(joint_term(gates.width, few * nonlinear + binary, binary))
+    if gates.linear is not None:
+        binary, few = weights[DepthBinary], weights[Depth]
+        term = joint_term(gates.linear, binary - few, binary)
+        found.append(term + few * len(gates.linear) if few else term)
+    return found
+
+
 def _parabola(gate: Tensor | None, gates: Gates) -> Tensor:
     if gate is None:
         return _zero(gates)
-    clipped = gate.clamp(0, 1)
-    return (clipped * (1 - clipped)).sum()
+    inside = clipped(gate)
+    return (inside * (1 - inside)).sum()
 
 
 def _exact(gate: Tensor | None, gates: Gates) -> Tensor:

@@ -107,7 +107,7 @@ def _distances(labels: Tensor) -> Tensor:
 
 def _permuted(state: State, classes: Tensor, places: Tensor) -> Tensor:
     """Return a parameter with its channels in their new places, in order within a class."""
-    tensor = state.tensor.detach()
+    tensor = state.tensor.detach().cpu()
     if state.whole is not None:
         if state.whole.shape != tensor.shape:
             return tensor

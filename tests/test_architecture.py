@@ -18,14 +18,14 @@ ROOT = Path(__file__).parent.parent
 # Modules of one layer do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("structure", "kinds", "garbage", "progress", "default_device"),
+    ("structure", "kinds", "garbage", "progress", "default_device", "eager"),
     ("terms",),
     ("latency_tables",),
     ("chain_costs",),
     ("unit_costs",),
     ("gates",),
     ("inputs",),
-    ("modules",),
+    ("modules", "joint_terms"),
     ("plain_weights",),
     ("dispatch", "gated_reads"),
     ("deferral",),

@@ -105,6 +105,51 @@ def test_the_penalty_is_the_papers_sum(
     close(penalty(model), expected)
 
 
+def one_by_one(model: Any) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for term in model.penalties.values():
+        total = total + term(model.gates)
+    return total
+
+
+def test_the_terms_at_once_have_the_gradients_of_each_once_and_twice() -> None:
+    weights: dict[str, Any] = {"width_binary": 0.7, "depth_binary": 0.3, "width": 0.9, "depth": 0.2}
+    wanted: list[list[Tensor]] = []
+    for sum_of in (penalty, one_by_one):
+        model: Any = gated([0.2, 1.3, -0.4, 0.0], [0.4, 0.8]).double()
+        model.penalties = paper_penalties(**weights)
+        gates = list(model.gates.parameters())
+        first = torch.autograd.grad(sum_of(model).exp(), gates, create_graph=True)
+        loss = torch.cat([grad.flatten() for grad in first]).square().sum()
+        wanted.append([*first, *torch.autograd.grad(loss, gates)])
+    for at_once, each in zip(*wanted, strict=True):
+        torch.testing.assert_close(at_once, each, rtol=1e-12, atol=0)
+        assert at_once.any()
+    assert wanted[0][0][1] == wanted[0][0][2] == 0  # not within [0, 1]
+
+
+@pytest.mark.parametrize("sum_of", [penalty, one_by_one])
+def test_gates_that_were_clipped_are_pulled_at(sum_of: Callable[[Any], Tensor]) -> None:
+    model: Any = gated([0.0, 1.0, 1.0, 0.5], [1.0, 0.0])
+    model.penalties = paper_penalties(width_binary=1, depth_binary=2, width=4, depth=8)
+    sum_of(model).backward()
+    assert model.gates.width.grad.tolist() == [1, -1, 4 - 1, 4]  # 0 and 1 stand at a linear layer
+    assert model.gates.linear.grad.tolist() == [-2 - 8, 2 - 8]
+
+
+def test_a_trained_weight_and_a_hook_keep_their_term_by_itself() -> None:
+    model: Any = gated([0.2, 0.7, 0.4, 0.0], [0.4, 0.8])
+    trained = nn.Parameter(torch.tensor(0.5))
+    object.__setattr__(model.penalties["width"], "weight", trained)
+    heard: list[Tensor] = []
+    model.penalties["depth"].register_forward_hook(
+        lambda term, inputs, output: heard.append(output)
+    )
+    penalty(model).backward()
+    assert len(heard) == 1
+    close(trained.grad, float(Width(1).forward(model.gates).detach()))
+
+
 @settings(deadline=None)
 @given(widths, depths)
 def test_each_term_is_its_formula(w: list[float], d: list[float]) -> None:
