@@ -57,6 +57,7 @@ def channel_axis(layer: Any, spec: Any) -> int | None:
 def scale_outputs_(layer: Any, scale: Tensor, shift: Tensor) -> None:
     """Let a layer compute a·(its outputs) + t: exact in any geometry, a is the outputs' own."""
     weight = layer.weight.detach().double()
+    scale, shift = scale.to(weight), shift.to(weight)
     if layer.bias is not None or bool((shift != 0).any()):
         bias = shift if layer.bias is None else shift + scale * layer.bias.detach().double()
         layer.bias = _like(layer.bias, layer.weight, bias)
@@ -66,6 +67,7 @@ def scale_outputs_(layer: Any, scale: Tensor, shift: Tensor) -> None:
 def scale_inputs_(layer: Any, scale: Tensor, shift: Tensor) -> None:
     """Let a layer take x where it took a·x + t; the caller knows that `takes_shift`, or t = 0."""
     weight = layer.weight.detach().double()
+    scale, shift = scale.to(weight), shift.to(weight)
     if bool((shift != 0).any()):
         matrix = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
         groups = getattr(layer, "groups", 1)

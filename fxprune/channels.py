@@ -18,10 +18,10 @@ from fxprune import ops as ops
 from fxprune.boxes import close_boxes
 from fxprune.cuts import Cut
 from fxprune.errors import where
-from fxprune.modules import tensors_in
+from fxprune.modules import device_of, tensors_in
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.program import Program
-from fxprune.rules import Call, Flow, Read, barrier_flow, rule_for
+from fxprune.rules import CPU, Call, Flow, Read, barrier_flow, rule_for
 from fxprune.tags import TagTable
 from fxprune.values import Barrier, ShapeOf, State, Value, as_value, fixed, flatten
 
@@ -104,6 +104,8 @@ class _Forward:
         self.tensors: dict[int, str] = {}
         self.users: dict[str, int] = {}
         self.modules = dict(program.module.named_modules())
+        device = device_of(program.module)
+        self.device = device if device.type == "cuda" else CPU  # others may have no float64
         self._name_tensors()
         self.overwritten = self._overwritten()
 
@@ -151,6 +153,7 @@ class _Forward:
             self.table.fresh,
             self.generic,
             self.absorbing and self._sole_use(node),
+            self.device,
         )
         leaves = flatten((args, kwargs))
         if not any(isinstance(leaf, (Value, State, ShapeOf)) for leaf in leaves):

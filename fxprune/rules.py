@@ -61,13 +61,17 @@ class Flow:
     keeps: list[tuple[Tensor, str]] = field(default_factory=list[tuple[Tensor, str]])
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass
 class Call:
     """An operator in its place: a node with its arguments as `Value`, `State` or plain Python.
 
     spec: its observed output, `TensorSpec` for each tensor. new_tags: hands out tags nobody has.
     generic: only facts that hold for whatever weights training may find. sole_use: no other node
-    or module uses its parameters.
+    or module uses its parameters. device: where to run it on constants, that they are rounded there
+    as they will be (CUDA's hardsigmoid knows its 1/6 in float32); all else is on the CPU.
     """
 
     node: fx.Node
@@ -79,6 +83,7 @@ class Call:
     new_tags: Callable[[int], Tensor]
     generic: bool = False
     sole_use: bool = True
+    device: torch.device = CPU
     _made: Tensor | None = None
 
     def state(self, name: str) -> State | None:

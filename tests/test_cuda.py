@@ -253,3 +253,15 @@ def test_the_gpu_may_be_the_default_device() -> None:
         torch.set_default_device("cpu")
     assert x.device.type == next(small.parameters()).device.type == "cuda"
     assert small.report.verification and small.report.verification.verdict == "equal"
+
+
+@pytest.mark.parametrize("activation", [nn.Hardsigmoid, nn.Hardswish, nn.GELU])
+def test_constants_are_rounded_as_the_gpu_rounds_them(activation: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), activation(), nn.Conv2d(8, 4, 1)).to(DEVICE).double()
+    layer: Any = model[0]
+    layer.weight.data[::2] = 0
+    small = fxprune.finalize(model, torch.randn(2, 3, 6, 6).double())
+    proof = small.report.verification
+    assert proof and proof.verdict == "equal" and proof.error["float64"] < 1e-12
+    assert small.report.after and small.report.after.parameters < 40

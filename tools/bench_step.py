@@ -92,8 +92,8 @@ class Step:
         return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    """Return how long some work took: processor time on the CPU, elsewhere that of a whole queue.
+def seconds(work: Callable[[], object], device: str, queued: int = 1) -> float:
+    """Return how long some work took: processor time on the CPU, elsewhere that of a queue of it.
 
     In training nobody waits for a GPU after every step.
     """
@@ -103,10 +103,10 @@ def seconds(work: Callable[[], object], device: str) -> float:
         return time.process_time() - started
     torch.cuda.synchronize()
     started = time.perf_counter()
-    for _ in range(QUEUED):
+    for _ in range(queued):
         work()
     torch.cuda.synchronize()
-    return (time.perf_counter() - started) / QUEUED
+    return (time.perf_counter() - started) / queued
 
 
 def memory(step: Step) -> int:
@@ -200,7 +200,7 @@ def compare(name: str, variant: Variant, x: Tensor, repeats: int) -> dict[str, A
     for repeat in range(repeats):
         for which in sorted(steps, reverse=bool(repeat % 2)):
             gc.collect()
-            times[which].append(seconds(steps[which], x.device.type))
+            times[which].append(seconds(steps[which], x.device.type, QUEUED))
     row: dict[str, Any] = {which: statistics.median(taken) for which, taken in times.items()}
     ratios = [gated / plain for gated, plain in zip(times["gated"], times["plain"], strict=True)]
     row["ratio"] = row["gated"] / row["plain"]

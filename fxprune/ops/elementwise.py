@@ -116,7 +116,7 @@ def _constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
     if any(bool(mask.all()) for mask in ignorance) or _has_dynamic_numbers(call):
         return torch.full(tags.shape, torch.nan, dtype=torch.float64)
     try:
-        result = call.execute(_as_operand)
+        result = call.execute(lambda argument: _as_operand(argument).to(call.device)).cpu()
     except (RuntimeError, TypeError):  # it wants more than numbers: nothing is known then
         return torch.full(tags.shape, torch.nan, dtype=torch.float64)
     missing = torch.zeros((), dtype=torch.bool)
