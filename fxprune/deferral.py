@@ -74,7 +74,7 @@ def ungated(gated: Any) -> Any:
 def add_to(value: Tensor, other: Tensor) -> Tensor:
     """Add to an activation that nobody else reads, as the model itself does."""
     if isinstance(value, fx.Proxy):
-        total = value + other
+        total: Any = value + other
         total.node.meta[OVERWROTE] = True
         return total
     value += other

@@ -27,7 +27,7 @@ def moves_data(program: Program, node: fx.Node, seen: Observation) -> bool:
     if not node.op.startswith("call_") or node in seen.mutated:
         return False
     tensors = [one for one in node.all_input_nodes if _is_tensor(one, seen)]
-    if len(tensors) != 1 or tensors[0] is not node.args[0]:
+    if len(tensors) != 1 or tensors[0] is not next(iter(node.args), None):
         return False
     if not all(is_settled(one) for one in node.all_input_nodes if one is not tensors[0]):
         return False

@@ -80,7 +80,7 @@ def lowered(module: fx.GraphModule) -> fx.Graph:
         for deferral in list(_deferrals(graph, module, gates)):
             _defer(graph, deferral)
         for node in graph.nodes:
-            if node.meta.get(OVERWROTE) and _is_made_for(node.args[0], node, module):
+            if node.meta.get(OVERWROTE) and _may_overwrite(node, module):
                 node.target = add_to
                 node.meta["is_wrapped"] = False
     return graph
@@ -195,10 +195,12 @@ def _is_private(value: Any, module: fx.GraphModule) -> bool:
     return False
 
 
-def _is_made_for(value: Any, reader: fx.Node, module: fx.GraphModule) -> bool:
-    """Tell whether a sum is all that reads a tensor, which a layer made and does not keep."""
-    alone = isinstance(value, fx.Node) and list(value.users) == [reader]
-    return alone and _is_sum(reader) and type(_called(value, module)) in (*LAYERS, *NORMS)
+def _may_overwrite(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Tell whether a node is a sum, and the only reader of what a layer made and does not keep."""
+    first: Any = node.args[0] if _is_sum(node) else None
+    if not isinstance(first, fx.Node) or list(first.users) != [node]:
+        return False
+    return first.target is read_gated or type(_called(first, module)) in (*LAYERS, *NORMS)
 
 
 def _is_sum(node: fx.Node) -> bool:

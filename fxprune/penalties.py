@@ -141,7 +141,7 @@ def cost_and_prices(gates: Gates, kind: str, width: Tensor | None = None) -> tup
     return cost.detach(), prices.clamp_min(0)
 
 
-_PAPER = (WidthBinary, DepthBinary, Width, Depth)
+_PAPER: tuple[type[nn.Module], ...] = (WidthBinary, DepthBinary, Width, Depth)
 
 
 def paper_penalties(

@@ -153,5 +153,6 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
     if not same(expected, actual):
         raise TraceError(
             f"{type(root).__name__} computes something else when traced (random numbers, global "
-            "state or NaN in its forward, hooks of its own?); its outputs on the same inputs differ"
+            "state or NaN in its forward, `x += y` where x has a second name, hooks of its own?); "
+            "its outputs on the same inputs differ"
         )

@@ -165,6 +165,8 @@ class ModelTracer(AskedTracer):
             return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
         path = self.path_of_module(m)
+        if kwargs and self.is_leaf_module(m, path):
+            args, kwargs = _in_order(m, args, kwargs)
         try:
             result = super().call_module(m, forward, args, kwargs)
             passes = self._last_node() is last and len(args) == 1 and result is args[0]
@@ -189,6 +191,17 @@ class ModelTracer(AskedTracer):
         for name, proxy in list(self._parameter_proxies.items()):
             if proxy.node in erased:
                 del self._parameter_proxies[name]
+
+
+def _in_order(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments by position, `layer(input=x)` as `layer(x)`, where a signature says how."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # the call fails, or its forward is not Python
+        return args, kwargs
+    return bound.args, bound.kwargs
 
 
 def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) -> fx.GraphModule:

@@ -51,7 +51,8 @@ class Micro(nn.Module):
         self.reduce, self.expand = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
         self.spatial = nn.Conv2d(2, 1, 3, padding=1)
         self.wide, self.wide_bn = nn.Conv2d(16, 8, 1), nn.BatchNorm2d(16)
-        self.strided = nn.Conv2d(8, 16, 3, 2, padding=1)
+        self.strided, self.average = nn.Conv2d(8, 16, 3, 2, padding=1), nn.AvgPool2d(2)
+        self.reduced = nn.Conv2d(8, 32, 1)
         self.flat, self.overwriting = nn.Linear(32, 8), Overwriting()
         self.order: Tensor
         self.scale: Tensor
@@ -134,7 +135,15 @@ def numpy_names(m: Any, x: Any) -> Tensor:
     return m.second(x * (mean + x.sum(axis=3).mean(dim=[1, 2]).view(-1, 1, 1, 1)))
 
 
+def by_keyword(m: Any, x: Tensor) -> Tensor:
+    x = F.relu_(input=m.bn(input=m.inner(input=x)))
+    x = F.relu(input=m.pointwise(input=m.average(input=torch.add(input=x, other=x))))
+    x = m.flat(input=torch.flatten(input=m.reduced(input=m.average(input=x)), start_dim=1))
+    return x[:, :, None, None]
+
+
 CASES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "called by keyword": by_keyword,
     "flip": lambda m, x: m.second(x.flip(1)),
     "roll": lambda m, x: m.second(x.roll(3, 1)),
     "roll over space": lambda m, x: m.second(x.roll(2, 2)),
@@ -205,6 +214,7 @@ CASES: dict[str, Callable[[Any, Tensor], Any]] = {
 
 # The layers that must have lost parameters, where channels could go.
 SHRINKS: dict[str, tuple[str, ...]] = {
+    "called by keyword": ("first", "inner", "pointwise"),
     "roll": ("first", "second"),
     "slice with a step": ("doubling", "second"),
     "slice": ("doubling", "second"),

@@ -147,6 +147,7 @@ def test_a_trained_weight_and_a_hook_keep_their_term_by_itself() -> None:
     )
     penalty(model).backward()
     assert len(heard) == 1
+    assert trained.grad is not None
     close(trained.grad, float(Width(1).forward(model.gates).detach()))
 
 
