@@ -144,6 +144,7 @@ def by_keyword(m: Any, x: Tensor) -> Tensor:
 
 CASES: dict[str, Callable[[Any, Tensor], Any]] = {
     "called by keyword": by_keyword,
+    "clamped": lambda m, x: m.second(torch.clamp(m.inner(x.clamp(max=0.5)), min=0.0, max=6.0)),
     "flip": lambda m, x: m.second(x.flip(1)),
     "roll": lambda m, x: m.second(x.roll(3, 1)),
     "roll over space": lambda m, x: m.second(x.roll(2, 2)),
@@ -215,6 +216,7 @@ CASES: dict[str, Callable[[Any, Tensor], Any]] = {
 # The layers that must have lost parameters, where channels could go.
 SHRINKS: dict[str, tuple[str, ...]] = {
     "called by keyword": ("first", "inner", "pointwise"),
+    "clamped": ("first", "inner", "second"),
     "roll": ("first", "second"),
     "slice with a step": ("doubling", "second"),
     "slice": ("doubling", "second"),

@@ -171,6 +171,7 @@ UNARY = (
     *("isposinf", "isneginf", "logical_not", "bitwise_not"),
     *("relu", "clamp", "clip", "clamp_min", "clamp_max"),
 )
+CLAMPS = ("clamp", "clip", "clamp_min")
 SPECIAL = (
     *("digamma", "entr", "erf", "erfc", "erfcx", "erfinv", "exp2", "expit", "expm1", "gammaln"),
     *("i0", "i0e", "i1", "i1e", "log1p", "log_ndtr", "logit", "ndtr", "ndtri", "psi", "round"),
@@ -210,8 +211,8 @@ PRODUCTS = ("mul", "multiply")
 NONLINEARITIES = frozenset(
     {
         *(nn.PReLU, F.prelu, torch.prelu, "prelu", *ACTIVATION_MODULES),
-        *(f for space in (torch, F) for f in _functions(space, *ACTIVATIONS)),
-        *(n for name in ACTIVATIONS for n in (name, name + "_") if hasattr(Tensor, n)),
+        *(f for space in (torch, F) for f in _functions(space, *ACTIVATIONS, *CLAMPS)),
+        *(n for name in (*ACTIVATIONS, *CLAMPS) for n in (name, name + "_") if hasattr(Tensor, n)),
     }
 )
 """What a gate may stand at, where f(0) = 0."""
