@@ -22,7 +22,6 @@ from fxprune.inputs import Inputs, describe, to_device
 from fxprune.memories import recalled
 from fxprune.modules import check_parameters, copy_model, device_of, memory_of
 from fxprune.pipeline import Change
-from fxprune.plain_weights import bake_masks
 from fxprune.precision import Run, run_all
 from fxprune.program import Program, capture
 from fxprune.recording import copies, record
@@ -67,7 +66,7 @@ def parts_in_training(
     """
     whole = None
     try:
-        program = capture(model, inputs, make_masks_permanent=False, check=check)
+        program = capture(model, inputs, check=check)
         whole = Region("", program, ())
     except TraceError as error:
         return _search(copy_model(model), inputs, error, in_training=True, treat=treat)
@@ -81,7 +80,7 @@ def parts_in_training(
 
 
 def parts_in_evaluation(model: nn.Module, inputs: Inputs, *, check: bool = True) -> Parts:
-    """Copy a model, gated or not, into evaluation mode, in parts to cut; masks become permanent."""
+    """Copy a model, gated or not, into evaluation mode, in parts to cut."""
     paths = memory_of(model).get("regions")
     if paths:
         root = copy_model(model).eval()
@@ -96,19 +95,18 @@ def parts_in_evaluation(model: nn.Module, inputs: Inputs, *, check: bool = True)
         program = capture_any(model, inputs, check=check)
     except TraceError as error:
         root = copy_model(model).eval()
-        bake_masks(root)
         return _search(root, inputs, error, in_training=False, treat=lambda region: None)
     program.module.eval()
     return Parts(program.module, [Region("", program, ())])
 
 
 def capture_any(model: nn.Module, inputs: Inputs, *, check: bool) -> Program:
-    """Copy an instrumented model, which is traced already; capture any other, masks and all.
+    """Copy an instrumented model, which is traced already; capture any other.
 
     The copy borrows weights of the instrumented model, see `graph_modules`.
     """
     if not isinstance(model, fx.GraphModule) or not gate_owners(model):
-        return capture(model, inputs, make_masks_permanent=True, check=check)
+        return capture(model, inputs, check=check)
     check_parameters(model)
     args, kwargs = to_device(inputs, device_of(model))
     program = Program(borrowing_copy(model), args, kwargs)

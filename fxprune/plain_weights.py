@@ -24,22 +24,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fxprune.modules import copy_model, evaluating
 
 
-def bake_masks(root: nn.Module) -> None:
-    """Write the masks of `torch.nn.utils.prune` into the weights, in place.
-
-    Who else uses a masked weight (an embedding its head's) sees it whole.
-    """
-    held = Counter(id(p) for module in root.modules() for p in module._parameters.values())
-    for module in root.modules():
-        hooks = list(module._forward_pre_hooks.values())
-        for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:
-            whole = module._parameters[f"{name}_orig"]
-            if whole is not None and held[id(whole)] > 1:
-                own = nn.Parameter(whole.detach().clone(), requires_grad=whole.requires_grad)
-                module._parameters[f"{name}_orig"] = own
-            prune.remove(module, name)
-
-
 def with_plain_weights(model: nn.Module) -> nn.Module:
     """Return a model whose weights are numbers: a copy where norms or parametrizations make them.
 
@@ -49,9 +33,11 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     if not _computing(model):
         return model
     plain: nn.Module = copy_model(model)
-    for module in _computing(plain):
+    computing = _computing(plain)
+    held = Counter(id(p) for module in plain.modules() for p in module._parameters.values())
+    for module in computing:
         _bake_norms(module)
-    bake_masks(plain)
+        _bake_masks(module, held)
     return plain
 
 
@@ -99,6 +85,21 @@ def _along(module: nn.Module, path: list[str]) -> Iterator[nn.Module]:
     for name in path:
         module = getattr(module, name)
         yield module
+
+
+def _bake_masks(module: nn.Module, held: Counter[int]) -> None:
+    """Write the masks of `torch.nn.utils.prune` into a module's weights.
+
+    held: by how many modules each tensor is held; others (an embedding beside its head) see it
+    whole.
+    """
+    hooks = list(module._forward_pre_hooks.values())
+    for name in {h._tensor_name for h in hooks if isinstance(h, prune.BasePruningMethod)}:
+        whole = module._parameters[f"{name}_orig"]
+        if whole is not None and held[id(whole)] > 1:
+            own = nn.Parameter(whole.detach().clone(), requires_grad=whole.requires_grad)
+            module._parameters[f"{name}_orig"] = own
+        prune.remove(module, name)
 
 
 def _bake_norms(module: nn.Module) -> None:

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.inputs import Inputs, describe, same, to_device
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating
-from fxprune.plain_weights import bake_masks
 from fxprune.tracing import bound_arguments, trace
 
 
@@ -74,21 +73,17 @@ def capture(
     model: nn.Module,
     inputs: Inputs,
     *,
-    make_masks_permanent: bool,
     check: bool = True,
     inside: bool = False,
 ) -> Program:
     """Copy and trace `model`, and check that the trace computes what the model computes.
 
-    `make_masks_permanent` writes the masks of `torch.nn.utils.prune` into the weights of the copy.
     check: run both; without it the trace is believed, and has no code before it is recompiled.
     inside: it is a part of a model, which calls it.
     Raises `ModelError`, `ExampleInputError` or `TraceError`.
     """
     check_parameters(model)
     root = copy_model(model)
-    if make_masks_permanent:
-        bake_masks(root)
     args, kwargs = to_device(inputs, device_of(model))
     given = bound_arguments(root, args, kwargs)
     program = Program(trace(root, given, inside=inside), args, kwargs)

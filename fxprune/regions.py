@@ -137,8 +137,7 @@ class _Search:
         example = _example(calls)
         if example is None:
             raise ExampleInputError("it is called with empty tensors only on the example inputs")
-        masked = not self.in_training
-        program = capture(module, example.inputs, make_masks_permanent=masked, inside=True)
+        program = capture(module, example.inputs, inside=True)
         if self.in_training and program.module.meta["evaluation_only"]:
             raise TraceError("it runs other operators in training than in evaluation")
         _carry_attributes(module, program.module)

@@ -76,7 +76,7 @@ def check_rule(
     with torch.no_grad():
         (_silence_inputs(model) if zero_inputs else _silence_outputs(model, x))
         expected = model(x)
-    program = capture(model, ((x,), {}), make_masks_permanent=False)
+    program = capture(model, ((x,), {}))
     before = sum(p.numel() for p in program.module.parameters())
     changes = eliminate_dead_channels(program)
     program.check()
@@ -173,7 +173,7 @@ def _silence_outputs(model: _Sandwich, x: Tensor) -> None:
 
     The analysis only proposes what to silence; whether that was right, execution decides.
     """
-    channels = analyse(capture(model, ((x,), {}), make_masks_permanent=False), generic=True)
+    channels = analyse(capture(model, ((x,), {})), generic=True)
     generator = torch.Generator().manual_seed(1)
     dead = torch.rand(len(channels.classes), generator=generator) < 0.5
     for node, call in channels.calls.items():

@@ -145,7 +145,7 @@ MODELS: dict[str, tuple[Callable[[Model, Tensor], Tensor], set[str]]] = {
 
 
 def captured(model: nn.Module, *inputs: Any, **named: Any) -> Program:
-    return capture(model, (inputs, named), make_masks_permanent=False)
+    return capture(model, (inputs, named))
 
 
 def assumed(module: Any) -> set[str]:

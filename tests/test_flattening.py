@@ -29,7 +29,7 @@ def path(
 ) -> tuple[Program, list[fx.Node]]:
     model = Between(between, size, 4 * size * size)
     inputs = ((torch.randn(batch, 3, size, size),), {})
-    program = capture(model, inputs, make_masks_permanent=False)
+    program = capture(model, inputs)
     seen = observe(program)
     linear = next(n for n in program.graph.nodes if n.target == "linear")
     found: list[fx.Node] = []

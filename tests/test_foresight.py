@@ -75,6 +75,6 @@ def cut(model: nn.Module) -> Program:
     with torch.no_grad():
         model.get_submodule("last").get_parameter("weight")[:, ::2] = 0
     inputs = ((torch.randn(2, 3, 6, 6),), {})
-    program = capture(model.eval(), inputs, make_masks_permanent=False)
+    program = capture(model.eval(), inputs)
     assert eliminate_dead_channels(program)
     return program

@@ -48,7 +48,7 @@ class Returns(nn.Module):
 
 def seen(model: nn.Module, *shape: int) -> tuple[Program, Observation]:
     inputs = ((torch.randn(*(shape or (2, 4))),), {})
-    program = capture(model, inputs, make_masks_permanent=False)
+    program = capture(model, inputs)
     return program, observe(program)
 
 
@@ -250,7 +250,7 @@ def test_keyword_inputs_reach_their_placeholders_by_name() -> None:
 
     inputs = {"shift": torch.ones(7), "scale": torch.ones(2, 1)}
     args = (torch.ones(2, 4), torch.ones(5))
-    program = capture(Two(), (args, inputs), make_masks_permanent=False)
+    program = capture(Two(), (args, inputs))
     found = observe(program)
     shapes = {n.target: found.values[n].shape for n in program.graph.find_nodes(op="placeholder")}
     assert shapes == {"x": (2, 4), "more_0": (5,), "scale": (2, 1), "shift": (7,)}
@@ -266,7 +266,7 @@ def test_sparse_inputs_are_observed() -> None:
             return torch.sparse.mm(adjacency, self.layer(x))
 
     inputs = ((torch.eye(3).to_sparse(), torch.randn(3, 4)), {})
-    found = observe(capture(Graph(), inputs, make_masks_permanent=False))
+    found = observe(capture(Graph(), inputs))
     assert list(found.values.values())[-1] == TensorSpec((3, 2), torch.float32)
 
 

@@ -16,7 +16,7 @@ from tests.test_micro import CASES, Micro
 
 def exchange(model: nn.Module, *shape: int) -> Permutation:
     x = torch.randn(shape, dtype=torch.float64)
-    return exchange_units(capture(model.double(), ((x,), {}), make_masks_permanent=False))
+    return exchange_units(capture(model.double(), ((x,), {})))
 
 
 def norms() -> nn.Module:

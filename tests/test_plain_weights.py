@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
@@ -150,3 +150,19 @@ def test_modules_come_back_after_they_were_plain() -> None:
         assert type(model[0]) is nn.Linear and model[2] is model[0]
         raise RuntimeError
     assert model[0] is shared and model[2] is shared
+
+
+def test_a_mask_stays_whose_weight_a_graph_reads_itself() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    prune.ln_structured(model[0], "weight", amount=0.5, n=2, dim=0)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_module("1", (graph.call_module("0", (x,)),))
+    whole = graph.get_attr("0.weight_orig")
+    size = graph.call_method("sum", (whole,))
+    graph.output(graph.call_function(torch.mul, (graph.call_module("2", (y,)), size)))
+    traced = fx.GraphModule(model, graph)
+    x = torch.randn(3, 4)
+    small = fxprune.finalize(traced, x)
+    assert small.report.verification and small.report.verification.verdict == "equal"
+    torch.testing.assert_close(small(x), traced(x))

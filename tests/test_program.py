@@ -20,6 +20,7 @@ from fxprune.errors import ExampleInputError, ModelError, TraceError
 from fxprune.inputs import describe, model_inputs, same
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating
 from fxprune.out_of_place import make_out_of_place
+from fxprune.plain_weights import with_plain_weights
 from fxprune.program import Program, capture
 from fxprune.sharing import sole_modules
 from tests.conftest import randomise
@@ -62,8 +63,8 @@ def convnet() -> nn.Sequential:
     return model
 
 
-def captured(model: nn.Module, *inputs: Any, masks: bool = False, **named: Any) -> Program:
-    return capture(model, (inputs, named), make_masks_permanent=masks)
+def captured(model: nn.Module, *inputs: Any, **named: Any) -> Program:
+    return capture(model, (inputs, named))
 
 
 def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -82,7 +83,7 @@ def test_capture_leaves_the_users_model_as_it_was() -> None:
     state = copy.deepcopy(model.state_dict())
     flags = {name: module.training for name, module in model.named_modules()}
     names, tensors = attributes(model), {id(p) for p in model.parameters()}
-    program = captured(model, batch(2, 3, 6, 6), masks=True)
+    program = captured(model, batch(2, 3, 6, 6))
     with torch.no_grad():
         for parameter in program.module.parameters():
             parameter.add_(1)
@@ -195,10 +196,10 @@ def masked(*, run: bool) -> nn.Module:
 
 
 @pytest.mark.parametrize("run", [False, True])
-def test_masks_are_baked_into_the_copy_alone(run: bool) -> None:
+def test_masks_are_baked_into_a_copy_alone(run: bool) -> None:
     model, x = masked(run=run), batch()
     names = set(model.state_dict())
-    program = captured(model, x, masks=True)
+    program = captured(with_plain_weights(model), x)
     assert torch.equal(program.run(), model(x))
     assert "0.weight_mask" in names and set(model.state_dict()) == names
     assert set(program.module.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
@@ -537,12 +538,11 @@ def test_a_module_may_be_edited_if_no_one_else_uses_its_tensors(case: str) -> No
 
 
 def test_a_masked_module_may_be_edited_once_its_masks_are_baked() -> None:
-    def editable(*, masks: bool) -> set[str]:
-        program = captured(masked(run=True), batch(), masks=masks)
-        return {str(node.target) for node in sole_modules(program)}
+    def editable(model: nn.Module) -> set[str]:
+        return {str(node.target) for node in sole_modules(captured(model, batch()))}
 
-    assert editable(masks=False) == {"1"}
-    assert editable(masks=True) == {"0", "1", "2"}
+    assert editable(masked(run=True)) == {"1"}
+    assert editable(with_plain_weights(masked(run=True))) == {"0", "1", "2"}
 
 
 # In place and out of place.

@@ -176,7 +176,7 @@ def compare(before: nn.Module, after: nn.Module, x: Tensor, rounds: int) -> dict
 
 def predicted_latency(model: nn.Module, x: Tensor) -> int:
     """Add up what the table says of a model's layers."""
-    program = capture(model, ((x,), {}), make_masks_permanent=False, check=False)
+    program = capture(model, ((x,), {}), check=False)
     seen, total = observe(program), 0
     for node in program.graph.nodes:
         if node.op != "call_module":

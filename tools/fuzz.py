@@ -70,7 +70,7 @@ def check(network: Network, surgery: Surgery, tally: Tally) -> None:
     """Raise AssertionError, or whatever fxprune raises that it should not, if the case fails."""
     model = build(write(network), network.seed).to(tally.device)
     inputs = drawn(network, tally, BATCH)
-    exchanged = exchange_units(capture(model, (inputs, {}), make_masks_permanent=False))
+    exchanged = exchange_units(capture(model, (inputs, {})))
     assert exchanged.error <= TOLERANCE, f"units are not what they seem: {exchanged}"
     tally.exchanged += exchanged.moved
     reference = (gate(model, inputs, surgery) or silence(model, surgery)).eval()

@@ -156,7 +156,7 @@ def _outputs(model: nn.Module, x: Any) -> Any:
 def permutation(model: nn.Module, x: Any) -> str:
     """Let units change places in float64; say how many did, and by how much the outputs moved."""
     try:
-        program = widened(capture(model, model_inputs(x), make_masks_permanent=False))
+        program = widened(capture(model, model_inputs(x)))
     except FxpruneError as error:
         return f"not traced: {type(error).__name__}"
     if program is None:

@@ -19,7 +19,7 @@ from tests.conftest import randomise
 def program(model: nn.Module, *shape: int) -> Program:
     model = randomise(model).double().eval()
     inputs = ((torch.randn(*shape, dtype=torch.float64),), {})
-    return capture(model, inputs, make_masks_permanent=False)
+    return capture(model, inputs)
 
 
 def cut(one: Program) -> Any:

@@ -19,7 +19,7 @@ Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
 
 def program(model: nn.Module, shape: tuple[int, ...]) -> Program:
     model = randomise(model).double().eval()
-    return capture(model, ((torch.randn(shape).double(),), {}), make_masks_permanent=False)
+    return capture(model, ((torch.randn(shape).double(),), {}))
 
 
 class Still(nn.Module):

@@ -41,7 +41,7 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def program(model: nn.Module, shape: tuple[int, ...]) -> Program:
     model = randomise(model).double().eval()
-    return capture(model, ((torch.randn(shape).double(),), {}), make_masks_permanent=False)
+    return capture(model, ((torch.randn(shape).double(),), {}))
 
 
 @pytest.mark.parametrize("name", PAIRS)

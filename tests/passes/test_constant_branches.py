@@ -40,7 +40,7 @@ def silent(model: Block) -> Program:
     model.inner_norm.weight.data.zero_()
     model.inner_norm.bias.data.fill_(-0.5)
     x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
-    return capture(model, ((x,), {}), make_masks_permanent=False)
+    return capture(model, ((x,), {}))
 
 
 JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -147,7 +147,7 @@ def test_both_operands_may_be_constant_where_one_is_written_into() -> None:
     for layer in (model.first, model.second):
         layer.weight.data.zero_()
     x = torch.randn(2, 3, dtype=torch.float64)
-    check_rewrite(remove_constant_branches, capture(model, ((x,), {}), make_masks_permanent=False))
+    check_rewrite(remove_constant_branches, capture(model, ((x,), {})))
 
 
 def test_a_constant_that_varies_over_a_map_does_not_freeze_its_size() -> None:
@@ -178,5 +178,5 @@ def test_a_factor_of_a_matrix_product_is_not_broadcast() -> None:
     model: Any = randomise(Attention()).double().eval()
     model.query.weight.data.zero_()
     x = torch.randn(2, 5, 4, dtype=torch.float64)
-    check_rewrite(remove_constant_branches, capture(model, ((x,), {}), make_masks_permanent=False))
+    check_rewrite(remove_constant_branches, capture(model, ((x,), {})))
     assert error(model(x), fxprune.finalize(model, x)(x)) < 1e-12

@@ -24,7 +24,7 @@ def _reverse(x: Tensor) -> Tensor:
 def program(model: nn.Module, *shape: int) -> Program:
     model = randomise(model).double().eval()
     inputs = ((torch.randn(*shape, dtype=torch.float64),), {})
-    return capture(model, inputs, make_masks_permanent=False)
+    return capture(model, inputs)
 
 
 def at(one: Program, path: str) -> Any:

@@ -17,7 +17,7 @@ from tests.conftest import randomise
 def program(*layers: nn.Module, size: int = 8) -> Program:
     model = randomise(nn.Sequential(*layers)).double().eval()
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
-    return capture(model, ((x,), {}), make_masks_permanent=False)
+    return capture(model, ((x,), {}))
 
 
 class Functional(nn.Module):

@@ -12,7 +12,7 @@ from fxprune.testing import error
 
 def program(model: nn.Module, *shape: int) -> Program:
     x = torch.randn(shape, dtype=torch.float64)
-    return capture(model.double().eval(), ((x,), {}), make_masks_permanent=False)
+    return capture(model.double().eval(), ((x,), {}))
 
 
 class Chain(nn.Module):

@@ -21,7 +21,7 @@ from tests.conftest import Golden, randomise
 
 def instrumented(model: nn.Module, *shape: int) -> tuple[Program, list[Change]]:
     inputs = ((torch.randn(shape, dtype=torch.float64),), {})
-    before = capture(randomise(model).double(), inputs, make_masks_permanent=False)
+    before = capture(randomise(model).double(), inputs)
     expected = before.clone().module
     changes = insert_gates(before)
     before.check()
@@ -165,7 +165,7 @@ def test_a_neuron_comes_back() -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     x = torch.randn(64, 2)
     y = model(x).detach()
-    program = capture(model, ((x,), {}), make_masks_permanent=False)
+    program = capture(model, ((x,), {}))
     insert_gates(program)
     program.check()
     gates: Any = gates_in(program)

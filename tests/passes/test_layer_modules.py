@@ -109,7 +109,7 @@ class Written(nn.Module):
 
 def program(model: nn.Module, x: Tensor) -> Program:
     inputs = model_inputs(x.double())
-    return capture(randomise(model).double().eval(), inputs, make_masks_permanent=False)
+    return capture(randomise(model).double().eval(), inputs)
 
 
 IMAGE, VECTOR = torch.randn(2, 4, 7, 7), torch.randn(2, 4)

@@ -18,7 +18,7 @@ from tests.conftest import Golden, randomise
 
 def program(model: nn.Module, *shape: int) -> Program:
     model = randomise(model).double().eval()
-    return capture(model, ((torch.randn(shape).double(),), {}), make_masks_permanent=False)
+    return capture(model, ((torch.randn(shape).double(),), {}))
 
 
 def test_a_wide_middle_is_folded(golden: Golden) -> None:

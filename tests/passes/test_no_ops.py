@@ -14,7 +14,7 @@ from tests.conftest import Golden
 
 def program(model: nn.Module, *shape: int) -> Program:
     x = torch.randn(shape, dtype=torch.float64)
-    return capture(model.double().eval(), ((x,), {}), make_masks_permanent=False)
+    return capture(model.double().eval(), ((x,), {}))
 
 
 class NoOps(nn.Module):

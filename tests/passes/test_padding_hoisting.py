@@ -20,7 +20,7 @@ from tests.conftest import randomise
 def program(model: nn.Module, *shape: int) -> Program:
     model = randomise(model).double().eval()
     inputs = ((torch.randn(shape, dtype=torch.float64),), {})
-    return capture(model, inputs, make_masks_permanent=False)
+    return capture(model, inputs)
 
 
 def instrumented(model: nn.Module, x: Tensor, **options: Any) -> GatedModel:

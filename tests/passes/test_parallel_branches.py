@@ -34,7 +34,7 @@ class Sum(nn.Module):
 def program(model: nn.Module, *shape: int) -> Program:
     model = randomise(model).double().eval()
     inputs = ((torch.randn(shape or (2, 4, 9, 9)).double(),), {})
-    one = capture(model, inputs, make_masks_permanent=False)
+    one = capture(model, inputs)
     remove_no_ops(one)
     one.check()
     return one

@@ -52,7 +52,7 @@ def test_a_size_in_a_computed_shape_follows(name: str) -> None:
 def test_the_pass_alone() -> None:
     model = randomise(Flattened(SPELLINGS["size"])).double().eval()
     inputs = model_inputs(torch.randn(3, 4, 6, dtype=torch.float64))
-    program = capture(model, inputs, make_masks_permanent=False)
+    program = capture(model, inputs)
     unpacked = check_rewrite(unpack_sizes, program)
     assert ".view((getitem" in unpacked.text() and "add" not in unpacked.text()
     assert unpack_sizes(unpacked) == []
@@ -64,5 +64,5 @@ def test_what_it_does_not_understand_stays() -> None:
             return x.reshape(x.shape[::-1][:1] + x.shape[1:-1] + x.shape[:1]).relu()
 
     inputs = model_inputs(torch.randn(3, 4, 6))
-    program = capture(Odd(), inputs, make_masks_permanent=False)
+    program = capture(Odd(), inputs)
     check_rewrite(unpack_sizes, program)
