@@ -52,7 +52,6 @@ class Micro(nn.Module):
         self.spatial = nn.Conv2d(2, 1, 3, padding=1)
         self.wide, self.wide_bn = nn.Conv2d(16, 8, 1), nn.BatchNorm2d(16)
         self.strided, self.average = nn.Conv2d(8, 16, 3, 2, padding=1), nn.AvgPool2d(2)
-        self.reduced = nn.Conv2d(8, 32, 1)
         self.flat, self.overwriting = nn.Linear(32, 8), Overwriting()
         self.order: Tensor
         self.scale: Tensor
@@ -138,8 +137,9 @@ def numpy_names(m: Any, x: Any) -> Tensor:
 def by_keyword(m: Any, x: Tensor) -> Tensor:
     x = F.relu_(input=m.bn(input=m.inner(input=x)))
     x = F.relu(input=m.pointwise(input=m.average(input=torch.add(input=x, other=x))))
-    x = m.flat(input=torch.flatten(input=m.reduced(input=m.average(input=x)), start_dim=1))
-    return x[:, :, None, None]
+    x = m.doubling(input=m.average(input=x))
+    x = torch.flatten(input=torch.cat(tensors=[x, x], dim=1), start_dim=1)
+    return m.flat(input=x)[:, :, None, None]
 
 
 CASES: dict[str, Callable[[Any, Tensor], Any]] = {
