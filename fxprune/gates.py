@@ -128,9 +128,7 @@ class Gates(Structured):
             self.width.new_zeros(size) if vector is None else vector.reshape(-1)
             for vector, size in pairs
         ]
-        units = len(self.width)
-        total = self.width.new_zeros(units + 1)
-        return total.index_add(0, self._gather, torch.cat(numbers))[:units]
+        return self._sum_of_channels(torch.cat(numbers))
 
     def clip_(self) -> None:
         """Clip the real gates to [0, 1], as the paper does after every update.
@@ -154,9 +152,12 @@ class Gates(Structured):
         """Return which units stand at a site that is not linear, bool (units,)."""
         linear = self.linearised().to(self._layer.device)
         channels = ~torch.cat([linear, linear.new_zeros(1)])[self._layer]
-        units = len(self.live())
-        counts = torch.zeros(units + 1, device=channels.device)
-        return counts.index_add(0, self._gather, channels.to(counts.dtype))[:units] > 0
+        return self._sum_of_channels(channels.float()) > 0
+
+    def _sum_of_channels(self, numbers: Tensor) -> Tensor:
+        """Return for every unit the sum over its channels, (units,); numbers: of all sites."""
+        total = numbers.new_zeros(len(self.dead_calls) + 1)  # the last is of those without a gate
+        return total.index_add(0, self._gather, numbers)[:-1]
 
     def kept(self, site: WidthSite) -> Tensor:
         """Return which channels of a site are kept, bool (channels,)."""
@@ -218,7 +219,7 @@ class _Vectors(torch.autograd.Function):
     def forward(
         ctx: Any, width: Tensor | None, linear: Tensor | None, gates: Gates
     ) -> tuple[Tensor, ...]:
-        ctx.gates, ctx.linear = gates, linear
+        ctx.gates = gates
         ctx.set_materialize_grads(False)
         binary = [None if gate is None else (gate >= HALF).to(gate) for gate in (width, linear)]
         return gates.vectors(*binary)
@@ -230,7 +231,7 @@ class _Vectors(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_width = gates.gathered(grads[:sites])
         if ctx.needs_input_grad[1]:
-            zero = ctx.linear.new_zeros(())
+            zero = gates.linear.new_zeros(())
             to_linear = torch.stack([zero if grad is None else grad for grad in grads[sites:]])
         return to_width, to_linear, None
 

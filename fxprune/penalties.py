@@ -175,7 +175,7 @@ def penalty(gated: nn.Module) -> Tensor:
     for gates, owner in _owners(gated).items():
         terms: Any = owner.penalties
         joint, others = _divided(list(terms.values()))
-        totals += _joint_terms(joint, gates) if any(joint.values()) else []
+        totals += _joint_terms(joint, gates) if joint else []
         totals += [term(gates) for term in others]
     first = totals[0] if totals else _zero(gates_of(gated))
     return sum((total.to(first.device) for total in totals[1:]), first)
@@ -249,12 +249,12 @@ def _owners(model: nn.Module) -> dict[Gates, nn.Module]:
 
 def _divided(terms: list[nn.Module]) -> tuple[dict[type, float], list[nn.Module]]:
     """Return the weights of the paper's terms that can be computed at once, and the other terms."""
-    weights, others = dict.fromkeys(_PAPER, 0.0), list[nn.Module]()
+    weights, others = dict[type, float](), list[nn.Module]()
     for term in terms:
         weight: Any = getattr(term, "weight", None)
-        is_plain = type(term) in weights and isinstance(weight, int | float)
+        is_plain = type(term) in _PAPER and isinstance(weight, int | float)
         if is_plain and is_eager() and not is_hooked(term):
-            weights[type(term)] += weight
+            weights[type(term)] = weights.get(type(term), 0.0) + weight
         else:
             others.append(term)
     return weights, others
@@ -264,11 +264,11 @@ def _joint_terms(weights: dict[type, float], gates: Gates) -> list[Tensor]:
     """Return the terms of the width gates and of the linearity gates."""
     found: list[Tensor] = []
     if gates.width is not None:
-        binary, few = weights[WidthBinary], weights[Width]
+        binary, few = weights.get(WidthBinary, 0.0), weights.get(Width, 0.0)
         nonlinear = gates.nonlinear().to(gates.width.dtype) if few and gates.depth_sites else 1.0
         found.append(joint_term(gates.width, few * nonlinear + binary, binary))
     if gates.linear is not None:
-        binary, few = weights[DepthBinary], weights[Depth]
+        binary, few = weights.get(DepthBinary, 0.0), weights.get(Depth, 0.0)
         term = joint_term(gates.linear, binary - few, binary)
         found.append(term + few * len(gates.linear) if few else term)
     return found

@@ -14,7 +14,14 @@ from torchvision.models import get_model
 
 import fxprune
 from tests.test_accounts import Residual
-from tests.test_training import batch, close, gated_model, gradients, loss_of
+from tests.test_training import (
+    batch,
+    close,
+    gated_model,
+    gradients,
+    loss_of,
+    mixed_precision_moves_gates_and_weights,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -138,25 +145,8 @@ def test_mixed_precision_moves_gates_and_weights(
     dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
     gated, x, y = on_gpu(layout)
-    gated, x = gated.float(), x.float()
-    optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.05, gate_lr=0.5))
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, enabled=dtype == torch.float16)
-    before = {name: p.detach().clone() for name, p in gated.named_parameters()}
-    losses: list[float] = []
-    for _ in range(8):
-        with torch.autocast("cuda", dtype):
-            loss = loss_of(gated, x, y)
-        optimizer.zero_grad()
-        scaled: Tensor = scaler.scale(loss + fxprune.penalty(gated))
-        scaled.backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    assert all(not torch.equal(before[name], p) for name, p in gated.named_parameters())
-    assert gated.gates.width.dtype == torch.float32
-    small = fxprune.finalize(gated.eval(), x[:2])
-    assert small.report.verification and small.report.verification.verdict == "equal"
+    scaled = dtype == torch.float16
+    mixed_precision_moves_gates_and_weights(gated.float(), x.float(), y, dtype, scaled=scaled)
 
 
 def test_channels_last_stays() -> None:
@@ -250,7 +240,7 @@ def test_the_gpu_may_be_the_default_device() -> None:
         gated.gates.width.data[::3] = 0
         small = fxprune.finalize(gated)
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
     assert x.device.type == next(small.parameters()).device.type == "cuda"
     assert small.report.verification and small.report.verification.verdict == "equal"
 

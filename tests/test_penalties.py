@@ -137,6 +137,13 @@ def test_gates_that_were_clipped_are_pulled_at(sum_of: Callable[[Any], Tensor]) 
     assert model.gates.linear.grad.tolist() == [-2 - 8, 2 - 8]
 
 
+def test_terms_without_weight_leave_gates_a_gradient_of_zeros() -> None:
+    model: Any = gated([0.2, 0.7, 0.4, 0.0], [0.4, 0.8])
+    model.penalties = paper_penalties(0, 0, 0, 0)
+    penalty(model).backward()
+    assert all(gate.grad is not None and not gate.grad.any() for gate in model.gates.parameters())
+
+
 def test_a_trained_weight_and_a_hook_keep_their_term_by_itself() -> None:
     model: Any = gated([0.2, 0.7, 0.4, 0.0], [0.4, 0.8])
     trained = nn.Parameter(torch.tensor(0.5))

@@ -138,27 +138,34 @@ def test_gates_among_decayed_weights_are_refused() -> None:
         fxprune.Budget(gated, macs=0.5, steps=10, optimizer=decaying)
 
 
-def test_training_in_bfloat16_with_a_scaler_moves_gates_and_weights() -> None:
-    x, y = batch()
-    gated = gated_model().float()
+def mixed_precision_moves_gates_and_weights(
+    gated: Any, x: Tensor, y: Tensor, dtype: torch.dtype, *, scaled: bool
+) -> None:
+    device = x.device.type
     optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.05, gate_lr=0.5))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=scaled)
     before = {name: p.detach().clone() for name, p in gated.named_parameters()}
     losses: list[float] = []
     for _ in range(8):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(gated, x.float(), y)
+        with torch.autocast(device, dtype):
+            loss = loss_of(gated, x, y)
         optimizer.zero_grad()
-        scaled: Tensor = scaler.scale(loss + fxprune.penalty(gated))
-        scaled.backward()
+        total: Tensor = scaler.scale(loss + fxprune.penalty(gated))
+        total.backward()
         scaler.step(optimizer)
         scaler.update()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert all(not torch.equal(before[name], p) for name, p in gated.named_parameters())
     assert gated.gates.width.dtype == torch.float32
-    small = fxprune.finalize(gated.eval(), x[:2].float())
+    small = fxprune.finalize(gated.eval(), x[:2])
     assert small.report.verification and small.report.verification.verdict == "equal"
+
+
+def test_training_in_bfloat16_with_a_scaler_moves_gates_and_weights() -> None:
+    x, y = batch()
+    gated = gated_model().float()
+    mixed_precision_moves_gates_and_weights(gated, x.float(), y, torch.bfloat16, scaled=True)
 
 
 class NoWaiting(TorchDispatchMode):

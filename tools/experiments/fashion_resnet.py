@@ -38,7 +38,6 @@ def experiment(
     data: Annotated[Path, typer.Option(help="a folder with the four gzipped files")],
     methods: Annotated[str, typer.Option(help="comma-separated")] = ",".join(METHODS),
     seeds: Annotated[int, typer.Option(min=1, help="how many runs of each")] = 3,
-    first_seed: Annotated[int, typer.Option(min=0, help="seeds are counted from here")] = 0,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     macs: Annotated[float, typer.Option(help="the budget, a fraction")] = 0.5,
     batch: Annotated[int, typer.Option(min=1)] = 128,
@@ -54,7 +53,7 @@ def experiment(
     console = Console(stderr=True)
     training, test = _images(data, shrunk, device)
     runs.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(first_seed, first_seed + seeds):
+    for seed in range(seeds):
         for name in methods.split(","):
             rows = _rows(runs)
             if any(
