@@ -51,12 +51,20 @@ class Verification:
 
     @property
     def error(self) -> dict[str, float]:
-        """Return the largest error by dtype; NaN where nothing could be compared."""
-        errors = [(check.dtype, check.error) for check in self.checks]
+        """Return the largest error by dtype, of the checks that decided something.
+
+        Where none did, it is the largest of all, or NaN where nothing could be compared: what
+        an undecided check is off by tells of the reference, which rounding moves as far.
+        """
         return {
-            wanted: max((e for dtype, e in errors if dtype == wanted and e == e), default=math.nan)
-            for wanted in DTYPES
+            dtype: _largest([check for check in self.checks if check.dtype == dtype])
+            for dtype in DTYPES
         }
+
+    @property
+    def undecided(self) -> tuple[Check, ...]:
+        """Return the checks that ran and prove nothing; each has its reason."""
+        return tuple(check for check in self.checks if check.verdict == "inconclusive")
 
     @property
     def seconds(self) -> float:
@@ -99,7 +107,9 @@ class Verification:
             f"error {check.error:<7.1e}  spread {check.spread:<7.1e}  {check.reason}".rstrip()
             for check in self.checks
         ]
-        return "\n".join([f"{self.verdict}: error {errors}; {self.seconds:.2f} s", *rows])
+        open_ = f"; {len(self.undecided)} undecided" if self.undecided else ""
+        first = f"{self.verdict}: error {errors}{open_}; {self.seconds:.2f} s"
+        return "\n".join([first, *rows])
 
 
 @on_cpu
@@ -185,6 +195,12 @@ def _require_runs(reference: nn.Module, given: Mapping[str, Inputs], runs: Runs)
                 f"{type(reference).__name__} does not run on the {name} input {describe(inputs)}: "
                 f"{failure}; pass inputs of the shapes it was made for"
             )
+
+
+def _largest(checks: Sequence[Check]) -> float:
+    decided = [check.error for check in checks if check.verdict in ("equal", "different")]
+    errors = decided or [check.error for check in checks]
+    return max((error for error in errors if not math.isnan(error)), default=math.nan)
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

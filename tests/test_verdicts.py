@@ -2,9 +2,17 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from tests.functions import EXACT, compare, verdicts
+
+
+def _chaotic(x: Tensor) -> Tensor:
+    x = x.sigmoid()
+    for _ in range(40):  # a logistic map doubles an error at every turn
+        x = 3.99 * x * (1 - x)
+    return x
 
 
 def test_outputs_that_do_not_vary_prove_nothing() -> None:
@@ -44,23 +52,27 @@ def test_a_reference_that_rounds_by_itself_is_not_resolved() -> None:
 
 
 def test_chaos_is_left_open_and_no_excuse() -> None:
-    def chaotic(x: Tensor) -> Tensor:
-        x = x.sigmoid()
-        for _ in range(40):  # a logistic map doubles an error at every turn
-            x = 3.99 * x * (1 - x)
-        return x
-
     def slightly_off(x: Tensor) -> Tensor:
-        return chaotic(x * (1 + 1e-15))
+        return _chaotic(x * (1 + 1e-15))
 
-    found = compare(chaotic, slightly_off)
+    found = compare(_chaotic, slightly_off)
     assert set(verdicts(found, "float64").values()) == {"inconclusive"}
     assert "as sensitive" in found.checks[0].reason
-    found = compare(chaotic, lambda x: chaotic(x) * 0.9)
+    found = compare(_chaotic, lambda x: _chaotic(x) * 0.9)
     assert found.verdict == "different"
     # What is not sensitive has no allowance.
     found = compare(lambda x: x.sin(), lambda x: x.sin() * (1 + 1e-8))
     assert set(verdicts(found, "float64").values()) == {"different"}
+
+
+def test_the_error_is_of_the_checks_that_decided() -> None:
+    def function(x: Tensor) -> Tensor:
+        return torch.where(x.abs() > 8, _chaotic(x), x)
+
+    found = compare(function, lambda x: function(x * (1 + 1e-15)))
+    assert found.verdict == "equal" and found.error["float64"] < 1e-14
+    assert {check.name for check in found.undecided} == {"×10"}
+    assert "; 1 undecided; " in str(found)
 
 
 def test_what_rounding_decides_in_float32_is_left_open() -> None:

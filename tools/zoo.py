@@ -32,6 +32,7 @@ COLUMNS = {
     "float64 error": "float64",
     "float32 error": "float32",
     "spread": "spread",
+    "undecided checks": "undecided",
     "onnxruntime": "onnx",
     "parameters": "parameters",
     "seconds": "seconds",

@@ -6,6 +6,7 @@ python -m tools.zoo_model resnet18
 import copy
 import gc
 import json
+import math
 import sys
 import tempfile
 import time
@@ -31,6 +32,9 @@ from fxprune.testing import close_half
 from fxprune.verdicts import SENSITIVE
 
 SIZES = (64, 96, 128, 224, 299)
+PIXELS = (
+    32 * 64 * 64
+)  # of the images that statistics are of: too few, and most variances are near 0
 
 
 def study(name: str) -> dict[str, Any]:
@@ -54,6 +58,7 @@ def study(name: str) -> dict[str, Any]:
         if not all(map(torch.numel, tensors_of(expected))):
             return {**result, "verdict": "vacuous: the model finds nothing on its example"}
         result["closed"] = close_half(gated)
+        take_statistics(gated, x)
         small = fxprune.finalize(gated)
     except FxpruneError as error:
         wrong = isinstance(error, fxprune.VerificationError)
@@ -69,6 +74,7 @@ def study(name: str) -> dict[str, Any]:
     result |= {dtype: proof.error[dtype] for dtype in ("float64", "float32")}
     spreads = [c.spread for c in proof.checks if c.dtype == "float64" and c.verdict == "equal"]
     result["spread"] = min(spreads, default=0.0)
+    result["undecided"] = f"{len(proof.undecided)} of {len(proof.checks)}"
     result["verdict"] = proof.verdict if result["bit_exact"] else "WRONG: gates changed the model"
     result["refused"] = [str(change) for change in report.refused]
     result["onnx"] = onnx(model, small, x)
@@ -123,14 +129,26 @@ def calibrate(model: nn.Module, x: Any) -> None:
         for name in ("score_thresh", "objectness_thresh"):
             if hasattr(module, name):
                 setattr(module, name, 0.0)
+    take_statistics(model, x)
+
+
+def take_statistics(model: nn.Module, x: Any) -> None:
+    """Let batch norms know what they see now; of others, depth multiplies every rounding error."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return
     for norm in norms:
+        norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    _outputs(model, torch.randn(4, *x.shape[1:]) if isinstance(x, Tensor) else x)
+    _outputs(model, _many(x) if isinstance(x, Tensor) else x)
     model.eval()
+
+
+def _many(x: Tensor) -> Tensor:
+    """Return random inputs of the shape of x, enough to take statistics of."""
+    batch = max(4, PIXELS // math.prod(x.shape[2:]))
+    return torch.randn(batch, *x.shape[1:])
 
 
 def onnx(model: nn.Module, small: nn.Module, x: Any) -> Any:
