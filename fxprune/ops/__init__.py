@@ -18,6 +18,7 @@ from fxprune.ops import movement as movement
 from fxprune.ops import norm as norm
 from fxprune.ops import padding as padding
 from fxprune.ops import patches as patches
+from fxprune.ops import places as places
 from fxprune.ops import pool as pool
 from fxprune.ops import recurrence as recurrence
 from fxprune.ops import reductions as reductions

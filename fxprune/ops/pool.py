@@ -1,11 +1,13 @@
-"""Pooling over the axes along which channels do not vary.
+"""Pooling over the axes along which channels do not vary, and what undoes it.
 
 A channel stays what it is. A constant stays constant too, except where zeros are counted in at a
-padded border.
+padded border, or where it is summed.
 """
 
+import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,8 +34,24 @@ def average_flow(call: Call, *, rank: int) -> Flow:
         padding = call.argument(3, "padding", 0)
     sizes: Any = padding if isinstance(padding, (tuple, list)) else (padding,)
     if any(size != 0 for size in sizes) or _divides(call):
-        return _spatial(call, rank, lambda c: torch.where(c == 0, c, torch.nan))
+        return _spatial(call, rank, _zeros)
     return _spatial(call, rank, lambda constants: constants)
+
+
+def power_flow(call: Call, *, rank: int) -> Flow:
+    """Pass channels through the p-norm of every window: of zeros it is 0, where p has a root."""
+    module = call.module
+    power: Any = call.argument(1, "norm_type") if module is None else module.norm_type
+    if not isinstance(power, (int, float)) or not 0 < power < math.inf:
+        raise Barrier("its p is not a positive number")
+    return _spatial(call, rank, _zeros)
+
+
+def unpool_flow(call: Call, *, rank: int) -> Flow:
+    """Put the channels of a pooled map where they were; zeros are what is between them."""
+    indices = call.value(1, "indices")
+    flow = _spatial(call, rank, _zeros)
+    return replace(flow, ties=[(call.value().tags, indices.tags)])
 
 
 def _divides(call: Call) -> bool:
@@ -41,6 +59,11 @@ def _divides(call: Call) -> bool:
     if call.module is not None:
         return getattr(call.module, "divisor_override", None) is not None
     return call.argument(6, "divisor_override") is not None
+
+
+def _zeros(constants: Tensor) -> Tensor:
+    """Return the constants that are 0; the others are not known to stay."""
+    return torch.where(constants == 0, constants, torch.nan)
 
 
 def _spatial(call: Call, rank: int, through: Callable[[Tensor], Tensor]) -> Flow:
@@ -62,13 +85,16 @@ def _register_pools(rank: int) -> None:
         """Return the modules and functions of these names; some functions live in `torch` too."""
         found = [getattr(nn, f"{name}{rank}d") for name in names]
         for name in names:
-            function = re.sub("(?<!^)(?=[A-Z])", "_", name).lower() + f"{rank}d"
-            found += [getattr(space, function) for space in (F, torch) if hasattr(space, function)]
+            function = re.sub("(?<=[a-zP])(?=[A-Z])", "_", name).lower() + f"{rank}d"
+            for form in (function, function + "_with_indices"):
+                found += [getattr(space, form) for space in (F, torch) if hasattr(space, form)]
         return list(dict.fromkeys(found))
 
     pool, average = partial(pool_flow, rank=rank), partial(average_flow, rank=rank)
     register(OpRule("pool", pool), *named("MaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool"))
     register(OpRule("average_pool", average), *named("AvgPool"))
+    register(OpRule("power_pool", partial(power_flow, rank=rank)), *named("LPPool"))
+    register(OpRule("unpool", partial(unpool_flow, rank=rank)), *named("MaxUnpool"))
 
 
 for _rank in (1, 2, 3):

@@ -8,6 +8,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from fxprune.cuts import Arguments, Cut, Literal
@@ -15,8 +16,10 @@ from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import rewrite_nothing
 from fxprune.ops.transposition import rewrite_transposed, transposed_flow
 from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, ShapeOf, Value, as_value
+from fxprune.values import Barrier, ShapeOf, Value, as_value, fixed
 
+# What makes the places that maps are read at.
+GRIDS = (F.affine_grid, torch.affine_grid_generator)
 _HARMLESS = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}
 _TRANSPOSED = {"T", "mT", "H", "mH"}
 
@@ -62,6 +65,14 @@ def rank_flow(call: Call) -> Flow:
     return Flow(call.spec)
 
 
+def grid_flow(call: Call) -> Flow:
+    """Make places of a transform, which stays, and of the shape of maps of any channels."""
+    tensors = call.values()
+    return Flow(
+        fixed(call.tensor_spec()), keeps=[(one.tags, "it is a transform") for one in tensors]
+    )
+
+
 def rewrite_size(call: Call, cut: Cut) -> Literal | None:
     """Freeze the size of an axis that shrinks at what it was."""
     if not isinstance(call.spec, int):
@@ -78,7 +89,9 @@ def structure_flow(call: Call) -> Flow:
 
 
 def _picks(user: fx.Node) -> bool:
-    """Tell whether a shape is asked for its length, or for sizes at places known."""
+    """Tell whether a shape is asked for its length, for sizes at places known, or for a grid."""
+    if user.target in GRIDS:
+        return True  # of as many places as the maps have; how many channels they have is no matter
     index: Any = user.args[1] if len(user.args) > 1 else None
     if isinstance(index, slice):
         places = (index.start, index.stop, index.step)
@@ -92,4 +105,5 @@ register(OpRule("attribute", getattr_flow, rewrite=rewrite_getattr), getattr)
 register(OpRule("size", size_flow, rewrite=rewrite_size), "size")
 register(OpRule("count", count_flow), "numel", "nelement", torch.numel)
 register(OpRule("structure", structure_flow), len, list)
+register(OpRule("grid", grid_flow), *GRIDS)
 register(OpRule("rank", rank_flow), "dim", "ndimension", "is_floating_point")

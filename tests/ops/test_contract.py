@@ -240,6 +240,32 @@ class SelfAttention(nn.Module):
         )[0]
 
 
+class Unpooled(nn.Module):
+    """Pool maps and undo it, by a module or a function."""
+
+    def __init__(self, rank: int, unpool: Any = None) -> None:
+        super().__init__()
+        self.pool = getattr(nn, f"MaxPool{rank}d")(2, return_indices=True)
+        self.unpool = unpool or getattr(F, f"max_unpool{rank}d")
+        self.args = () if unpool else (2,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unpool(*self.pool(x), *self.args)
+
+
+class Sampled(nn.Module):
+    """Read maps at places that are computed, or at places of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Tensor
+        self.register_buffer("places", torch.linspace(-1, 1, 54).reshape(3, 3, 3, 2).sin())
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        places = self.places if y is None else y[:, :2].movedim(1, -1).tanh()
+        return F.grid_sample(x, places, align_corners=False)
+
+
 MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
     nn.PReLU: (lambda: nn.PReLU(8), Sample()),
     nn.Threshold: (lambda: nn.Threshold(0.1, 0.5), Sample()),
@@ -296,6 +322,9 @@ MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
     nn.ChannelShuffle: (lambda: nn.ChannelShuffle(2), Sample()),
     nn.Unflatten: (lambda: nn.Unflatten(1, (2, 4)), Sample(out_axis=2)),
     nn.Unfold: (lambda: nn.Unfold(2, padding=1), Sample()),
+    nn.MaxUnpool1d: (lambda: Unpooled(1, nn.MaxUnpool1d(2)), Sample(shape=(3, 8, 8))),
+    nn.MaxUnpool2d: (lambda: Unpooled(2, nn.MaxUnpool2d(2)), Sample()),
+    nn.MaxUnpool3d: (lambda: Unpooled(3, nn.MaxUnpool3d(2)), Sample(shape=VOLUME)),
     nn.Fold: (lambda: nn.Fold((4, 4), 2), Sample(shape=(3, 8, 9))),
     nn.Embedding: (lambda: Embedded(nn.Embedding(5, 8, padding_idx=2)), Sample()),
     nn.EmbeddingBag: (lambda: Embedded(nn.EmbeddingBag(5, 8)), Sample()),
@@ -309,6 +338,7 @@ POOLS: dict[str, tuple[Any, ...]] = {
     "AvgPool": (2,),
     "AdaptiveAvgPool": (2,),
     "AdaptiveMaxPool": (2,),
+    "LPPool": (2, 2),
 }
 BY_RANK = {1: LINE, 2: IMAGE, 3: VOLUME}
 
@@ -441,6 +471,30 @@ NAMED: dict[str, Sample] = {
     "feature_alpha_dropout": Sample(kwargs={"training": False}),
 }
 EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
+    "max_unpool1d": (Unpooled(1), Sample(shape=(3, 8, 8))),
+    "max_unpool2d": (Unpooled(2), Sample()),
+    "max_unpool3d": (Unpooled(3), Sample(shape=VOLUME)),
+    "grid_sample": (Sampled(), Sample(operands=2)),
+    **{
+        name: (
+            Expression(
+                lambda x, y, make=make: F.grid_sample(
+                    x,
+                    make(y[:, :6, 0, 0].reshape(-1, 2, 3).tanh(), x.size(), False),
+                    align_corners=False,
+                )
+            ),
+            Sample(operands=2),
+        )
+        for name, make in (
+            ("affine_grid", F.affine_grid),
+            ("affine_grid_generator", torch.affine_grid_generator),
+        )
+    },
+    "grid_sampler": (
+        Expression(lambda x, y: torch.grid_sampler(x, y[:, :2].movedim(1, -1).tanh(), 0, 0, False)),
+        Sample(operands=2),
+    ),
     "unfold": (Expression(lambda x: x.unfold(2, 3, 1)), Sample()),
     "hstack": (Expression(lambda x, y: torch.hstack([x, y])), Sample(operands=2)),
     "column_stack": (Expression(lambda x, y: torch.column_stack([x, y])), Sample(operands=2)),
@@ -548,10 +602,11 @@ def sample_for(key: Hashable) -> tuple[nn.Module, Sample]:
     if name in EXPRESSIONS:
         return EXPRESSIONS[name]
     for rank in (1, 2, 3):
-        if "pool" in name and name.endswith(f"{rank}d"):
-            first = key is torch.adaptive_max_pool1d
+        if "pool" in name and name.removesuffix("_with_indices").endswith(f"{rank}d"):
+            first = key is torch.adaptive_max_pool1d or name.endswith("_with_indices")
             finish = operator.itemgetter(0) if first else same
-            sample = Sample((2,), shape=BY_RANK[rank], finish=finish)
+            args = (2, 2) if name.startswith("lp_") else (2,)
+            sample = Sample(args, shape=BY_RANK[rank], finish=finish)
             return Function(key, sample), sample
     sample = NAMED.get(name, Sample())
     return Function(key, sample), sample
@@ -579,6 +634,7 @@ def label(key: Hashable) -> str:
 
 # Forms of operators beside the one their sample has.
 FORMS: dict[str, tuple[nn.Module, Sample]] = {
+    "places of a buffer": (Sampled(), Sample()),
     "transposed attribute": (Expression(lambda x: x.mT), Sample(out_axis=1)),
     "matrix attribute": (Expression(lambda x: x.T), Sample(shape=(3, 8), out_axis=0)),
     "data": (Expression(lambda x: x.data), Sample()),
