@@ -21,9 +21,9 @@ from fxprune.errors import where
 from fxprune.modules import device_of, tensors_in
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.program import Program
-from fxprune.rules import CPU, Call, Flow, Read, barrier_flow, rule_for
+from fxprune.rules import CPU, FILLED, Call, Flow, Read, barrier_flow, rule_for, rule_name
 from fxprune.tags import TagTable
-from fxprune.values import Barrier, ShapeOf, State, Value, as_value, fixed, flatten
+from fxprune.values import Barrier, ShapeOf, SizeOf, State, Value, as_value, fixed, flatten
 
 
 @dataclass
@@ -156,7 +156,9 @@ class _Forward:
             self.device,
         )
         leaves = flatten((args, kwargs))
-        if not any(isinstance(leaf, (Value, State, ShapeOf)) for leaf in leaves):
+        if not any(isinstance(leaf, (Value, State, ShapeOf)) for leaf in leaves) and not (
+            any(isinstance(leaf, SizeOf) for leaf in leaves) and rule_name(node, module) == FILLED
+        ):
             return pytree.tree_map_only(TensorSpec, fixed, spec)
         self.found.calls[node] = call
         flow = self._flow(node, call)

@@ -62,6 +62,8 @@ class Flow:
 
 
 CPU = torch.device("cpu")
+# The rule of what is made of sizes alone, and has the channels of the tensors they are of.
+FILLED = "filled"
 
 
 @dataclass

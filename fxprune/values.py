@@ -174,6 +174,19 @@ class ShapeOf(tuple[int, ...]):
         return self
 
 
+class SizeOf(int):
+    """The size of a value along an axis, which knows whose size it is."""
+
+    value: Value
+    axis: int
+
+    def __new__(cls, value: Value, axis: int) -> "SizeOf":
+        """Return the size of `value` along `axis`."""
+        self = super().__new__(cls, value.shape[axis])
+        self.value, self.axis = value, axis % len(value.shape)
+        return self
+
+
 def unknown(tags: Tensor) -> Tensor:
     """Return constants of which none is known."""
     return torch.full(tags.shape, torch.nan, dtype=torch.float64)

@@ -1,14 +1,21 @@
 """Tensors made in the likeness of another: its channels, and the same number in all of them.
 
-Of the other they take size and type, never what is in it.
+Of the other they take size and type, never what is in it. One that is made of sizes has the
+channels of the tensor whose size was asked: the state a recurrence begins with is made so.
 """
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import FIXED
-from fxprune.values import State, Value, as_value
+from fxprune.cuts import Arguments, Cut
+from fxprune.ops.rewriting import with_sizes
+from fxprune.rules import FILLED, Call, Flow, OpRule, register
+from fxprune.tags import varying_axes
+from fxprune.values import SizeOf, State, Value, as_value, fixed
 
 
 def like_flow(call: Call) -> Flow:
@@ -24,9 +31,55 @@ def random_flow(call: Call) -> Flow:
     return Flow(call.output(as_value(call.argument(0, "input")).tags))
 
 
-def new_flow(call: Call) -> Flow:
-    """Make a tensor of a size of its own: nothing in it can go."""
-    return Flow(call.output(torch.full((1,) * len(call.tensor_spec().shape), FIXED)))
+def filled_flow(call: Call) -> Flow:
+    """Give the channels of the tensor whose size was taken; without one nothing can go."""
+    spec = call.tensor_spec()
+    sizes = _sizes(call)
+    lines = {
+        axis: size.value.along(size.axis)
+        for axis, size in enumerate(sizes)
+        if isinstance(size, SizeOf) and size.axis in varying_axes(size.value.tags)
+    }
+    if not lines:
+        return Flow(fixed(spec))
+    chosen = max(lines, key=lambda axis: len(lines[axis].tags))
+    line = lines.pop(chosen)
+    keeps = [(other.tags, "a tensor of its size is made") for other in lines.values()]
+    tags = line.tags.reshape([-1 if axis == chosen else 1 for axis in range(len(spec.shape))])
+    constants = torch.full(tags.shape, _filling(call), dtype=torch.float64)
+    return Flow(call.output(tags, constants), ties=line.ties, keeps=keeps)
+
+
+def rewrite_filled(call: Call, cut: Cut) -> Arguments | None:
+    """Make it as large as what remains of the tensor whose size was taken."""
+    output: Value = filled_flow(call).outputs
+    after = cut.shape(output)
+    if after == output.shape:
+        return None
+    args, kwargs = with_sizes(call, _place(call), output.shape, after)
+    return Arguments(tuple(args), kwargs)
+
+
+def _place(call: Call) -> int:
+    return 1 if isinstance(call.node.target, str) else 0
+
+
+def _sizes(call: Call) -> Sequence[Any]:
+    """Return the sizes a tensor is made of."""
+    place = _place(call)
+    given: Any = call.kwargs.get("size", call.args[place] if len(call.args) > place else ())
+    if isinstance(given, (tuple, list)):
+        return cast(Sequence[Any], given)
+    return call.args[place:]
+
+
+def _filling(call: Call) -> float:
+    """Return the number a tensor is filled with; NaN if it is computed."""
+    name = str(getattr(call.node.target, "__name__", call.node.target)).removeprefix("new_")
+    if name != "full":
+        return float(name == "ones")
+    number = call.argument(_place(call) + 1, "fill_value")
+    return float(number) if isinstance(number, (int, float)) else math.nan
 
 
 def _small(argument: Value | State) -> Tensor:
@@ -42,4 +95,7 @@ register(
     OpRule("made_like", random_flow),
     *(torch.rand_like, torch.randn_like),
 )
-register(OpRule("new", new_flow), "new_zeros", "new_ones", "new_full")
+register(
+    OpRule(FILLED, filled_flow, rewrite=rewrite_filled),
+    *(torch.zeros, torch.ones, torch.full, "new_zeros", "new_ones", "new_full"),
+)

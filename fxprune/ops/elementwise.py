@@ -2,12 +2,14 @@
 
 A channel of the output is the same channel of every operand that is not broadcast along a channel
 axis; those operands' tags are tied. An operand broadcast along a channel axis is one channel that
-all of the output's channels read. A result is constant where all operands are; a product also where
-one factor is 0.
+all of the output's channels read. Where operands have channels along different axes (an outer
+product), those along one axis stay what they are, and the others may not go. A result is constant
+where all operands are; a product also where one factor is 0.
 """
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from torch.fx.node import map_arg
 
 from fxprune.rules import Call, Flow, OpRule, Read, execute, key_of, register
 from fxprune.tags import FIXED, align, varying_axes
-from fxprune.values import Barrier, State, Value, as_value, broadcast_to, flatten
+from fxprune.values import Barrier, State, Value, as_value, broadcast_to, flatten, unknown
+
+_ACROSS = "another operand has its channels along another axis"
 
 
 def elementwise_flow(call: Call) -> Flow:
@@ -60,15 +64,66 @@ def resize_prelu(call: Call) -> None:
 
 def _flow(call: Call, constants: Callable[[Call, list[Value], Tensor], Tensor]) -> Flow:
     shape = call.tensor_spec().shape
-    operands = call.values()
+    operands, ties, keeps = _along_the_same_axes(call, len(shape))
     whole, parts = _split(operands, shape)
     tags = _broadcast_tags(whole, len(shape))
-    flow = Flow(call.output(tags, constants(call, operands, tags)))
+    flow = Flow(call.output(tags, constants(call, operands, tags)), ties=ties, keeps=keeps)
     for operand in whole:
         flow.ties.append((broadcast_to([operand.tags], len(shape))[0], tags))
     for part in parts:
         flow.reads.append(_broadcast_read(part, tags))
     return flow
+
+
+def _along_the_same_axes(
+    call: Call, rank: int
+) -> tuple[list[Value], list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
+    """Return the operands, with what to tie and what to keep so that all vary along common axes.
+
+    If they do, they are returned as they are. If not, the axis with the most channels is chosen:
+    operands that vary beside it too have theirs tied there, the others keep their channels.
+    """
+    operands = call.values()
+    axes = [
+        {axis + rank - len(v.shape) for axis in varying_axes(v.tags)}
+        if v.tags.numel() > 1
+        else set()
+        for v in operands
+    ]
+    varying = [found for found in axes if found]
+    if not varying or set.intersection(*varying):
+        return operands, [], []
+    chosen = _fullest_axis(call, operands, axes, rank)
+    ties: list[tuple[Tensor, Tensor]] = []
+    keeps: list[tuple[Tensor, str]] = []
+    for place, (value, found) in enumerate(zip(operands, axes, strict=True)):
+        others = {axis - rank + len(value.shape) for axis in found - {chosen}}
+        if chosen in found and others:
+            beside = value.beside(others, _ACROSS)
+            ties += beside.ties
+            operands[place] = replace(value, tags=beside.tags, constants=beside.constants)
+        elif others:
+            keeps.append((value.tags, _ACROSS))
+            one = torch.full((1,) * len(value.shape), FIXED)
+            operands[place] = replace(value, tags=one, constants=unknown(one))
+    return operands, ties, keeps
+
+
+def _fullest_axis(call: Call, operands: list[Value], axes: list[set[int]], rank: int) -> int:
+    """Return the axis with the most channels; those of parameters, which no gate closes, last."""
+    computed = [not isinstance(one, State) for one in _tensors(call)]
+
+    def fullness(axis: int) -> tuple[bool, int, int]:
+        mine = [place for place, found in enumerate(axes) if axis in found]
+        count = max(operands[place].shape[axis - rank] for place in mine)
+        return any(computed[place] for place in mine), count, -axis
+
+    return max(set[int]().union(*axes), key=fullness)
+
+
+def _tensors(call: Call) -> list[Value | State]:
+    leaves = flatten((call.args, call.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, (Value, State))]
 
 
 def _split(operands: list[Value], shape: tuple[int, ...]) -> tuple[list[Value], list[Value]]:

@@ -24,7 +24,7 @@ from fxprune.ops.rewriting import (
 )
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
-from fxprune.values import Barrier, ShapeOf, State, Value, as_value, map_values
+from fxprune.values import Barrier, ShapeOf, SizeOf, State, Value, as_value, map_values
 
 
 def getitem_flow(call: Call) -> Flow:
@@ -32,6 +32,8 @@ def getitem_flow(call: Call) -> Flow:
     container = as_value(call.args[0])
     if isinstance(container, Value):
         return movement_flow(_with_positions(call, 1, "index"))
+    if isinstance(container, ShapeOf) and isinstance(call.args[1], int):
+        return Flow(SizeOf(container.value, call.args[1]))
     flow = Flow(container[call.args[1]])
     if isinstance(container, ShapeOf) and isinstance(call.args[1], slice):
         asked = range(len(container))[call.args[1]]

@@ -31,19 +31,26 @@ def rewrite_sizes(call: Call, cut: Cut) -> Arguments | None:
     if not shrinks(call, cut):
         return None
     output = _single_output(call)
-    before, after = output.shape, cut.shape(output)
+    args, kwargs = with_sizes(call, 1, output.shape, cut.shape(output))
+    return checked_arguments(call, cut, args, kwargs)
+
+
+def with_sizes(
+    call: Call, place: int, before: Sequence[int], after: Sequence[int]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return a node's arguments with the sizes that begin at `place` replaced where they differ."""
     args: list[Any] = list(call.node.args)
     kwargs: dict[str, Any] = dict(call.node.kwargs)
     if "shape" in kwargs or "size" in kwargs:
         key = "shape" if "shape" in kwargs else "size"
         kwargs[key] = _new_sizes(call.kwargs[key], kwargs[key], before, after)
-    elif isinstance(args[1], (tuple, list)):
-        args[1] = _new_sizes(call.args[1], args[1], before, after)
-    elif isinstance(args[1], fx.Node) and not isinstance(call.args[1], int):
+    elif isinstance(args[place], (tuple, list)):
+        args[place] = _new_sizes(call.args[place], args[place], before, after)
+    elif isinstance(args[place], fx.Node) and not isinstance(call.args[place], int):
         raise Barrier("its sizes are another tensor's shape")
     else:
-        args[1:] = _new_sizes(call.args[1:], args[1:], before, after)
-    return checked_arguments(call, cut, args, kwargs)
+        args[place:] = _new_sizes(call.args[place:], args[place:], before, after)
+    return args, kwargs
 
 
 def rewrite_chunks(call: Call, cut: Cut) -> Arguments | None:

@@ -16,7 +16,7 @@ from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import rewrite_nothing
 from fxprune.ops.transposition import rewrite_transposed, transposed_flow
 from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, ShapeOf, Value, as_value, fixed
+from fxprune.values import Barrier, ShapeOf, SizeOf, Value, as_value, fixed
 
 # What makes the places that maps are read at.
 GRIDS = (F.affine_grid, torch.affine_grid_generator)
@@ -49,7 +49,7 @@ def size_flow(call: Call) -> Flow:
     """Answer the size of an axis, or of all: then only picking from it is understood."""
     value = call.value()
     if isinstance(call.spec, int):
-        return Flow(call.spec)
+        return Flow(SizeOf(value, call.argument(1, "dim")))
     if all(_picks(user) for user in call.node.users):
         return Flow(ShapeOf(value))
     return Flow(call.spec, keeps=[(value.tags, "its whole shape is used")])

@@ -220,6 +220,31 @@ class Block(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class StateSpace(nn.Module):
+    """A selective state space (Gu & Dao 2023); every token updates a state of channels × 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.last = nn.Linear(6, 24), nn.Linear(12, 3)
+        self.conv = nn.Conv1d(12, 12, 3, padding=2, groups=12)
+        self.select, self.step = nn.Linear(12, 11), nn.Linear(3, 12)
+        self.decay, self.skip = nn.Parameter(torch.rand(12, 4)), nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.entry(x).chunk(2, -1)
+        x = F.silu(self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+        step, write, read = self.select(x).split([3, 4, 4], -1)
+        step = F.softplus(self.step(step))
+        batch, tokens, channels = x.shape
+        state = torch.zeros((batch, channels, 4), dtype=x.dtype)
+        seen: list[Tensor] = []
+        for token in range(tokens):
+            kept = torch.exp(-step[:, token, :, None] * self.decay) * state
+            state = kept + (step * x)[:, token, :, None] * write[:, token, None]
+            seen.append((state * read[:, token, None]).sum(-1))
+        return self.last((torch.stack(seen, 1) + x * self.skip) * F.silu(gate))
+
+
 class Spatial(nn.Module):
     """Something between convolutions: attention over channels, over space, over branches."""
 
@@ -260,6 +285,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "squeeze and excite": (lambda: Spatial(squeezed), (3, 3, 6, 6), {"first", "reduce", "expand"}),
     "channels and space": (lambda: Spatial(over_space), (3, 3, 6, 6), {"first", "reduce"}),
     "selected kernels": (lambda: Spatial(selected), (3, 3, 6, 6), {"first", "second", "reduce"}),
+    "state space": (StateSpace, (3, 5, 6), {"entry", "conv", "select", "step", "last"}),
     "encoder layer": (
         lambda: nn.Sequential(
             nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 3)

@@ -530,6 +530,9 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
             "new_zeros": lambda x: torch.maximum(x, x.new_zeros(6)),
             "new_ones": lambda x: x + x.new_ones(6),
             "new_full": lambda x: x + x.new_full((6,), 0.5),
+            "zeros": lambda x: torch.maximum(x, torch.zeros(x.shape[0], x.shape[1], 1, 1)),
+            "ones": lambda x: x + torch.ones((x.size(1), 6, 1)),
+            "full": lambda x: x * torch.full(size=(x.size(1), 1, x.size(3)), fill_value=0.5),
         }.items()
     },
     "where": (Expression(lambda x, y: torch.where(x > 0, x, y)), Sample(operands=2)),
@@ -634,6 +637,27 @@ def label(key: Hashable) -> str:
 
 # Forms of operators beside the one their sample has.
 FORMS: dict[str, tuple[nn.Module, Sample]] = {
+    "zeros of a size": (
+        Expression(lambda x: torch.maximum(x, x.new_zeros(x.size(1), 1, 1))),
+        Sample(),
+    ),
+    "ones of a shape": (Expression(lambda x: x + x.new_ones((x.shape[1], 1, 6))), Sample()),
+    "numbers of a size": (
+        Expression(lambda x: torch.cat([x, x.new_full((3, x.size(1), 6, 2), 0.5)], 3)),
+        Sample(),
+    ),
+    "numbers of two sizes": (
+        Expression(lambda x: x.mean((2, 3))[:, :, None] * torch.ones(x.size(1), x.size(1))),
+        Sample(shrinks=False),
+    ),
+    "outer product": (
+        Expression(lambda x, y: (x[:, :, None] * y[:, None, :5]).sum(2)),
+        Sample(operands=2),
+    ),
+    "outer product of maps": (
+        Expression(lambda x, y: (x.mean((2, 3))[:, :, None] * y.mean((2, 3))[:, None]).flatten(1)),
+        Sample(operands=2),
+    ),
     "places of a buffer": (Sampled(), Sample()),
     "transposed attribute": (Expression(lambda x: x.mT), Sample(out_axis=1)),
     "matrix attribute": (Expression(lambda x: x.T), Sample(shape=(3, 8), out_axis=0)),
