@@ -43,6 +43,7 @@ def experiment(
     data: Annotated[
         Path | None, typer.Option(help="a torchvision root with MNIST, else FXPRUNE_DATA")
     ] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 100,
     lr: Annotated[float, typer.Option(help="the weights', falling as a cosine")] = 0.05,
     decay: Annotated[float, typer.Option(min=0, help="the weights'")] = 1e-3,
     gate_lr: Annotated[float, typer.Option(help="the gates'")] = 0.1,
@@ -65,7 +66,7 @@ def experiment(
     rows: list[dict[str, Any]] = []
     for target in map(float, budgets.split(",")):
         for seed in range(seeds):
-            recipe = Recipe(epochs=epochs, lr=lr, gate_lr=gate_lr, seed=seed)
+            recipe = Recipe(epochs=epochs, batch=batch, lr=lr, gate_lr=gate_lr, seed=seed)
             row, history = run(training, test, target, recipe, how, console)
             print(json.dumps(row), flush=True)
             rows.append(row)
@@ -139,6 +140,7 @@ def run(
         "estimator": how.estimator,
         "depth": how.depth,
         "epochs": recipe.epochs,
+        "batch": recipe.batch,
         "widths": _widths(gated),
         "parameters": small.report.after.parameters,
         "macs": small.report.after.macs,
