@@ -5,6 +5,7 @@ nothing to a sum or a norm; a mean of fewer channels is off by the ratio of thei
 by the 0 that is missing: what is done to the result mends that. Other reductions keep all channels.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,21 @@ def reduce_flow(call: Call, *, reduction: Reduction) -> Flow:
     )
     outputs = pytree.tree_map_only(TensorSpec, lambda _: next(moved), call.spec)
     return Flow(outputs, ties=beside.ties)
+
+
+def variance_flow(call: Call) -> Flow:
+    """Follow variances: that of zeros is 0, unless there are too few of them to tell."""
+    value = call.value()
+    count = math.prod(value.shape[axis] for axis in _axes(call, value, 1))
+    return reduce_flow(call, reduction=Reduction(_zero if count > _correction(call) else unknown))
+
+
+def _correction(call: Call) -> float:
+    """Return what is taken from the number of entries; infinite if it is computed."""
+    flags = [argument for argument in call.args[1:3] if isinstance(argument, bool)]
+    unbiased = call.kwargs.get("unbiased", flags[0] if flags else True)
+    found = call.kwargs.get("correction", 1 if unbiased is not False else 0)
+    return found if isinstance(found, (int, float)) else math.inf
 
 
 def extreme_flow(call: Call) -> Flow:
@@ -172,7 +188,7 @@ _register("sum", Reduction(_zero, sparse=True), *_forms("sum"))
 _register("maximum", _MAXIMUM, *_forms("amax"))
 _register("minimum", _MINIMUM, *_forms("amin"))
 register(OpRule("extremes", extreme_flow), *_forms("max", "min", "median"))
-_register("statistics", Reduction(unknown), *_forms("var", "std", "var_mean", "std_mean"))
+register(OpRule("statistics", variance_flow), *_forms("var", "std", "var_mean", "std_mean"))
 _register("product of all", Reduction(_zero), *_forms("prod", "all", "any"))
 _register("logsumexp", Reduction(unknown), *_forms("logsumexp", "argmax", "argmin"))
 _register(

@@ -5,7 +5,7 @@ constant); where it named the size of a view, `rewriting` has already put the ne
 """
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,9 @@ _TRANSPOSED = {"T", "mT", "H", "mH"}
 
 def getattr_flow(call: Call) -> Flow:
     """Answer an attribute of a tensor."""
-    name = call.args[1]
+    container, name = call.args[0], call.args[1]
+    if isinstance(container, tuple):  # what `max`, `sort` or `topk` return has names
+        return Flow(getattr(cast(Any, container), name))
     if name == "shape":
         return size_flow(call)
     if name in _HARMLESS:

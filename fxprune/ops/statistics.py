@@ -4,12 +4,13 @@ Channels beside that axis pass; parameters along it stay as they are. Along it, 
 would change a mean, a variance or a softmax's sum: they keep their channels, and say so.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.observation import TensorSpec
@@ -46,12 +47,24 @@ def response_norm_flow(call: Call) -> Flow:
     return _beside(call, (1,), _NORMALISES)
 
 
-def order_flow(call: Call, *, place: int, default: int | None = -1) -> Flow:
-    """Pass channels beside the axis that is sorted or added up."""
-    return _beside(call, (call.argument(place, "dim", default),), _COMPARES)
+def order_flow(
+    call: Call, *, place: int, through: Callable[[Tensor], Tensor], default: int | None = -1
+) -> Flow:
+    """Pass channels beside the axis that is sorted or added up, and constants `through` it."""
+    return _beside(call, (call.argument(place, "dim", default),), _COMPARES, through)
 
 
-def _beside(call: Call, dims: Any, reason: str) -> Flow:
+def _zeros(constants: Tensor) -> Tensor:
+    return torch.where(constants == 0, constants, torch.nan)
+
+
+def _same(constants: Tensor) -> Tensor:
+    return constants
+
+
+def _beside(
+    call: Call, dims: Any, reason: str, through: Callable[[Tensor], Tensor] = unknown
+) -> Flow:
     value = call.value()
     if not all(isinstance(dim, int) for dim in dims):
         raise Barrier("it does not say along which axis it works")
@@ -61,8 +74,11 @@ def _beside(call: Call, dims: Any, reason: str) -> Flow:
     others = [v for v in flatten((call.args, call.kwargs)) if isinstance(v, Value)]
     keeps = [(other.tags, _ALONG) for other in others if other is not value]
     tags = beside.tags
+    known = iter([through(beside.constants)])  # of the first output; the others are positions
     outputs = pytree.tree_map_only(
-        TensorSpec, lambda spec: Value(spec.shape, spec.dtype, tags, unknown(tags)), call.spec
+        TensorSpec,
+        lambda spec: Value(spec.shape, spec.dtype, tags, next(known, unknown(tags))),
+        call.spec,
     )
     return Flow(outputs, ties=beside.ties, keeps=keeps)
 
@@ -85,12 +101,13 @@ register(
     *(nn.LayerNorm, F.layer_norm, torch.layer_norm),
 )
 register(OpRule("response_norm", response_norm_flow), nn.LocalResponseNorm, F.local_response_norm)
-for _names, _place, _default in (
-    (("cumsum", "cumprod"), 1, None),
-    (("sort", "argsort"), 1, -1),
-    (("topk",), 2, -1),
+for _names, _place, _default, _through in (
+    (("cumsum", "cumprod"), 1, None, _zeros),
+    (("sort",), 1, -1, _same),
+    (("argsort",), 1, -1, unknown),
+    (("topk",), 2, -1, _same),
 ):
     register(
-        OpRule("order", partial(order_flow, place=_place, default=_default)),
+        OpRule("order", partial(order_flow, place=_place, default=_default, through=_through)),
         *(form for name in _names for form in (getattr(torch, name), name)),
     )

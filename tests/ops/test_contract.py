@@ -725,11 +725,26 @@ STATISTICS: dict[str, tuple[Callable[..., Any], Sample]] = {
             "sort": lambda x: x.sort(1)[0],
             "topk": lambda x: x.topk(3, 1)[0],
             "variance": lambda x: x.var(1, keepdim=True),
+            "variance less two": lambda x: x[:, :2].var(1, correction=1, keepdim=True),
             "deviation": lambda x: torch.std_mean(x, 1, keepdim=True),
             "layer norm": lambda x: F.layer_norm(x, x.shape[1:]),
             "logsumexp": lambda x: x.logsumexp(1, keepdim=True),
             "product": lambda x: x + x.prod(1, keepdim=True),
-            "most": lambda x: x.max(1, keepdim=True)[0],
+            "most": lambda x: x.max(1, keepdim=True).values,
+        }.items()
+    },
+    **{
+        f"{name} over space, of zeros": (Expression(function), Sample())
+        for name, function in {
+            "cumsum": lambda x: x.cumsum(2),
+            "cumprod": lambda x: x.cumprod(3),
+            "most": lambda x: x + x.max(3, keepdim=True).values,
+            "sort": lambda x: x.sort(2)[0],
+            "topk": lambda x: torch.topk(x, 3, dim=3).values,
+            "variance": lambda x: x - x.var((2, 3), keepdim=True),
+            "deviation": lambda x: x * torch.std(x, 2, keepdim=True),
+            "biased variance": lambda x: torch.var(x, (2, 3), False, True) + x,
+            "corrected": lambda x: torch.std_mean(x, 3, correction=2, keepdim=True)[0] + x,
         }.items()
     },
     **{
