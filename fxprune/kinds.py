@@ -10,6 +10,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVS, *TRANSPOSED)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 SUMS = (operator.add, torch.add, "add")
+PRODUCTS = (operator.mul, torch.mul, "mul")
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 # What marks, in a node's `meta`, a call that gives back what it was given outside of training.
 PASSES = "passes_in_evaluation"

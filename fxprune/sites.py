@@ -1,14 +1,16 @@
 """Where width gates would free something, and what.
 
 A gate frees units where setting them to 0 does: where, with those channels 0 and weights generic,
-every layer that reads them could absorb what they become. If a batch norm stands between the
-nonlinearity and its reader the gate goes behind it, since there a 0 would become a constant that
-does not fold through a zero-padded border. Of several sites of the same units only those stay from
-which a reader is reached first. Before it is proposed a plan is rehearsed: units go on paper.
+every layer that reads them could absorb what they become. If a batch norm, or a learnt shift,
+stands between the nonlinearity and its reader the gate goes behind it, since there a 0 would become
+a constant that does not fold through a zero-padded border. Of several sites of the same units only
+those stay from which a reader is reached first. Before it is proposed a plan is rehearsed: units go
+on paper.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +19,7 @@ from fxprune.channels import Channels, analyse
 from fxprune.cuts import Cut
 from fxprune.errors import where
 from fxprune.handwritten import is_handwritten
+from fxprune.kinds import PRODUCTS, SUMS
 from fxprune.observation import Observation, TensorSpec
 from fxprune.ops.elementwise import NONLINEARITIES, preserves_zero
 from fxprune.pipeline import Change
@@ -124,14 +127,34 @@ def _name(node: fx.Node, names: dict[str, int]) -> str:
 
 
 def _behind_affine(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
-    """Follow a nonlinearity's only user while it is a batch norm."""
+    """Follow a nonlinearity's only user while it is a batch norm, or a learnt scale and shift.
+
+    Returns the last that shifts: behind a scale alone 0 is still 0.
+    """
+    last = node
     while len(node.users) == 1:
-        user = next(iter(node.users))
-        module = modules[str(user.target)] if user.op == "call_module" else None
-        if rule_name(user, module) != "batch_norm":
-            return node
-        node = user
-    return node
+        node, before = next(iter(node.users)), node
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        if rule_name(node, module) == "batch_norm" or _is_affine(node, before, SUMS):
+            last = node
+        elif not _is_affine(node, before, PRODUCTS):
+            break
+    return last
+
+
+def _is_affine(node: fx.Node, operand: fx.Node, kinds: Collection[Hashable]) -> bool:
+    """Tell whether a node, of one of the kinds, adds or multiplies a parameter or number."""
+    others = [argument for argument in node.args if argument is not operand]
+    return (
+        node.target in kinds
+        and not node.kwargs
+        and len(others) == 1
+        and (isinstance(others[0], (int, float)) or _is_parameter(others[0]))
+    )
+
+
+def _is_parameter(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 
 def _in_front_of(barriers: dict[fx.Node, str], site: Candidate) -> Candidate:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fxprune.channels import Channels, analyse
-from fxprune.kinds import SUMS
+from fxprune.kinds import PRODUCTS, SUMS
 from fxprune.modules import device_of
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change
@@ -24,7 +24,6 @@ from fxprune.rules import Call, rule_for
 from fxprune.tags import compress, varying_axes
 from fxprune.values import Value
 
-_PRODUCTS = (operator.mul, torch.mul, "mul")
 _DIFFERENCES = (operator.sub, torch.sub, "sub")
 _QUOTIENTS = (operator.truediv, torch.div, "div")
 
@@ -116,8 +115,8 @@ def _what_it_leaves(node: fx.Node, operand: fx.Node, constant: Tensor) -> fx.Nod
     neutral = 0.0 if target in (*SUMS, *_DIFFERENCES) else 1.0
     if not bool((constant == neutral).all()):
         return None
-    if second is operand and target in (*SUMS, *_DIFFERENCES, *_PRODUCTS, *_QUOTIENTS):
+    if second is operand and target in (*SUMS, *_DIFFERENCES, *PRODUCTS, *_QUOTIENTS):
         return first if isinstance(first, fx.Node) else None
-    if first is operand and target in (*SUMS, *_PRODUCTS):
+    if first is operand and target in (*SUMS, *PRODUCTS):
         return second if isinstance(second, fx.Node) else None
     return None

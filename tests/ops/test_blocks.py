@@ -278,9 +278,25 @@ def selected(m: Any, x: Tensor) -> Tensor:
     return (branches * weights).sum(1)
 
 
+class ScaledAndShifted(nn.Module):
+    """A learnt scale and shift behind an activation, as in HGNet, in front of a padded layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.scale, self.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+        self.last = nn.Conv2d(6, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.scale * self.first(x).relu() + self.shift
+        x = 0.5 + self.second(x).relu().mul(self.scale)
+        return self.last(x)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "mixer": (lambda: Mixer(norm=True), (3, 5, 6), {"tokens.0", "channels.0"}),
     "mixer without norm": (lambda: Mixer(norm=False), (3, 5, 6), {"channels.0"}),
+    "scaled and shifted": (ScaledAndShifted, (3, 3, 6, 6), {"first", "second", "last"}),
     "group norm": (Block, (3, 3, 6, 6), {"stem", "first", "second", "norms.0"}),
     "squeeze and excite": (lambda: Spatial(squeezed), (3, 3, 6, 6), {"first", "reduce", "expand"}),
     "channels and space": (lambda: Spatial(over_space), (3, 3, 6, 6), {"first", "reduce"}),
