@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxprune.cuts import Arguments, Cut
-from fxprune.ops.rewriting import with_sizes
+from fxprune.ops.rewriting import refuse_blocks, with_sizes
 from fxprune.rules import FILLED, Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
 from fxprune.values import SizeOf, State, Value, as_value, fixed
@@ -53,10 +53,11 @@ def filled_flow(call: Call) -> Flow:
 def rewrite_filled(call: Call, cut: Cut) -> Arguments | None:
     """Make it as large as what remains of the tensor whose size was taken."""
     output: Value = filled_flow(call).outputs
-    after = cut.shape(output)
-    if after == output.shape:
+    found = cut.indices(output)
+    if found is None:
         return None
-    args, kwargs = with_sizes(call, _place(call), output.shape, after)
+    refuse_blocks(output, found[0])
+    args, kwargs = with_sizes(call, _place(call), output.shape, cut.shape(output))
     return Arguments(tuple(args), kwargs)
 
 

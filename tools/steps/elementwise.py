@@ -99,6 +99,8 @@ def pool(draft: Draft, x: str, pick: Pick) -> str:
             *("F.avg_pool{r}d({x}, 3, 1, 1)", "F.max_pool{r}d({x}, 3, 2, 1, ceil_mode=True)"),
             "F.avg_pool{r}d({x}, 3, 2, 1, False, False)",
             *("F.adaptive_max_pool{r}d({x}, 2)", "F.avg_pool{r}d({x}, 3, 2, 0, True)"),
+            *("F.lp_pool{r}d({x}, 2.0, 2)", "F.max_pool{r}d({x}, 2, return_indices=True)[0]"),
+            "F.max_unpool{r}d(*F.max_pool{r}d({x}, 2, return_indices=True), 2)",
         ]
     )
     return draft.let(form.format(r=rank, x=x), "map")
@@ -123,6 +125,56 @@ def resampling(draft: Draft, x: str, pick: Pick) -> str:
     draft.require(x, "map")
     form = pick(["nearest'", "bilinear'", "bilinear', align_corners=True"])
     return draft.let(f"F.interpolate({x}, scale_factor=2, mode='{form})", "map")
+
+
+@writer
+def sampled(draft: Draft, x: str, pick: Pick) -> str:
+    """Read a map at places that are computed from a transform."""
+    draft.require(x, "map")
+    transform = draft.layer("torch.eye(2, 3) * 0.7 + 0.1")
+    all_maps = f"{transform}.expand({x}.shape[0], 2, 3)"
+    grid = f"F.affine_grid({all_maps}, {x}.size(), align_corners=False)"
+    mode = pick(["", ", mode='nearest'", ", padding_mode='border'"])
+    return draft.let(f"F.grid_sample({x}, {grid}{mode}, align_corners=False)", "map")
+
+
+@writer
+def along_space(draft: Draft, x: str, pick: Pick) -> str:
+    """Sort, add up or measure along an axis beside the channels'."""
+    axis, shape = draft.axis(x), draft.shape(x)
+    others = [a for a, size in enumerate(shape) if size > 1 and a not in (0, axis)]
+    forms = ["{x}.cumsum({s})", "{x}.sort({s}).values", "torch.topk({x}, 1, dim={s}).values"]
+    forms += ["{x} - {x}.max({s}, keepdim=True).values", "{x} * {x}.var({s}, keepdim=True)"]
+    forms += ["{x} + torch.std_mean({x}, {s}, keepdim=True)[0]", "{x}.cumprod({s})"]
+    return draft.let(pick(forms).format(x=x, s=pick(others or [axis])), draft.kinds[x])
+
+
+@writer
+def crossed(draft: Draft, x: str, pick: Pick) -> str:
+    """Join two vectors, each with each."""
+    draft.require(x, "vector")
+    y = draft.partner(x, pick, lambda y: draft.kinds[y] == "vector")
+    sign = pick(["*", "*", "+"])
+    end = pick([".sum(2)", ".sum(1)", ".flatten(1)", ".amax(2)"])
+    return draft.let(f"({x}[:, :, None] {sign} {y}[:, None]){end}", "vector")
+
+
+@writer
+def made_of_sizes(draft: Draft, x: str, pick: Pick) -> str:
+    """Join a stream with a tensor that is made of its sizes."""
+    axis, rank = draft.axis(x), len(draft.shape(x))
+    sizes = ", ".join(f"{x}.shape[{a}]" if a in (0, axis) else "1" for a in range(rank))
+    made = pick(["torch.zeros({s})", "{x}.new_ones(({s}))", "torch.full(({s}), 0.5)"])
+    form = pick(["{x} + {m}", "torch.maximum({x}, {m}.to({x}))", "{m} * {x}"])
+    return draft.let(form.format(x=x, m=made.format(x=x, s=sizes)), draft.kinds[x])
+
+
+@writer
+def scaled_activation(draft: Draft, x: str, pick: Pick) -> str:
+    """Scale and shift what a nonlinearity gives, by learnt numbers."""
+    scale, shift = (draft.layer("nn.Parameter(torch.randn(1))") for _ in range(2))
+    form = pick(["F.relu({x}) * {a} + {b}", "{b} + {a} * F.silu({x})", "{x}.tanh() + {b}"])
+    return draft.let(form.format(x=x, a=scale, b=shift), draft.kinds[x])
 
 
 @writer
