@@ -21,6 +21,13 @@ from torchvision.models import list_models
 
 Result = dict[str, Any]
 VERSIONS = {name: version(name) for name in ("fxprune", "torch", "torchvision", "onnxruntime")}
+LEGEND = (
+    "Permutation: how far outputs move, in float64, when units change places with their weights.",
+    "Errors are relative to the largest output, and the largest of the checks that decided; in an",
+    "undecided check rounding moves the gated model itself as far. Spread is the standard deviation",
+    "of outputs over inputs, relative too. In onnxruntime, *nor the original* is said where torch's",
+    "exporter refuses the untouched model as well.",
+)
 COLUMNS = {
     "model": "name",
     "traced": "traced",
@@ -104,6 +111,8 @@ def write(table: Path, results: list[Result]) -> None:
         "",
         f"Every model below was instrumented, half the gates of every site closed at random, "
         f"finalised and compared with the gated model; {date.today()}, {versions}.",
+        "",
+        *LEGEND,
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
