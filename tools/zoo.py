@@ -23,10 +23,10 @@ Result = dict[str, Any]
 VERSIONS = {name: version(name) for name in ("fxprune", "torch", "torchvision", "onnxruntime")}
 LEGEND = (
     "Permutation: how far outputs move, in float64, when units change places with their weights.",
-    "Errors are relative to the largest output, and the largest of the checks that decided; in an",
-    "undecided check rounding moves the gated model itself as far. Spread is the standard deviation",
-    "of outputs over inputs, relative too. In onnxruntime, *nor the original* is said where torch's",
-    "exporter refuses the untouched model as well.",
+    "Errors are relative to the largest output, and the largest of those checks that decided; in",
+    "an undecided check rounding moves the gated model itself as far. Spread is the standard",
+    "deviation of outputs over inputs, relative too. In onnxruntime, *nor the original* is said",
+    "where torch's exporter refuses the untouched model as well.",
 )
 COLUMNS = {
     "model": "name",
