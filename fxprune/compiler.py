@@ -28,6 +28,7 @@ from fxprune.modules import (
     memory_of,
     remember_,
 )
+from fxprune.naming import renamed_in
 from fxprune.observation import TensorSpec, observe
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
@@ -117,6 +118,7 @@ def instrument(
     def gate(region: Region) -> None:
         _require_both_modes(region.program, model)
         report = reports[region.path] = Report("instrument", name, {})
+        report.passes |= _renaming(region)
         if region.program.module.meta["evaluation_only"]:
             report.refused.append(Change("training", _EVALUATION_ONLY))
         if hoist_padding and region.path:
@@ -187,6 +189,13 @@ def finalize(
     return cast(PlainModel, small)
 
 
+def _renaming(region: Region) -> dict[str, list[Change]]:
+    """Return what to report of parts whose names are taken."""
+    renamed: dict[str, str] = region.program.module.meta.get("renamed", {})
+    changes = [Change(old, f"is called {new}: its name is taken") for old, new in renamed.items()]
+    return {"renaming": changes} if changes else {}
+
+
 def _require_plain(model: nn.Module, plain: nn.Module, inputs: Inputs) -> None:
     """Raise `VerificationError` unless a model computes its weights as they were written down."""
     twin = copy_model(model)
@@ -207,7 +216,11 @@ def _require_plain(model: nn.Module, plain: nn.Module, inputs: Inputs) -> None:
 def _restore_buffers(model: nn.Module, gated: nn.Module) -> None:
     """Let what a model counts while it runs be what it was before it was run here."""
     own = dict(gated.named_buffers())
+    renamed = renamed_in(gated)
     for name, buffer in model.named_buffers():
+        for old, new in renamed.items():
+            if name == old or name.startswith(f"{old}."):
+                name = new + name[len(old) :]
         if name in own and not torch.equal(own[name], buffer):
             own[name].data.copy_(buffer)
 
@@ -216,7 +229,8 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
     """Make a part of a model smaller, in place."""
     program = region.program
     source = program.clone() if check else None
-    report = Report("finalize", type(reference).__name__, run(program, PLAIN, recompile=False))
+    report = Report("finalize", type(reference).__name__, _renaming(region))
+    report.passes |= run(program, PLAIN, recompile=False)
     report.before = costs_of(program, reference)
     report.passes |= run(program, passes)
     own_(program.module, reference)

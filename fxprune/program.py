@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.inputs import Inputs, describe, same, to_device
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating
+from fxprune.naming import free_names_
 from fxprune.tracing import bound_arguments, trace
 
 
@@ -84,9 +85,12 @@ def capture(
     """
     check_parameters(model)
     root = copy_model(model)
+    renamed = free_names_(root)
     args, kwargs = to_device(inputs, device_of(model))
     given = bound_arguments(root, args, kwargs)
     program = Program(trace(root, given, inside=inside), args, kwargs)
+    if renamed:
+        program.module.meta["renamed"] = renamed
     if check:
         program.module.recompile()
         _check_faithful(root, program)

@@ -146,7 +146,8 @@ def _is_affine(node: fx.Node, operand: fx.Node, kinds: Collection[Hashable]) -> 
     """Tell whether a node, of one of the kinds, adds or multiplies a parameter or number."""
     others = [argument for argument in node.args if argument is not operand]
     return (
-        node.target in kinds
+        node.op != "call_module"
+        and node.target in kinds
         and not node.kwargs
         and len(others) == 1
         and (isinstance(others[0], (int, float)) or _is_parameter(others[0]))

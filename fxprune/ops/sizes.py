@@ -27,7 +27,8 @@ _TRANSPOSED = {"T", "mT", "H", "mH"}
 def getattr_flow(call: Call) -> Flow:
     """Answer an attribute of a tensor."""
     container, name = call.args[0], call.args[1]
-    if isinstance(container, tuple):  # what `max`, `sort` or `topk` return has names
+    if isinstance(container, tuple) and not isinstance(container, ShapeOf):
+        # What `max`, `sort` or `topk` return has names.
         return Flow(getattr(cast(Any, container), name))
     if name == "shape":
         return size_flow(call)
