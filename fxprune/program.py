@@ -149,6 +149,13 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
                 f"{type(root).__name__} does not run when traced: {type(error).__name__}: "
                 f"{str(error).strip()}; leave arguments out of example_inputs that are not tensors"
             ) from error
+        written: list[str] = program.module.meta["written"]
+        if written and not same(expected, root(*args, **kwargs)):
+            raise TraceError(
+                f"{type(root).__name__} computes something else when it is run again on the same "
+                f"inputs: its forward keeps something in self.{written[0]}; a trace forgets that, "
+                "so pass what is kept as an argument, and return it"
+            )
     if not same(expected, actual):
         raise TraceError(
             f"{type(root).__name__} computes something else when traced (random numbers, global "

@@ -28,6 +28,7 @@ from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
+from fxprune.keeping import Held, Written
 from fxprune.kinds import PASSES
 from fxprune.modes import forget_counts, mode_questions, same_structure, thaw_modes
 from fxprune.retracing import wrap_functions_
@@ -51,6 +52,8 @@ class ModelTracer(AskedTracer):
         self.inside = inside
         self.passes: dict[str, bool] = {}
         self.leaves: dict[str, str] = {}
+        self.written: set[str] = set()
+        self.idle: Collection[str] = whole
         self.evaluation_only = False
         self._parameter_proxies: dict[str, fx.Proxy] = {}
 
@@ -164,20 +167,31 @@ class ModelTracer(AskedTracer):
         if self.answering:
             return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
-        path = self.path_of_module(m)
+        path, held = self.path_of_module(m), Held(m)
         if kwargs and self.is_leaf_module(m, path):
             args, kwargs = _in_order(m, args, kwargs)
         try:
             result = super().call_module(m, forward, args, kwargs)
+            self.note(held.put_back(), path)
             passes = self._last_node() is last and len(args) == 1 and result is args[0]
             self.passes[path] = passes and self.passes.get(path, True)
             return result
         except Exception as error:
+            held.put_back()
             self.leaves[path] = f"{type(error).__name__}: {_first_line(error)}"
             while len(self.module_stack) > depth:
                 self.module_stack.popitem()
             self._erase_after(last)
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def note(self, written: Written, path: str = "") -> None:
+        """Remember which attributes a forward wrote; `TraceError` if it replaced a tensor."""
+        if written.tensors:
+            raise TraceError(
+                f"its forward replaces its tensor {written.tensors[0]!r}, which no graph does: "
+                f"write into it instead (self.{written.tensors[0]}.copy_(…), .add_(…))"
+            )
+        self.written |= {f"{path}.{name}" if path else name for name in written.attributes}
 
     def _last_node(self) -> fx.Node | None:
         return next(iter(reversed(self.graph.nodes)), None)
@@ -215,7 +229,9 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     """
     flags = {module: module.training for module in root.modules()}
     try:
-        training, evaluation, tracer = _trace_in_both_modes(root, given, inside=inside)
+        training, evaluation, tracer = _trace_in_both_modes(
+            root, given, inside=inside, trained=root.training
+        )
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -223,13 +239,14 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     if same_in_both_modes and training is not evaluation:
         thaw_modes(training, evaluation)
     module = without_code(root, evaluation, type(root).__name__)
+    module.meta["written"] = sorted(tracer.written)
     module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
     for name, part in module.named_modules():
         part.training = flags[root.get_submodule(name)]
     for node in module.graph.nodes:
         if node.op == "call_module" and node.target in tracer.leaves:
             node.meta["leaf_because"] = tracer.leaves[node.target]
-        if node.op == "call_module" and node.target in tracer.whole:
+        if node.op == "call_module" and node.target in tracer.idle:
             node.meta[PASSES] = True
     return module
 
@@ -255,29 +272,45 @@ def bound_arguments(
 
 
 def _trace_in_both_modes(
-    root: nn.Module, given: Mapping[str, Any], *, inside: bool
+    root: nn.Module, given: Mapping[str, Any], *, inside: bool, trained: bool
 ) -> tuple[fx.Graph, fx.Graph, ModelTracer]:
     """Return the graphs of training and evaluation, which is one where nobody asks for the mode.
 
     A module that does something in training only (stochastic depth) is kept whole if then the
-    graphs have one structure.
+    graphs have one structure; in a model that is `trained`, also one that does something else.
     """
     in_mode = functools.partial(_trace_in_mode, root, given, inside=inside)
     with uncollected(), mode_questions() as asked:
         evaluation, tracer = in_mode(training=False)
     if not asked:
         return evaluation, evaluation, tracer
-    with uncollected():
+    with uncollected(), mode_questions() as asked_in_training:
         training, other = in_mode(training=True)
-        idle = {path for path, passes in tracer.passes.items() if passes}
-        idle -= {path for path, passes in other.passes.items() if passes}
-        if not idle or same_structure(root, training, evaluation):
-            return training, evaluation, tracer
-        found, keeping = in_mode(training=False, whole=idle)
-        wanted, _ = in_mode(training=True, whole=idle)
-    if same_structure(root, wanted, found):
-        return wanted, found, keeping
+    idle = {path for path, passes in tracer.passes.items() if passes}
+    idle -= {path for path, passes in other.passes.items() if passes}
+    if same_structure(root, training, evaluation):
+        return training, evaluation, tracer
+    busy_ones = [set[str]()] if idle else []
+    if trained:  # in evaluation its graph will do, in which nothing is kept whole for this
+        busy_ones.append(_innermost(root, asked | asked_in_training) - idle)
+    with uncollected():
+        for busy in busy_ones:
+            found, keeping = in_mode(training=False, whole=idle | busy)
+            wanted, _ = in_mode(training=True, whole=idle | busy)
+            if same_structure(root, wanted, found):
+                keeping.idle = idle
+                keeping.leaves |= dict.fromkeys(busy, "it runs other operators in training")
+                return wanted, found, keeping
     return training, evaluation, tracer
+
+
+def _innermost(root: nn.Module, asked: Collection[nn.Module]) -> set[str]:
+    """Return the paths of the modules that asked for the mode, but for those around others."""
+    paths = {path for path, module in root.named_modules() if path and module in asked}
+    around = {path.rpartition(".")[0] for path in paths}
+    while parents := {path.rpartition(".")[0] for path in around} - around:
+        around |= parents
+    return paths - around
 
 
 def _trace_in_mode(
@@ -289,10 +322,11 @@ def _trace_in_mode(
     whole: Collection[str] = (),
 ) -> tuple[fx.Graph, ModelTracer]:
     root.train(training)
-    tracer = ModelTracer(given, whole, inside=inside)
+    tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
     try:
         with torch.enable_grad(), _without_fused_layers():
             graph = tracer.trace(root)
+        tracer.note(held.put_back())
     except Exception as error:
         raise TraceError(
             f"{type(root).__name__} cannot be traced: {type(error).__name__}: {_first_line(error)}"

@@ -1,0 +1,49 @@
+"""What a forward writes into its own module: a trace would keep proxies there, and lose the deed.
+
+A buffer that is given another tensor changes from call to call, which no graph says. Attributes are
+mostly notes of what was last seen (attention maps); whether they are more, a second run tells.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+_MADE_BY_TRACING = "_tensor_constant"
+
+
+@dataclass
+class Written:
+    """What a traced forward wrote: parameters and buffers it replaced, and other attributes."""
+
+    tensors: list[str] = field(default_factory=list[str])
+    attributes: list[str] = field(default_factory=list[str])
+
+
+class Held:
+    """What a module holds before its forward is traced."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.registered = [(held, dict(held)) for held in (module._parameters, module._buffers)]
+        self.attributes = dict(vars(module))
+
+    def put_back(self) -> Written:
+        """Take proxies out of the module again, and say what was written."""
+        written = Written()
+        for held, before in self.registered:
+            for name in [name for name, value in held.items() if isinstance(value, fx.Proxy)]:
+                held[name] = before[name]
+                written.tensors.append(name)
+        now = vars(self.module)
+        for name, value in list(now.items()):
+            before = self.attributes.get(name, self)  # nothing else is this object
+            if value is before or name.startswith(_MADE_BY_TRACING):
+                continue
+            written.attributes.append(name)
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value)):
+                if before is self:
+                    del now[name]
+                else:
+                    now[name] = before
+        return written

@@ -1,0 +1,149 @@
+"""What a forward writes into its own module is not lost without a word."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import TraceError
+from fxprune.testing import close_half, error
+from tests.conftest import randomise
+
+X = torch.randn(3, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """Three layers; features are looked at behind the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)
+        self.third = nn.Conv2d(6, 2, 1)
+        self.seen: Any = None
+        self.calls = 0
+
+    def look(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.look(F.relu(self.first(x))))
+        return self.third(F.relu(x)).mean((2, 3))
+
+
+class Noting(Net):
+    def look(self, x: Tensor) -> Tensor:
+        self.seen, self.calls = [x, x], self.calls + 1
+        return x
+
+
+class LazilyMade(Net):
+    def look(self, x: Tensor) -> Tensor:
+        if self.seen is None:
+            self.seen = torch.linspace(0.5, 1, 6)
+        return x * self.seen
+
+
+class Counting(Net):
+    def look(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class Remembering(Net):
+    def look(self, x: Tensor) -> Tensor:
+        if self.seen is not None:
+            x = x + self.seen
+        self.seen = x.detach()
+        return x
+
+
+class Averaging(nn.Module):
+    """Keep an average of what is seen in training, in a new tensor or in the one there is."""
+
+    def __init__(self, *, in_place: bool, always: bool) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(8))
+        self.in_place, self.always = in_place, always
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.always or self.training:
+            new = x.detach().mean((0, 2, 3))
+            if self.in_place:
+                self.mean.mul_(0.9).add_(new, alpha=0.1)
+            else:
+                self.mean = self.mean * 0.9 + new * 0.1
+        return x * 2
+
+
+class Averaged(Net):
+    def __init__(self, *, in_place: bool, always: bool = False) -> None:
+        super().__init__()
+        self.average = Averaging(in_place=in_place, always=always)
+
+    def look(self, x: Tensor) -> Tensor:
+        return self.average(x)
+
+
+class AveragedHere(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(8))
+
+    def look(self, x: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + x.detach().mean((0, 2, 3)) * 0.1
+        return x
+
+
+@pytest.mark.parametrize("kind", [Noting, LazilyMade])
+@pytest.mark.parametrize("ran", [False, True])
+def test_notes_of_what_was_seen_are_dropped(kind: type[Net], ran: bool) -> None:
+    model = randomise(kind()).eval()
+    if ran:
+        model(X)
+    seen, calls = model.seen, model.calls
+    gated: Any = fxprune.instrument(model, X)
+    assert close_half(gated) == 7
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal" and small.second.in_channels == 4
+    assert error(gated.eval()(X), small(X)) < 1e-5
+    assert model.seen is seen and model.calls == calls
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Counting, "calls"), (Remembering, "seen")])
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_model_that_remembers_is_refused(kind: type[Net], name: str, ran: bool) -> None:
+    model = randomise(kind()).eval()
+    if ran:
+        model(X)
+    with pytest.raises(TraceError, match=f"keeps something in self.{name}"):
+        fxprune.instrument(model, X)
+
+
+def test_a_replaced_buffer_is_refused_and_said_how_to_mend() -> None:
+    model = randomise(AveragedHere()).eval()
+    before = model.mean.clone()
+    with pytest.raises(TraceError, match=r"replaces its tensor 'mean'.*self.mean.copy_"):
+        fxprune.instrument(model, X)
+    assert torch.equal(model.mean, before)
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_part_that_averages_does_so_in_training(in_place: bool, always: bool) -> None:
+    model = randomise(Averaged(in_place=in_place, always=always))
+    start = model.average.mean.clone()
+    gated: Any = fxprune.instrument(model, X)
+    for one in (model, gated):
+        one.train()
+        one(X)
+        one(X + 1)
+    assert torch.allclose(gated.average.mean, model.average.mean)
+    assert not torch.allclose(model.average.mean, start)
+    assert close_half(gated) == 3  # the averaging part keeps its channels
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
