@@ -184,6 +184,22 @@ class ModelTracer(AskedTracer):
             self._erase_after(last)
             return self.create_proxy("call_module", path, args, kwargs)
 
+    @contextmanager
+    def refusing_autocast(self) -> Generator[None]:
+        """Let no traced code switch autocast: a graph would forget that (norms kept in float32)."""
+        enter = torch.autocast.__enter__
+
+        def refuse(region: torch.autocast) -> Any:
+            if self.answering:
+                return enter(region)
+            raise TraceError("it switches autocast, which no graph does")
+
+        torch.autocast.__enter__ = refuse
+        try:
+            yield
+        finally:
+            torch.autocast.__enter__ = enter
+
     def note(self, written: Written, path: str = "") -> None:
         """Remember which attributes a forward wrote; `TraceError` if it replaced a tensor."""
         if written.tensors:
@@ -324,7 +340,7 @@ def _trace_in_mode(
     root.train(training)
     tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
     try:
-        with torch.enable_grad(), _without_fused_layers():
+        with torch.enable_grad(), _without_fused_layers(), tracer.refusing_autocast():
             graph = tracer.trace(root)
         tracer.note(held.put_back())
     except Exception as error:

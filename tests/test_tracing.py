@@ -566,3 +566,42 @@ def test_long_chains_are_traced_without_recursion() -> None:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Identity() for _ in range(1500)))
     assert len(calls(traced(model, "input"))) == 1500
+
+
+class NormInFloat32(nn.Module):
+    """A norm that leaves autocast, as norms and position codes of many models do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.norm(x.float() * 3.0)
+
+
+def test_a_part_that_leaves_autocast_is_kept_whole() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), NormInFloat32(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU()),
+        nn.Conv2d(6, 2, 1),
+    )
+    x = torch.randn(2, 3, 4, 4)
+    gated = fxprune.instrument(model, x)
+    assert [str(n.target) for n in gated.graph.nodes if n.meta.get("leaf_because")] == ["1"]
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(gated(x), model(x))
+
+
+def test_a_model_that_switches_autocast_itself_is_refused() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        @torch.autocast("cpu", torch.bfloat16)
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).relu().mean((2, 3))
+
+    with pytest.raises(TraceError, match="switches autocast"):
+        fxprune.instrument(Mixed(), torch.randn(2, 3, 4, 4))
