@@ -31,6 +31,7 @@ from fxprune.graph_modules import without_code
 from fxprune.keeping import Held, Written
 from fxprune.kinds import PASSES
 from fxprune.modes import forget_counts, mode_questions, same_structure, thaw_modes
+from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
@@ -54,6 +55,7 @@ class ModelTracer(AskedTracer):
         self.leaves: dict[str, str] = {}
         self.written: set[str] = set()
         self.idle: Collection[str] = whole
+        self.watching = self.drew = False
         self.evaluation_only = False
         self._parameter_proxies: dict[str, fx.Proxy] = {}
 
@@ -168,16 +170,20 @@ class ModelTracer(AskedTracer):
             return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
         path, held = self.path_of_module(m), Held(m)
+        generators = Generators() if self.watching else None
         if kwargs and self.is_leaf_module(m, path):
             args, kwargs = _in_order(m, args, kwargs)
         try:
             result = super().call_module(m, forward, args, kwargs)
             self.note(held.put_back(), path)
+            _require_drawn_nothing(generators)
             passes = self._last_node() is last and len(args) == 1 and result is args[0]
             self.passes[path] = passes and self.passes.get(path, True)
             return result
         except Exception as error:
             held.put_back()
+            if generators is not None:
+                generators.put_back()
             self.leaves[path] = f"{type(error).__name__}: {_first_line(error)}"
             while len(self.module_stack) > depth:
                 self.module_stack.popitem()
@@ -297,11 +303,19 @@ def _trace_in_both_modes(
     """
     in_mode = functools.partial(_trace_in_mode, root, given, inside=inside)
     with uncollected(), mode_questions() as asked:
+        evaluation, tracer = in_mode(training=False, drawing=True)
+    if tracer.drew and (trained or not asked):
         evaluation, tracer = in_mode(training=False)
     if not asked:
         return evaluation, evaluation, tracer
-    with uncollected(), mode_questions() as asked_in_training:
-        training, other = in_mode(training=True)
+    try:
+        with uncollected(), mode_questions() as asked_in_training:
+            training, other = in_mode(training=True)
+    except TraceError:
+        if trained:
+            raise
+        tracer.evaluation_only = True
+        return evaluation, evaluation, tracer
     idle = {path for path, passes in tracer.passes.items() if passes}
     idle -= {path for path, passes in other.passes.items() if passes}
     if same_structure(root, training, evaluation):
@@ -336,13 +350,19 @@ def _trace_in_mode(
     training: bool,
     inside: bool,
     whole: Collection[str] = (),
+    drawing: bool = False,
 ) -> tuple[fx.Graph, ModelTracer]:
+    """Trace in one mode; drawing: let it draw random numbers of its own, which tells `drew`."""
     root.train(training)
-    tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
+    generators = Generators()
     try:
-        with torch.enable_grad(), _without_fused_layers(), tracer.refusing_autocast():
-            graph = tracer.trace(root)
-        tracer.note(held.put_back())
+        tracer, graph = _traced(root, given, whole, inside=inside)
+        tracer.drew = bool(generators.drew())
+        if tracer.drew:
+            generators.put_back()
+        if tracer.drew and not drawing:
+            tracer, graph = _traced(root, given, whole, inside=inside, watching=True)
+            _require_drawn_nothing(generators)
     except Exception as error:
         raise TraceError(
             f"{type(root).__name__} cannot be traced: {type(error).__name__}: {_first_line(error)}"
@@ -358,6 +378,36 @@ def _trace_in_mode(
     # Unpickling a graph module calls its tracer's class; torch.fx's own has all that takes.
     graph._tracer_cls = None
     return graph, tracer
+
+
+def _traced(
+    root: nn.Module,
+    given: Mapping[str, Any],
+    whole: Collection[str],
+    *,
+    inside: bool,
+    watching: bool = False,
+) -> tuple[ModelTracer, fx.Graph]:
+    """Trace once; watching: for modules that draw random numbers, which are then kept whole."""
+    tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
+    tracer.watching = watching
+    try:
+        with torch.enable_grad(), _without_fused_layers(), tracer.refusing_autocast():
+            graph = tracer.trace(root)
+    finally:
+        written = held.put_back()
+    tracer.note(written)
+    return tracer, graph
+
+
+def _require_drawn_nothing(generators: Generators | None) -> None:
+    who = "" if generators is None else generators.drew()
+    if who and generators is not None:
+        generators.put_back()
+        raise TraceError(
+            f"its forward draws random numbers ({who}), which a trace would draw once for all; "
+            "draw them like a tensor of the graph (torch.rand_like(x), F.dropout)"
+        )
 
 
 def _require_sayable(root: nn.Module, path: str) -> None:
