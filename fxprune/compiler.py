@@ -118,7 +118,7 @@ def instrument(
     def gate(region: Region) -> None:
         _require_both_modes(region.program, model)
         report = reports[region.path] = Report("instrument", name, {})
-        report.passes |= _renaming(region)
+        report.passes |= _renaming(region) | _modes(region)
         if region.program.module.meta["evaluation_only"]:
             report.refused.append(Change("training", _EVALUATION_ONLY))
         if hoist_padding and region.path:
@@ -194,6 +194,18 @@ def _renaming(region: Region) -> dict[str, list[Change]]:
     renamed: dict[str, str] = region.program.module.meta.get("renamed", {})
     changes = [Change(old, f"is called {new}: its name is taken") for old, new in renamed.items()]
     return {"renaming": changes} if changes else {}
+
+
+def _modes(region: Region) -> dict[str, list[Change]]:
+    """Return what to report of modules that do not follow `train`, as the model says."""
+    modes: dict[str, bool] = region.program.module.meta.get("modes", {})
+    changes = [
+        Change(
+            path, f"stays in {'training' if stays else 'evaluation'}, as the model's train() says"
+        )
+        for path, stays in sorted(modes.items())
+    ]
+    return {"modes": changes} if changes else {}
 
 
 def _require_plain(model: nn.Module, plain: nn.Module, inputs: Inputs) -> None:

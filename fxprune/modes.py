@@ -5,6 +5,7 @@ mode, show where: a flag or a rate in which they differ follows the mode, and be
 module's flag. Any other difference means that one graph cannot serve both.
 """
 
+import functools
 import operator
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -53,6 +54,45 @@ def mode_questions() -> Generator[set[nn.Module]]:
         yield asked
     finally:
         del nn.Module.training
+
+
+def flags_after(root: nn.Module, *, training: bool) -> dict[str, bool]:
+    """Return the flag of every module after `root.train(training)`, which a class may override."""
+    root.train(training)
+    modules = root.named_modules(remove_duplicate=False)
+    return {path: module.training for path, module in modules}
+
+
+def overrides_train(root: nn.Module) -> bool:
+    """Tell whether a module in `root` has a `train` of its own (norms that stay in evaluation)."""
+    usual = nn.Module.train
+    return any(type(m).train is not usual or "train" in vars(m) for m in root.modules())
+
+
+def keep_flags_(
+    traced: nn.Module, in_training: dict[str, bool], others: dict[str, bool]
+) -> set[str]:
+    """Let the modules of a traced model follow `train` as they did; return those that needed it.
+
+    The flag of the model itself is read in no graph, where it is one and the same in both modes.
+    in_training, others: what `flags_after` said of the model, of training and of evaluation.
+    """
+    deviating: set[str] = set()
+    for mode, flags in ((True, in_training), (False, others)):
+        found = flags_after(traced, training=mode)
+        deviating |= {path for path, flag in found.items() if path and flag != flags[path]}
+    for path in deviating:
+        module: Any = traced.get_submodule(path)
+        module.train = functools.partial(_follow, module, (others[path], in_training[path]))
+    return deviating
+
+
+def _follow(module: nn.Module, flags: tuple[bool, bool], mode: bool = True) -> nn.Module:
+    """Stand in for `module.train`: its flag in evaluation and in training is one of `flags`."""
+    for child in module.children():
+        child.train(mode)
+    module.training = flags[mode]
+    return module
 
 
 def same_structure(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bool:

@@ -30,7 +30,15 @@ from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
 from fxprune.keeping import Held, Written
 from fxprune.kinds import PASSES
-from fxprune.modes import forget_counts, mode_questions, same_structure, thaw_modes
+from fxprune.modes import (
+    flags_after,
+    forget_counts,
+    keep_flags_,
+    mode_questions,
+    overrides_train,
+    same_structure,
+    thaw_modes,
+)
 from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 
@@ -262,7 +270,12 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
         thaw_modes(training, evaluation)
     module = without_code(root, evaluation, type(root).__name__)
     module.meta["written"] = sorted(tracer.written)
+    if overrides_train(root):
+        after = [flags_after(root, training=mode) for mode in (True, False)]
+        module.meta["modes"] = {path: after[0][path] for path in keep_flags_(module, *after)}
     module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
+    for part, flag in flags.items():
+        part.training = flag
     for name, part in module.named_modules():
         part.training = flags[root.get_submodule(name)]
     for node in module.graph.nodes:
