@@ -135,6 +135,11 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether somebody is called when a module is, forward or backward."""
+    return is_hooked(module) or bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def tensors_in(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of a module, each once."""
     found: dict[int, Tensor] = {}

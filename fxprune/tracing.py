@@ -39,10 +39,12 @@ from fxprune.modes import (
     same_structure,
     thaw_modes,
 )
+from fxprune.modules import has_hooks
 from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
+_HOOKED = "it has hooks, which a trace would call once; remove them first, and add them again then"
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
@@ -182,6 +184,8 @@ class ModelTracer(AskedTracer):
         if kwargs and self.is_leaf_module(m, path):
             args, kwargs = _in_order(m, args, kwargs)
         try:
+            if has_hooks(m) and not self.is_leaf_module(m, path):
+                raise TraceError(_HOOKED)
             result = super().call_module(m, forward, args, kwargs)
             self.note(held.put_back(), path)
             _require_drawn_nothing(generators)
@@ -402,6 +406,8 @@ def _traced(
     watching: bool = False,
 ) -> tuple[ModelTracer, fx.Graph]:
     """Trace once; watching: for modules that draw random numbers, which are then kept whole."""
+    if has_hooks(root):
+        raise TraceError(_HOOKED)
     tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
     tracer.watching = watching
     try:

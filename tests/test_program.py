@@ -314,7 +314,6 @@ def test_a_wrong_number_of_inputs_is_refused(inputs: tuple[Any, ...]) -> None:
 
 
 UNFAITHFUL: dict[str, Callable[[Model, Tensor], Any]] = {
-    "draws random numbers": lambda m, x: m.layer(x) + torch.randn(4),
     "draws like its input": lambda m, x: m.layer(x) + torch.randn_like(x),
     "drops in evaluation": lambda m, x: F.dropout(m.layer(x), 0.5, training=True),
     "counts its calls": lambda m, x: m.layer(x) + m.shift.add_(1) + x.sum() * 0,
@@ -355,8 +354,22 @@ def _add_one(_: nn.Module, __: Any, output: Any) -> Any:
 def test_hooks_of_the_model_that_change_its_output_are_not_lost_silently() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     model.register_forward_hook(_add_one)
-    with pytest.raises(TraceError, match="computes something else"):
+    with pytest.raises(TraceError, match="it has hooks"):
         captured(model, batch())
+
+
+def test_hooks_of_a_part_that_could_be_traced_go_on_working() -> None:
+    called: list[str] = []
+    part = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    part.register_forward_hook(lambda *_: called.append("forward"))
+    part.register_full_backward_hook(lambda *_: called.append("backward"))
+    model = nn.Sequential(part, nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    program = captured(model, x := batch())
+    called.clear()
+    program.module(x).sum().backward()
+    assert called == ["forward", "backward"] and torch.equal(program.run(), model(x))
+    (leaf,) = [node for node in program.graph.nodes if node.meta.get("leaf_because")]
+    assert leaf.target == "0" and "it has hooks" in leaf.meta["leaf_because"]
 
 
 def test_hooks_of_its_layers_go_on_working() -> None:
