@@ -366,7 +366,7 @@ def test_hooks_of_a_part_that_could_be_traced_go_on_working() -> None:
     model = nn.Sequential(part, nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     program = captured(model, x := batch())
     called.clear()
-    program.module(x).sum().backward()
+    program.module(x.clone().requires_grad_()).sum().backward()
     assert called == ["forward", "backward"] and torch.equal(program.run(), model(x))
     (leaf,) = [node for node in program.graph.nodes if node.meta.get("leaf_because")]
     assert leaf.target == "0" and "it has hooks" in leaf.meta["leaf_because"]
