@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("structure", "kinds", "garbage", "progress", "default_device", "eager"),
+    ("keeping", "naming", "randomness"),
     ("terms",),
     ("latency_tables",),
     ("chain_costs",),
