@@ -5,7 +5,9 @@ mostly notes of what was last seen (attention maps); whether they are more, a se
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -25,7 +27,9 @@ class Held:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.registered = [(held, dict(held)) for held in (module._parameters, module._buffers)]
+        self.registered: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        if not isinstance(module, torch.jit.ScriptModule):  # nobody looks into a script
+            self.registered = [(held, dict(held)) for held in (module._parameters, module._buffers)]
         self.attributes = dict(vars(module))
 
     def put_back(self) -> Written:

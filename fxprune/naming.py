@@ -7,6 +7,7 @@ a `report`; and code cannot say `self.lambda`. Only names at the top of what is 
 import keyword
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 OURS = ("gates", "penalties", "report")
@@ -26,8 +27,8 @@ def free_names_(root: nn.Module) -> dict[str, str]:
 
     Its forward finds everything under the old names still.
     """
-    if isinstance(root, fx.GraphModule):
-        return {}
+    if isinstance(root, (fx.GraphModule, torch.jit.ScriptModule)):
+        return {}  # their names are said already
     held: list[dict[str, Any]] = [root._modules, root._parameters, root._buffers]
     taken = {name for parts in held for name in parts}
     renamed: dict[str, str] = {}

@@ -255,9 +255,9 @@ def scripted() -> Any:
 
 
 def keyword_named() -> nn.Module:
-    model = nn.Sequential()
-    model.add_module("in", nn.Linear(4, 4))
-    return model.append(nn.ReLU()).append(nn.Linear(4, 2))
+    part = nn.Sequential()
+    part.add_module("in", nn.Linear(4, 4))
+    return nn.Sequential(part, nn.ReLU(), nn.Linear(4, 2))
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
