@@ -26,7 +26,7 @@ LEGEND = (
     "Errors are relative to the largest output, and the largest of those checks that decided; in",
     "an undecided check rounding moves the gated model itself as far. Spread is the standard",
     "deviation of outputs over inputs, relative too. In onnxruntime, *nor the original* is said",
-    "where torch's exporter refuses the untouched model as well.",
+    "where torch's exporter refuses the untouched model as well, or onnxruntime disagrees on it.",
 )
 COLUMNS = {
     "model": "name",
