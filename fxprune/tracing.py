@@ -205,11 +205,11 @@ class ModelTracer(AskedTracer):
     @contextmanager
     def refusing_autocast(self) -> Generator[None]:
         """Let no traced code switch autocast: a graph would forget that (norms kept in float32)."""
-        enter = torch.autocast.__enter__
+        enter, tracer = torch.autocast.__enter__, self
 
-        def refuse(region: torch.autocast) -> Any:
-            if self.answering:
-                return enter(region)
+        def refuse(self: torch.autocast) -> Any:
+            if tracer.answering:
+                return enter(self)
             raise TraceError("it switches autocast, which no graph does")
 
         torch.autocast.__enter__ = refuse

@@ -102,7 +102,7 @@ class AveragedHere(Net):
 @pytest.mark.parametrize("kind", [Noting, LazilyMade])
 @pytest.mark.parametrize("ran", [False, True])
 def test_notes_of_what_was_seen_are_dropped(kind: type[Net], ran: bool) -> None:
-    model = randomise(kind()).eval()
+    model: Any = randomise(kind()).eval()
     if ran:
         model(X)
     seen, calls = model.seen, model.calls
@@ -117,7 +117,7 @@ def test_notes_of_what_was_seen_are_dropped(kind: type[Net], ran: bool) -> None:
 @pytest.mark.parametrize(("kind", "name"), [(Counting, "calls"), (Remembering, "seen")])
 @pytest.mark.parametrize("ran", [False, True])
 def test_a_model_that_remembers_is_refused(kind: type[Net], name: str, ran: bool) -> None:
-    model = randomise(kind()).eval()
+    model: Any = randomise(kind()).eval()
     if ran:
         model(X)
     with pytest.raises(TraceError, match=f"keeps something in self.{name}"):
@@ -125,7 +125,7 @@ def test_a_model_that_remembers_is_refused(kind: type[Net], name: str, ran: bool
 
 
 def test_a_replaced_buffer_is_refused_and_said_how_to_mend() -> None:
-    model = randomise(AveragedHere()).eval()
+    model: Any = randomise(AveragedHere()).eval()
     before = model.mean.clone()
     with pytest.raises(TraceError, match=r"replaces its tensor 'mean'.*self.mean.copy_"):
         fxprune.instrument(model, X)
@@ -135,7 +135,7 @@ def test_a_replaced_buffer_is_refused_and_said_how_to_mend() -> None:
 @pytest.mark.parametrize("always", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_part_that_averages_does_so_in_training(in_place: bool, always: bool) -> None:
-    model = randomise(Averaged(in_place=in_place, always=always))
+    model: Any = randomise(Averaged(in_place=in_place, always=always))
     start = model.average.mean.clone()
     gated: Any = fxprune.instrument(model, X)
     for one in (model, gated):

@@ -96,7 +96,7 @@ def _training(model: nn.Module) -> dict[str, bool]:
 
 
 def test_norms_that_stay_in_evaluation_do_so_in_what_is_made_of_a_model() -> None:
-    model = randomise(FrozenNorms()).train()
+    model: Any = randomise(FrozenNorms()).train()
     x = torch.randn(4, 3, 5, 5)
     expected = {"norm": False, "teacher.1": False, "teacher.2": False, "other": True}
     assert _training(model) == expected

@@ -599,9 +599,9 @@ def test_a_model_that_switches_autocast_itself_is_refused() -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 8, 1)
 
-        @torch.autocast("cpu", torch.bfloat16)
         def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x).relu().mean((2, 3))
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.conv(x).relu().mean((2, 3))
 
     with pytest.raises(TraceError, match="switches autocast"):
         fxprune.instrument(Mixed(), torch.randn(2, 3, 4, 4))
