@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.modules import free_name
+
 OURS = ("gates", "penalties", "report")
 
 
@@ -30,10 +32,8 @@ def free_names_(root: nn.Module) -> dict[str, str]:
     if isinstance(root, (fx.GraphModule, torch.jit.ScriptModule)):
         return {}  # their names are said already
     held: list[dict[str, Any]] = [root._modules, root._parameters, root._buffers]
-    taken = {name for parts in held for name in parts}
-    renamed: dict[str, str] = {}
-    for name in sorted(taken & RESERVED):
-        renamed[name] = _free(name, root, taken | {*renamed.values()})
+    taken = sorted(name for parts in held for name in parts if name in RESERVED)
+    renamed = {name: free_name(root, f"{name}_") for name in taken}
     if not renamed:
         return {}
     for parts in held:
@@ -46,13 +46,6 @@ def free_names_(root: nn.Module) -> dict[str, str]:
     aliases = {old: property(_reading(new)) for old, new in renamed.items()}
     root.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, **aliases})
     return renamed
-
-
-def _free(name: str, root: nn.Module, taken: set[str]) -> str:
-    new = f"{name}_"
-    while new in taken or new in RESERVED or hasattr(root, new):
-        new += "_"
-    return new
 
 
 def _reading(name: str) -> Any:

@@ -181,10 +181,11 @@ class ModelTracer(AskedTracer):
         last, depth = self._last_node(), len(self.module_stack)
         path, held = self.path_of_module(m), Held(m)
         generators = Generators() if self.watching else None
-        if kwargs and self.is_leaf_module(m, path):
+        is_leaf = self.is_leaf_module(m, path)
+        if kwargs and is_leaf:
             args, kwargs = _in_order(m, args, kwargs)
         try:
-            if has_hooks(m) and not self.is_leaf_module(m, path):
+            if has_hooks(m) and not is_leaf:
                 raise TraceError(_HOOKED)
             result = super().call_module(m, forward, args, kwargs)
             self.note(held.put_back(), path)
@@ -266,6 +267,8 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
         training, evaluation, tracer = _trace_in_both_modes(
             root, given, inside=inside, trained=root.training
         )
+        modes = (True, False) if overrides_train(root) else ()
+        after = [flags_after(root, training=mode) for mode in modes]
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -274,12 +277,9 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
         thaw_modes(training, evaluation)
     module = without_code(root, evaluation, type(root).__name__)
     module.meta["written"] = sorted(tracer.written)
-    if overrides_train(root):
-        after = [flags_after(root, training=mode) for mode in (True, False)]
+    if after:
         module.meta["modes"] = {path: after[0][path] for path in keep_flags_(module, *after)}
     module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
-    for part, flag in flags.items():
-        part.training = flag
     for name, part in module.named_modules():
         part.training = flags[root.get_submodule(name)]
     for node in module.graph.nodes:

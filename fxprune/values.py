@@ -192,6 +192,11 @@ def unknown(tags: Tensor) -> Tensor:
     return torch.full(tags.shape, torch.nan, dtype=torch.float64)
 
 
+def zeros_of(constants: Tensor) -> Tensor:
+    """Return the constants that are 0, where no others are known to stay what they are."""
+    return torch.where(constants == 0, 0.0, torch.nan).double()
+
+
 def fixed(spec: TensorSpec) -> Value:
     """Return a value all of whose channels stay and of which nothing is known."""
     tags = torch.full((1,) * len(spec.shape), FIXED)

@@ -1,9 +1,11 @@
 """Fixtures for all tests: golden texts, and models whose every number is its own."""
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,14 @@ class Golden:
             self.path.write_text(text + "\n", encoding="utf-8")
         assert self.path.exists(), f"no {self.path.name}: run pytest --update-golden and read it"
         assert text + "\n" == self.path.read_text(encoding="utf-8")
+
+
+def reloaded(model: nn.Module) -> Any:
+    """Return a module as it is after it was saved whole, and loaded."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("structure", "kinds", "garbage", "progress", "default_device", "eager"),
-    ("keeping", "naming", "randomness"),
+    ("keeping", "randomness"),
     ("terms",),
     ("latency_tables",),
     ("chain_costs",),
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gates",),
     ("inputs",),
     ("modules", "joint_terms"),
-    ("plain_weights",),
+    ("plain_weights", "naming"),
     ("dispatch", "gated_reads"),
     ("deferral",),
     ("macs",),

@@ -1,7 +1,6 @@
 """What runs instead of a gated graph: the same numbers, to the bit at open gates, for less."""
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import fxprune
 from fxprune import deferral, gated_reads
 from fxprune.gates import width_gate
 from fxprune.lowering import lower_, raise_
-from tests.conftest import randomise
+from tests.conftest import randomise, reloaded
 
 
 class ResNet(nn.Module):
@@ -214,14 +213,9 @@ def test_exported_it_takes_batches_of_any_size() -> None:
 # Copies of it.
 
 
-def saved(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("again", [copy.deepcopy, saved, lambda model: saved(saved(model))])
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, reloaded, lambda model: reloaded(reloaded(model))]
+)
 def test_copies_have_the_graph_and_run_its_lowered_form(again: Callable[[Any], Any]) -> None:
     gated, x = gated_model("resnet")
     twin = again(gated)
@@ -244,7 +238,7 @@ def test_an_edited_graph_is_lowered_anew() -> None:
 
 def test_the_finalised_model_is_lowered_no_more() -> None:
     gated, x = gated_model("resnet")
-    small = fxprune.finalize(saved(gated), x[:2])
+    small = fxprune.finalize(reloaded(gated), x[:2])
     assert type(small.graph._codegen) is CodeGen and small._tracer_cls is None
     torch.testing.assert_close(small(x), gated.eval()(x))
 
@@ -373,10 +367,7 @@ def test_sums_in_place_stay_so_where_a_layer_made_what_is_overwritten() -> None:
     x = torch.randn(4, 3, 9, 9, generator=generator, dtype=torch.float64)
     model = randomise(InPlace().double())
     gated: Any = fxprune.instrument(model, x).double()
-    file = io.BytesIO()
-    torch.save(gated, file)
-    file.seek(0)
-    loaded: Any = torch.load(file, weights_only=False)
+    loaded = reloaded(gated)
     for one in (gated, loaded):
         assert one.code.count("add_to(") == 2  # the third is of an activation, which a gate reads
         sums = [node.target for node in one.graph.nodes if node.name.startswith("add")]

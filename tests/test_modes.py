@@ -1,7 +1,6 @@
 """The two modes: who asks for one, and how many traces that takes."""
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import fxprune
 from fxprune.modes import mode_questions
 from fxprune.testing import close_half
 from fxprune.tracing import ModelTracer, bound_arguments, trace
-from tests.conftest import randomise
+from tests.conftest import randomise, reloaded
 
 
 class Layer(nn.Module):
@@ -102,11 +101,7 @@ def test_norms_that_stay_in_evaluation_do_so_in_what_is_made_of_a_model() -> Non
     assert _training(model) == expected
     gated: Any = fxprune.instrument(model, x)
     assert "norm: stays in evaluation" in str(gated.report)
-    saved = io.BytesIO()
-    torch.save(gated, saved)
-    saved.seek(0)
-    loaded = torch.load(saved, weights_only=False)
-    for one in (gated, loaded, copy.deepcopy(gated)):
+    for one in (gated, reloaded(gated), copy.deepcopy(gated)):
         assert _training(one) == expected
         one.eval()
         assert not any(_training(one).values())

@@ -1,6 +1,5 @@
 """Parts of a model may have names that graph modules, or fxprune, use for something else."""
 
-import io
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import fxprune
 from fxprune.gates import Gates
 from fxprune.naming import RESERVED, free_names_
 from fxprune.testing import close_half, error
-from tests.conftest import randomise
+from tests.conftest import randomise, reloaded
 
 NAMES = (
     "gates",
@@ -73,11 +72,7 @@ def test_a_part_may_have_any_name(name: str, kind: str) -> None:
     assert close_half(gated) == 4
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal" and small.last.in_features == 4
-    saved = io.BytesIO()
-    torch.save(small, saved)
-    saved.seek(0)
-    loaded = torch.load(saved, weights_only=False)
-    assert torch.equal(loaded(x), small(x))
+    assert torch.equal(reloaded(small)(x), small(x))
     assert error(gated.eval()(x), small(x)) < 1e-5
 
 

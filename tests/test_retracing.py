@@ -1,6 +1,5 @@
 """Saved models: what torch.fx traces again when it loads them computes the same."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.testing import close_half
+from tests.conftest import reloaded
 
 
 @torch.fx.wrap
@@ -82,13 +82,6 @@ ASKS = (
 )
 
 
-def _loaded(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 def _pair(model: nn.Module, *inputs: Any) -> tuple[Any, Any]:
     gated = fxprune.instrument(model, inputs)
     close_half(gated)
@@ -100,15 +93,15 @@ def _pair(model: nn.Module, *inputs: Any) -> tuple[Any, Any]:
 def test_a_loaded_model_computes_the_same(ask: Any, mask: Tensor | None) -> None:
     x = torch.randn(3, 8)
     for model in _pair(Model(ask), x, mask):
-        assert torch.equal(_loaded(model)(x, mask), model(x, mask))
-        assert torch.equal(_loaded(_loaded(model))(x, mask), model(x, mask))
+        assert torch.equal(reloaded(model)(x, mask), model(x, mask))
+        assert torch.equal(reloaded(reloaded(model))(x, mask), model(x, mask))
 
 
 @pytest.mark.parametrize("ask", [_slices_a_buffer, _computes_with_a_buffer])
 def test_a_loaded_model_still_reads_its_buffers(ask: Any) -> None:
     x = torch.randn(3, 8)
     model, _ = _pair(Model(ask), x)
-    other = _loaded(model)
+    other = reloaded(model)
     state = model.state_dict()
     state["scale"] = state["scale"] * 3
     before = model(x)
@@ -120,7 +113,7 @@ def test_a_loaded_model_still_reads_its_buffers(ask: Any) -> None:
 def test_a_loaded_model_returns_the_class_it_returned() -> None:
     x = torch.randn(3, 8)
     for model in _pair(Model(_asks_for_a_mask, lambda y: Output(y, y + 1)), x):
-        loaded = _loaded(model)(x)
+        loaded = reloaded(model)(x)
         assert isinstance(loaded, Output)
         assert torch.equal(loaded.hidden, model(x).hidden)
 
@@ -129,7 +122,7 @@ def test_a_loaded_model_refuses_what_it_refused() -> None:
     x, mask = torch.randn(3, 8), torch.randn(3, 8)
     for example, other in ((None, mask), (mask, None)):
         for model in _pair(Model(_asks_for_a_mask), x, example):
-            for one in (model, _loaded(model)):
+            for one in (model, reloaded(model)):
                 with pytest.raises(AssertionError, match="this model assumes mask is"):
                     one(x, other)
 
@@ -154,7 +147,7 @@ def test_a_loaded_model_knows_why_modules_are_whole() -> None:
     layers = [nn.Linear(8, 16), Depth(), nn.ReLU(), nn.Linear(16, 4), Sorting()]
     gated = fxprune.instrument(nn.Sequential(*layers), torch.randn(3, 8))
     close_half(gated)
-    small, again = fxprune.finalize(gated), fxprune.finalize(_loaded(_loaded(gated)))
+    small, again = fxprune.finalize(gated), fxprune.finalize(reloaded(reloaded(gated)))
     assert again.get_submodule("0").out_features == 8
     reasons, found = ([change.what for change in m.report.refused] for m in (small, again))
     assert found == reasons  # its lines are of code that is gone
@@ -185,7 +178,7 @@ def test_a_plain_model_is_loaded_without_fxprune(
     small = fxprune.finalize(gated)
     assert small.get_submodule("first").out_features == 8
     seen = without_fxprune(
-        _loaded(small), "(m.places.fill_(3), m(torch.ones(3, 8)).std(0))[1].max().item()"
+        reloaded(small), "(m.places.fill_(3), m(torch.ones(3, 8)).std(0))[1].max().item()"
     )
     assert seen == "0.0"  # as all places are one, so are the rows
 

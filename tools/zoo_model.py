@@ -32,9 +32,8 @@ from fxprune.testing import close_half
 from fxprune.verdicts import SENSITIVE
 
 SIZES = (64, 96, 128, 224, 299)
-PIXELS = (
-    32 * 64 * 64
-)  # of the images that statistics are of: too few, and most variances are near 0
+# Of the images that statistics are of: of fewer, most variances are near 0.
+PIXELS = 32 * 64 * 64
 
 
 def study(name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fxprune.ops.contraction import contraction_flow
 from fxprune.ops.labels import Contraction, Operand, contraction
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.tags import align
-from fxprune.values import Barrier, State, Value
+from fxprune.values import Barrier, State, Value, zeros_of
 
 
 def attention_flow(call: Call) -> Flow:
@@ -29,7 +29,7 @@ def attention_flow(call: Call) -> Flow:
     if isinstance(values, Value) and len(values.shape) == len(output.shape):
         constants = align(values.constants, output.tags).expand(output.tags.shape)
     if not _adds_up(call):
-        constants = torch.where(constants == 0, 0.0, torch.nan).double()
+        constants = zeros_of(constants)
     flow.outputs = call.output(output.tags, constants)
     return flow
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxprune.ops.labels import Contraction, Operand, read_einsum, read_product
 from fxprune.rules import Call, Flow, OpRule, Read, register
 from fxprune.tags import FIXED
-from fxprune.values import Barrier, State, Value, broadcast_to
+from fxprune.values import Barrier, State, Value, broadcast_to, zeros_of
 
 _STAYS = "it is multiplied along an axis that stays as long as it is"
 _READ = "a product reads it where no factor is 0"
@@ -136,7 +136,7 @@ def _mix(flow: Flow, found: Contraction, *, generic: bool) -> _Lead:
         pattern = _read_summed(flow, found, summed, outputs, free, label, generic=generic)
     constants = torch.full((len(outputs),), torch.nan, dtype=torch.float64)
     if own is not None and isinstance(free and free.held, Value):
-        constants = torch.where(own.constants == 0, 0.0, torch.nan).double()
+        constants = zeros_of(own.constants)
     elif pattern is not None and free is not None:
         constants = _linear_constants(found, summed, free, label, pattern)
     return _Lead(label, outputs, constants)

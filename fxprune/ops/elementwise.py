@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from fxprune.rules import Call, Flow, OpRule, Read, execute, key_of, register
 from fxprune.tags import FIXED, align, varying_axes
-from fxprune.values import Barrier, State, Value, as_value, broadcast_to, flatten, unknown
+from fxprune.values import Barrier, State, Value, as_value, broadcast_to, flatten, unknown, zeros_of
 
 _ACROSS = "another operand has its channels along another axis"
 
@@ -191,7 +191,7 @@ def _as_operand(argument: Any) -> Tensor:
 def _product_constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
     constants = _constants(call, operands, tags)
     for operand in operands:
-        zero = _fit(torch.where(operand.constants == 0, operand.constants, torch.nan), tags)
+        zero = _fit(zeros_of(operand.constants), tags)
         constants = torch.where(zero == 0, 0.0, constants)
     return constants
 

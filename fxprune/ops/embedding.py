@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, State, Value, as_value, flatten, unknown
+from fxprune.values import Barrier, State, Value, as_value, flatten, unknown, zeros_of
 
 
 def embedding_flow(call: Call) -> Flow:
@@ -22,7 +22,7 @@ def embedding_flow(call: Call) -> Flow:
 
 def bag_flow(call: Call) -> Flow:
     """Give out the columns of a table some of whose rows are taken together."""
-    return _flow(call, lambda c: torch.where(c == 0, c, torch.nan))
+    return _flow(call, zeros_of)
 
 
 def resize_embedding(call: Call) -> None:

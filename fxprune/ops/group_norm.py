@@ -17,7 +17,7 @@ from fxprune.cuts import Arguments, Cut
 from fxprune.ops.statistics import layer_norm_flow
 from fxprune.rules import Call, Flow, OpRule, Read, register
 from fxprune.tags import varying_axes
-from fxprune.values import Barrier, State
+from fxprune.values import Barrier, State, zeros_of
 
 
 def group_norm_flow(call: Call) -> Flow:
@@ -73,7 +73,7 @@ def rms_norm_flow(call: Call) -> Flow:
     along = value.along(last)
     zero = (along.constants == 0) & call.sole_use
     reason = "it adds up the squares of channels that are not 0"
-    constants = torch.where(value.constants == 0, 0.0, torch.nan).double()
+    constants = zeros_of(value.constants)
     return Flow(
         call.output(value.tags, constants),
         ties=[(weight.axis(0), along.tags)],

@@ -22,7 +22,7 @@ from fxprune.ops.mixing import (
     read_call,
 )
 from fxprune.rules import Call, Flow, OpRule, Read, register
-from fxprune.values import Along, Barrier, Value
+from fxprune.values import Along, Barrier, Value, zeros_of
 
 
 def mixing_flow(call: Call) -> Flow:
@@ -225,7 +225,7 @@ def _beside_flow(call: Call, mixing: Mixing) -> Flow:
     value = mixing.value
     constants = torch.full(value.tags.shape, torch.nan, dtype=torch.float64)
     if mixing.bias is None:
-        constants = torch.where(value.constants == 0, 0.0, torch.nan).double()
+        constants = zeros_of(value.constants)
     return Flow(call.output(value.tags, constants))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
-from fxprune.values import Along, Barrier, Value
+from fxprune.values import Along, Barrier, Value, zeros_of
 
 
 def unfold_flow(call: Call) -> Flow:
@@ -20,7 +20,7 @@ def unfold_flow(call: Call) -> Flow:
     along = _channels(value, axis)
     repeats = call.tensor_spec().shape[-2] // value.shape[axis]
     shape = [1] * axis + [-1, 1]
-    zeros = torch.where(along.constants == 0, 0.0, torch.nan).repeat_interleave(repeats)
+    zeros = zeros_of(along.constants).repeat_interleave(repeats)
     tags = along.tags.repeat_interleave(repeats)
     return Flow(call.output(tags.reshape(shape), zeros.reshape(shape)), ties=along.ties)
 

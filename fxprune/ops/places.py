@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
-from fxprune.values import Barrier, State, Value, as_value, flatten
+from fxprune.values import Barrier, State, Value, as_value, flatten, zeros_of
 
 _PLACES = "it says where maps are read"
 
@@ -29,8 +29,7 @@ def sample_flow(call: Call) -> Flow:
         for place in map(as_value, places)
         if isinstance(place, Value) and place is not value
     ]
-    zeros = torch.where(value.constants == 0, value.constants, torch.nan)
-    return Flow(call.output(value.tags, zeros), keeps=keeps)
+    return Flow(call.output(value.tags, zeros_of(value.constants)), keeps=keeps)
 
 
 _KEYS: tuple[Any, ...] = (F.grid_sample, torch.grid_sampler)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fxprune.observation import TensorSpec
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
-from fxprune.values import Barrier, Value, flatten, unknown
+from fxprune.values import Barrier, Value, flatten, unknown, zeros_of
 
 
 def pool_flow(call: Call, *, rank: int) -> Flow:
@@ -34,7 +34,7 @@ def average_flow(call: Call, *, rank: int) -> Flow:
         padding = call.argument(3, "padding", 0)
     sizes: Any = padding if isinstance(padding, (tuple, list)) else (padding,)
     if any(size != 0 for size in sizes) or _divides(call):
-        return _spatial(call, rank, _zeros)
+        return _spatial(call, rank, zeros_of)
     return _spatial(call, rank, lambda constants: constants)
 
 
@@ -44,13 +44,13 @@ def power_flow(call: Call, *, rank: int) -> Flow:
     power: Any = call.argument(1, "norm_type") if module is None else module.norm_type
     if not isinstance(power, (int, float)) or not 0 < power < math.inf:
         raise Barrier("its p is not a positive number")
-    return _spatial(call, rank, _zeros)
+    return _spatial(call, rank, zeros_of)
 
 
 def unpool_flow(call: Call, *, rank: int) -> Flow:
     """Put the channels of a pooled map where they were; zeros are what is between them."""
     indices = call.value(1, "indices")
-    flow = _spatial(call, rank, _zeros)
+    flow = _spatial(call, rank, zeros_of)
     return replace(flow, ties=[(call.value().tags, indices.tags)])
 
 
@@ -59,11 +59,6 @@ def _divides(call: Call) -> bool:
     if call.module is not None:
         return getattr(call.module, "divisor_override", None) is not None
     return call.argument(6, "divisor_override") is not None
-
-
-def _zeros(constants: Tensor) -> Tensor:
-    """Return the constants that are 0; the others are not known to stay."""
-    return torch.where(constants == 0, constants, torch.nan)
 
 
 def _spatial(call: Call, rank: int, through: Callable[[Tensor], Tensor]) -> Flow:

@@ -21,7 +21,7 @@ from fxprune.observation import TensorSpec
 from fxprune.ops.elementwise import elementwise_flow
 from fxprune.rules import Call, Flow, OpRule, Read, register
 from fxprune.tags import FIXED, varying_axes
-from fxprune.values import Barrier, Value, flatten, unknown
+from fxprune.values import Barrier, Value, flatten, unknown, zeros_of
 
 _OVER = "it reduces over channels, where a removed one would still count"
 _READ = "it adds up channels that are not 0"
@@ -29,10 +29,6 @@ _READ = "it adds up channels that are not 0"
 
 def _same(constants: Tensor) -> Tensor:
     return constants
-
-
-def _zero(constants: Tensor) -> Tensor:
-    return torch.where(constants == 0, 0.0, torch.nan).double()
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,9 @@ def variance_flow(call: Call) -> Flow:
     """Follow variances: that of zeros is 0, unless there are too few of them to tell."""
     value = call.value()
     count = math.prod(value.shape[axis] for axis in _axes(call, value, 1))
-    return reduce_flow(call, reduction=Reduction(_zero if count > _correction(call) else unknown))
+    return reduce_flow(
+        call, reduction=Reduction(zeros_of if count > _correction(call) else unknown)
+    )
 
 
 def _correction(call: Call) -> float:
@@ -117,7 +115,7 @@ def normalize_flow(call: Call) -> Flow:
     if not isinstance(dim, int):
         raise Barrier("it normalises over several axes")
     axes = {dim % len(value.shape)}
-    output = call.output(value.tags, _zero(value.constants))
+    output = call.output(value.tags, zeros_of(value.constants))
     if not _is_over(value, axes):
         return Flow(output, ties=value.beside(axes, _OVER).ties)
     if not _ignores_zeros(call):
@@ -184,16 +182,16 @@ _MEAN = Reduction(_same, sparse=True, mend=lambda share: (torch.mul, share))
 _MAXIMUM = Reduction(_same, sparse=True, mend=lambda _: (torch.clamp_min, 0))
 _MINIMUM = Reduction(_same, sparse=True, mend=lambda _: (torch.clamp_max, 0))
 _register("mean", _MEAN, *_forms("mean"))
-_register("sum", Reduction(_zero, sparse=True), *_forms("sum"))
+_register("sum", Reduction(zeros_of, sparse=True), *_forms("sum"))
 _register("maximum", _MAXIMUM, *_forms("amax"))
 _register("minimum", _MINIMUM, *_forms("amin"))
 register(OpRule("extremes", extreme_flow), *_forms("max", "min", "median"))
 register(OpRule("statistics", variance_flow), *_forms("var", "std", "var_mean", "std_mean"))
-_register("product of all", Reduction(_zero), *_forms("prod", "all", "any"))
+_register("product of all", Reduction(zeros_of), *_forms("prod", "all", "any"))
 _register("logsumexp", Reduction(unknown), *_forms("logsumexp", "argmax", "argmin"))
 _register(
     "norm",
-    Reduction(_zero, 2, sparse=True),
+    Reduction(zeros_of, 2, sparse=True),
     *(*_forms("norm"), torch.linalg.norm, torch.linalg.vector_norm),
 )
 register(OpRule("normalize", normalize_flow), F.normalize)

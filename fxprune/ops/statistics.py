@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.observation import TensorSpec
 from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, State, Value, flatten, unknown
+from fxprune.values import Barrier, State, Value, flatten, unknown, zeros_of
 
 _NORMALISES = "it normalises over channels, where a removed one would still count"
 _ALONG = "it lies along the axis that is normalised"
@@ -52,10 +52,6 @@ def order_flow(
 ) -> Flow:
     """Pass channels beside the axis that is sorted or added up, and constants `through` it."""
     return _beside(call, (call.argument(place, "dim", default),), _COMPARES, through)
-
-
-def _zeros(constants: Tensor) -> Tensor:
-    return torch.where(constants == 0, constants, torch.nan)
 
 
 def _same(constants: Tensor) -> Tensor:
@@ -102,7 +98,7 @@ register(
 )
 register(OpRule("response_norm", response_norm_flow), nn.LocalResponseNorm, F.local_response_norm)
 for _names, _place, _default, _through in (
-    (("cumsum", "cumprod"), 1, None, _zeros),
+    (("cumsum", "cumprod"), 1, None, zeros_of),
     (("sort",), 1, -1, _same),
     (("argsort",), 1, -1, unknown),
     (("topk",), 2, -1, _same),

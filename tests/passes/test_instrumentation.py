@@ -1,6 +1,5 @@
 """Where gates go, where not, and that they change nothing until they are trained."""
 
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from fxprune.passes.instrumentation import insert_gates
 from fxprune.pipeline import Change
 from fxprune.program import Program, capture
 from fxprune.testing import error
-from tests.conftest import Golden, randomise
+from tests.conftest import Golden, randomise, reloaded
 
 
 def instrumented(model: nn.Module, *shape: int) -> tuple[Program, list[Change]]:
@@ -187,10 +186,7 @@ def test_a_neuron_comes_back() -> None:
 def test_a_pickled_model_keeps_its_gates() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
     program, _ = instrumented(model, 3, 6)
-    stream = io.BytesIO()
-    torch.save(program.module, stream)
-    stream.seek(0)
-    again = torch.load(stream, weights_only=False)
+    again = reloaded(program.module)
     for module in (program.module, again):
         module(*program.inputs()[0]).square().sum().backward()
     for name in ("width", "linear"):
