@@ -3,6 +3,7 @@
 from fxprune.channels import analyse
 from fxprune.passes.affine_inputs import fold_affine_inputs
 from fxprune.passes.batch_norm import fold_batch_norm
+from fxprune.passes.computed_weights import join_computed_weights, settle_computed_weights
 from fxprune.passes.constant_branches import remove_constant_branches
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.early_pools import advance_pools
@@ -23,6 +24,8 @@ READABLE: tuple[Pass, ...] = (
     unpack_sizes,
     # A layer whose rank is asked for has a reader too many to be merged.
     ask_inputs_for_ranks,
+    # What computes a layer's weights is known to the analysis as a part of the layer only.
+    join_computed_weights,
     # Layers written as functions could neither fold nor take constants in.
     make_layers_modules,
 )
@@ -33,6 +36,8 @@ PLAIN: tuple[Pass, ...] = (
     # Bypassing operators is safe once none of them overwrites its input.
     make_functional,
     *READABLE,
+    # Numbers can be cut.
+    settle_computed_weights,
 )
 
 

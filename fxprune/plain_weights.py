@@ -1,4 +1,4 @@
-"""Weights that are computed: by masks, norms and parametrizations of torch.nn.utils.
+"""Weights that are computed: by masks, norms and parametrizations of torch.nn.utils, or a forward.
 
 A layer behind them does with its weight what a plain one does with numbers. So they are analysed as
 plain layers, and in the end are: what is deployed needs no mask and no norm.
@@ -21,6 +21,7 @@ from torch.nn.utils import (
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fxprune.computed_layers import ComputedLayer, make_plain_
 from fxprune.modules import copy_model, evaluating
 
 
@@ -33,6 +34,9 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     if not _computing(model):
         return model
     plain: nn.Module = copy_model(model)
+    if isinstance(plain, ComputedLayer):
+        return plain.plain()
+    make_plain_(plain)
     computing = _computing(plain)
     held = Counter(id(p) for module in plain.modules() for p in module._parameters.values())
     for module in computing:
@@ -65,7 +69,7 @@ def computes_weights(module: nn.Module) -> bool:
     """Tell whether a module's weights are not just numbers."""
     kinds = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
     hooked = any(isinstance(hook, kinds) for hook in module._forward_pre_hooks.values())
-    return hooked or parametrize.is_parametrized(module)
+    return hooked or parametrize.is_parametrized(module) or isinstance(module, ComputedLayer)
 
 
 def _computing(root: nn.Module) -> list[nn.Module]:

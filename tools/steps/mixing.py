@@ -150,6 +150,26 @@ def computed(draft: Draft, x: str, pick: Pick) -> str:
 
 
 @writer
+def computed_in_the_forward(draft: Draft, x: str, pick: Pick) -> str:
+    """Mix by a function of a weight that the forward computes of a layer's."""
+    width, outs, kind = draft.channels(x), pick([4, 6, 2]), draft.kinds[x]
+    rank = len(draft.shape(x)) - 2
+    convolution = kind == "map"
+    mixing = f"nn.Conv{rank}d({width}, {outs}, 3)" if convolution else f"nn.Linear({width}, {outs})"
+    layer = draft.layer(mixing)
+    forms = (
+        "{w} * 1.5",
+        "{w}.tanh()",
+        "F.normalize({w}, dim=0)",
+        "{w} - {w}.mean(1, keepdim=True)",
+    )
+    weight = pick(forms).format(w=f"{layer}.weight")
+    given = f"{x}, {weight}, {layer}.bias{pick(['', ' * 0.5'])}"
+    called = f"F.conv{rank}d({given}, padding=1)" if convolution else f"F.linear({given})"
+    return draft.let(called, kind)
+
+
+@writer
 def residual(draft: Draft, x: str, pick: Pick) -> str:
     """Add a branch of the stream's own width to it."""
     width, kind = draft.channels(x), draft.kinds[x]

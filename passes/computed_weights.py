@@ -1,0 +1,183 @@
+"""Call layers whose weights are computed from one module's parameters as one layer each.
+
+    w = m.weight - m.weight.mean((1, 2, 3), keepdim=True)
+    F.conv2d(x, w * m.gain, m.bias, padding=1)               →  m(x),   m a `ComputedLayer`
+
+Standardised weights (ResNetV2, NFNets), equalised ones (StyleGAN), masks, low-rank updates: in
+training they are computed anew in every step, and the finalised model has their numbers.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from fxprune.computed_layers import ComputedLayer, make_plain_
+from fxprune.functional_layers import TENSORS, arguments_of, new_layer, settings_of
+from fxprune.kinds import NORMS
+from fxprune.modules import is_hooked
+from fxprune.observation import Observation, observe
+from fxprune.pipeline import Change, keeps_shapes
+from fxprune.program import Program
+
+_OWN = ("function", "options", "sources", "plain_layer", "computing")
+
+
+@keeps_shapes
+def join_computed_weights(program: Program) -> list[Change]:
+    """Replace layers' functions, and what computes their weights, with calls of one module."""
+    seen = observe(program)
+    settled = _settled(program)
+    found: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        owner = _owner(node, settled)
+        if owner:
+            found.setdefault(owner, []).append(node)
+    changes = [
+        Change(owner, f"called as one {type(layer.plain_layer).__name__} that computes its weights")
+        for owner, nodes in found.items()
+        if (layer := _replace(program, owner, nodes, seen)) is not None
+    ]
+    if changes:
+        seen.drop_dead_code(program.graph)
+    return changes
+
+
+@keeps_shapes
+def settle_computed_weights(program: Program) -> list[Change]:
+    """Give layers that compute their weights the numbers these have in evaluation."""
+    paths = make_plain_(program.module)
+    return [Change(path, "has the weights it computed as numbers") for path in paths]
+
+
+def _settled(program: Program) -> dict[fx.Node, bool]:
+    """Return the nodes that depend on parameters and buffers alone, and whether they compute."""
+    tensors = {*dict(program.module.named_parameters(remove_duplicate=False))}
+    tensors |= {*dict(program.module.named_buffers(remove_duplicate=False))}
+    settled: dict[fx.Node, bool] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in tensors:
+            settled[node] = False
+        elif node.op in ("call_function", "call_method") and node.all_input_nodes:
+            if all(source in settled for source in node.all_input_nodes):
+                settled[node] = True
+    return settled
+
+
+def _owner(node: fx.Node, settled: dict[fx.Node, bool]) -> str | None:
+    """Return the module of whose parameters a layer's weights are computed; None if of no one's."""
+    given = arguments_of(node)
+    if given is None or given["input"] in settled:
+        return None
+    taken = [given[name] for name in TENSORS if given.get(name) is not None]
+    if not all(one in settled for one in taken) or not any(settled[one] for one in taken):
+        return None
+    reads = [one for one in _sources(taken) if one.op == "get_attr"]
+    owners = {str(read.target).rpartition(".")[0] for read in reads}
+    return owners.pop() if len(owners) == 1 else None
+
+
+def _sources(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return nodes and all they are computed from."""
+    found: dict[fx.Node, None] = {}
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found[node] = None
+            waiting += node.all_input_nodes
+    return list(found)
+
+
+def _taken(node: fx.Node) -> dict[str, fx.Node]:
+    given = arguments_of(node) or {}
+    return {name: given[name] for name in TENSORS if given.get(name) is not None}
+
+
+def _replace(
+    program: Program, owner: str, nodes: list[fx.Node], seen: Observation
+) -> ComputedLayer | None:
+    """Put a layer in the place of a module, and let the nodes call it; None if they may not."""
+    old = program.module.get_submodule(owner)
+    chain = set(_sources(one for node in nodes for one in _taken(node).values()))
+    if not _is_alone(program, owner, old, chain | set(nodes)) or seen.written(*chain):
+        return None
+    settings = [settings_of(node, owner, seen, fixed=False) for node in nodes]
+    first, node = settings[0], nodes[0]
+    if first is None or first.kind in NORMS or any(other != first for other in settings):
+        return None
+    graphs = [_computing(program, node) for node in nodes]
+    if len({graph.python_code("self").src for graph, _ in graphs}) > 1:
+        return None
+    graph, sources = graphs[0]
+    computing = fx.GraphModule(nn.Module(), graph)
+    tensors = _computed(computing, [getattr(old, name) for name in sources])
+    layer = None if tensors is None else new_layer(first, tensors, {})
+    if layer is None:
+        return None
+    function: Any = node.target
+    joined = ComputedLayer(function, first.options, layer, computing, sources)
+    joined._parameters.update(old._parameters)
+    joined._buffers.update(old._buffers)
+    joined._non_persistent_buffers_set |= old._non_persistent_buffers_set
+    for name, child in old._modules.items():
+        joined.add_module(name, child)
+    joined.training = old.training
+    parent, _, attribute = owner.rpartition(".")
+    setattr(program.module.get_submodule(parent), attribute, joined)
+    for node in nodes:
+        source = (arguments_of(node) or {})["input"]
+        node.op, node.target, node.args, node.kwargs = "call_module", owner, (source,), {}
+    return joined
+
+
+def _is_alone(program: Program, owner: str, old: nn.Module, mine: set[fx.Node]) -> bool:
+    """Tell whether nobody else uses a module's tensors, and nothing of it has a name we need."""
+    if is_hooked(old) or any(name in _OWN for name in (*old._parameters, *old._buffers)):
+        return False
+    if any(name in _OWN for name in old._modules):
+        return False
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target).rpartition(".")[0] == owner:
+            if node not in mine or not mine.issuperset(node.users):
+                return False
+        if node.op == "call_module" and f"{owner}.".startswith(f"{node.target}."):
+            return False
+    computed = (node for node in mine if node.op != "get_attr")
+    ends = {node for node in mine if arguments_of(node) is not None and node.op == "call_function"}
+    return all(node in ends or mine.issuperset(node.users) for node in computed)
+
+
+def _computing(program: Program, node: fx.Node) -> tuple[fx.Graph, list[str]]:
+    """Return a graph of what a layer's tensors are computed by, and the names of what it takes."""
+    taken = _taken(node)
+    chain = set(_sources(taken.values()))
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    reads = sorted({str(one.target) for one in chain if one.op == "get_attr"})
+    names = [read.rpartition(".")[2] for read in reads]
+    inputs = {read: graph.placeholder(name) for read, name in zip(reads, names, strict=True)}
+    for one in program.graph.nodes:
+        if one not in chain:
+            continue
+        if one.op == "get_attr":
+            copies[one] = inputs[str(one.target)]
+        else:
+            args = map_arg((one.args, one.kwargs), copies.__getitem__)
+            copies[one] = graph.create_node(
+                one.op, one.target, *args, name=f"step{len(graph.nodes)}"
+            )
+    graph.output(map_arg(taken, copies.__getitem__))
+    return graph, names
+
+
+def _computed(computing: fx.GraphModule, sources: list[Tensor]) -> dict[str, nn.Parameter] | None:
+    """Return the tensors computed; None if they are others the next time, or not whole tensors."""
+    with torch.no_grad():
+        once, again = computing(*sources), computing(*sources)
+    if any(not isinstance(tensor, Tensor) for tensor in once.values()):
+        return None
+    if not all(torch.equal(once[name], again[name]) for name in once):
+        return None
+    return {name: nn.Parameter(tensor.detach().clone()) for name, tensor in once.items()}
