@@ -255,7 +255,8 @@ class _Forward:
                     if member.op == "get_attr":
                         unsafe.add(group)
                     elif order[member] < order[writer] and any(
-                        order[user] > order[writer] for user in member.users
+                        order[user] > order[writer] and self.seen.reads(user, member, writer)
+                        for user in member.users
                     ):
                         unsafe.add(group)
         return unsafe

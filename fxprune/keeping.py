@@ -4,6 +4,7 @@ A buffer that is given another tensor changes from call to call, which no graph 
 mostly notes of what was last seen (attention maps); whether they are more, a second run tells.
 """
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 _MADE_BY_TRACING = "_tensor_constant"
+_TORCHS = frozenset(vars(nn.Module()))
 
 
 @dataclass
@@ -31,6 +33,11 @@ class Held:
         if not isinstance(module, torch.jit.ScriptModule):  # nobody looks into a script
             self.registered = [(held, dict(held)) for held in (module._parameters, module._buffers)]
         self.attributes = dict(vars(module))
+        self.containers = [
+            (name, value, copy.copy(value))
+            for name, value in self.attributes.items()
+            if name not in _TORCHS and isinstance(value, (dict, list))
+        ]
 
     def put_back(self) -> Written:
         """Take proxies out of the module again, and say what was written."""
@@ -39,15 +46,28 @@ class Held:
             for name in [name for name, value in held.items() if isinstance(value, fx.Proxy)]:
                 held[name] = before[name]
                 written.tensors.append(name)
+        for name, held, before in self.containers:
+            traced = _has_proxies(held)
+            if traced or len(held) != len(before):
+                written.attributes.append(name)
+            if traced and isinstance(held, dict):
+                held.clear()
+                held.update(before)
+            elif traced:
+                held[:] = before
         now = vars(self.module)
         for name, value in list(now.items()):
             before = self.attributes.get(name, self)  # nothing else is this object
             if value is before or name.startswith(_MADE_BY_TRACING):
                 continue
             written.attributes.append(name)
-            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value)):
+            if _has_proxies(value):
                 if before is self:
                     del now[name]
                 else:
                     now[name] = before
         return written
+
+
+def _has_proxies(value: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value))

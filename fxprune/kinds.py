@@ -3,7 +3,7 @@
 import operator
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -16,3 +16,13 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 PASSES = "passes_in_evaluation"
 # What marks a function that overwrote its first argument before it was made an ordinary one.
 OVERWROTE = "overwrote"
+# What asks a tensor for anything but its numbers.
+_QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", torch.numel}
+_ANSWERS = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda"}
+
+
+def asks_form(node: fx.Node) -> bool:
+    """Tell whether an operator asks a tensor for its form only: its sizes, its type, its place."""
+    if node.target is getattr:
+        return node.args[1] in _ANSWERS
+    return node.op in ("call_function", "call_method") and node.target in _QUESTIONS

@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -70,13 +70,21 @@ def copying(model: nn.Module) -> Generator[None]:
 def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
     """Copy what is in a module into a memo of `deepcopy`, in a fraction of its time."""
     for module in model.modules():
-        for held in (*vars(module).values(), list(module._buffers.values())):
-            for value in held if isinstance(held, (list, tuple)) else (held,):
-                if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
-                    memo[id(value)] = value.detach().clone()
+        for value in _values_in(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
+                memo[id(value)] = value.detach().clone()
     for module in reversed(list(model.modules())):  # parts first
         if _is_its_attributes(type(module)):
             _copy_attributes(module, memo)
+
+
+def _values_in(held: Any) -> Iterator[Any]:
+    """Yield what is in nested dicts, lists and tuples."""
+    if isinstance(held, (dict, list, tuple)):
+        for value in held.values() if isinstance(held, dict) else held:
+            yield from _values_in(value)
+    else:
+        yield held
 
 
 def _is_its_attributes(cls: type[nn.Module]) -> bool:

@@ -15,6 +15,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExampleInputError, where
+from fxprune.kinds import asks_form
 from fxprune.macs import MacCounter
 from fxprune.modules import evaluating
 from fxprune.program import Program
@@ -50,6 +51,13 @@ class Observation:
     def written(self, *nodes: fx.Node) -> bool:
         """Tell whether anybody writes into memory that one of the nodes shares."""
         return any(self.alias[node] in self._written for node in nodes)
+
+    def reads(self, user: fx.Node, member: fx.Node, writer: fx.Node) -> bool:
+        """Tell whether a user of what another node wrote into wants its numbers.
+
+        Questions for a form get the answer they got before, unless the writer changes forms too.
+        """
+        return not asks_form(user) or self.values[writer] != self.values[member]
 
     def drop_dead_code(self, graph: fx.Graph) -> None:
         """Erase what nobody reads, but for what writes into memory or asserts."""

@@ -27,7 +27,11 @@ def make_functional(program: Program) -> list[Change]:
     def is_read_again(writer: fx.Node) -> bool:
         shared = [node for one in seen.mutated[writer] for node in members[seen.alias[one]]]
         before = [node for node in shared if order[node] < order[writer]]
-        return any(order[user] > order[writer] for node in before for user in node.users)
+        return any(
+            order[user] > order[writer] and seen.reads(user, node, writer)
+            for node in before
+            for user in node.users
+        )
 
     needed = [writer for writer in seen.mutated if is_read_again(writer)]
     # A module has one flag for all its calls.

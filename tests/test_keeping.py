@@ -46,6 +46,31 @@ class LazilyMade(Net):
         return x * self.seen
 
 
+class NotingInAList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def look(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return x
+
+
+class CachedInEvaluation(Net):
+    """Keeps what depends on weights alone while these stay, as LeViT does with attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.place = nn.Parameter(torch.rand(8) + 0.5), torch.randperm(8)
+        self.seen: dict[str, list[Tensor]] = {}
+
+    def look(self, x: Tensor) -> Tensor:
+        if not self.training and not self.seen:
+            self.seen["scale"] = [self.scale[self.place]]
+        scale = self.scale[self.place] if self.training else self.seen["scale"][0]
+        return x * scale.view(-1, 1, 1)
+
+
 class Counting(Net):
     def look(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -58,6 +83,16 @@ class Remembering(Net):
             x = x + self.seen
         self.seen = x.detach()
         return x
+
+
+class RememberingInAList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def look(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach())
+        return x + self.seen[0]
 
 
 class Averaging(nn.Module):
@@ -99,7 +134,7 @@ class AveragedHere(Net):
         return x
 
 
-@pytest.mark.parametrize("kind", [Noting, LazilyMade])
+@pytest.mark.parametrize("kind", [Noting, LazilyMade, NotingInAList])
 @pytest.mark.parametrize("ran", [False, True])
 def test_notes_of_what_was_seen_are_dropped(kind: type[Net], ran: bool) -> None:
     model: Any = randomise(kind()).eval()
@@ -121,6 +156,27 @@ def test_a_model_that_remembers_is_refused(kind: type[Net], name: str, ran: bool
     if ran:
         model(X)
     with pytest.raises(TraceError, match=f"keeps something in self.{name}"):
+        fxprune.instrument(model, X)
+
+
+def test_what_is_cached_in_evaluation_is_computed_in_a_gated_model() -> None:
+    model: Any = randomise(CachedInEvaluation())
+    gated: Any = fxprune.instrument(model, X)
+    assert model.seen == {}
+    gated.train()(X).sum().backward()
+    assert bool(gated.scale.grad.abs().sum() > 0)
+    with torch.no_grad():
+        gated.scale += 0.5
+        model.scale += 0.5
+    assert torch.equal(gated.eval()(X), model.eval()(X))
+    assert close_half(gated) == 7
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal" and small.second.in_channels == 4
+
+
+def test_a_model_that_keeps_the_first_it_sees_is_refused() -> None:
+    model = randomise(RememberingInAList()).eval()
+    with pytest.raises(TraceError, match=r"keeps something in self.seen"):
         fxprune.instrument(model, X)
 
 

@@ -227,6 +227,30 @@ def test_a_copy_of_a_masked_model_that_ran_is_independent() -> None:
     assert not torch.equal(twin(x), model(x))
 
 
+class Caching(nn.Module):
+    """Keeps what it computed in evaluation, as LeViT keeps its attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.place = nn.Parameter(torch.randn(3)), torch.tensor([2, 0, 1, 1])
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return (x + self.bias[self.place]).relu()
+        if not self.cache:
+            self.cache["bias"] = self.bias[self.place]
+        return (x + self.cache["bias"]).relu()
+
+
+def test_a_model_that_kept_what_a_run_computed_is_copied() -> None:
+    model, x = Caching().eval(), batch()
+    expected = model(x)
+    twin = copy_model(model)
+    assert torch.equal(twin(x), expected)
+    assert twin.cache["bias"] is not model.cache["bias"]
+
+
 def test_a_copy_keeps_tied_weights_tied() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

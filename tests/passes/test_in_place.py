@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxprune
 from fxprune.observation import observe
 from fxprune.passes.in_place import make_functional
 from fxprune.program import Program, capture
@@ -50,6 +51,46 @@ def test_memory_read_again_keeps_its_form() -> None:
     before = program(ReadAgain(), 3, 4)
     expected = before.run()
     assert make_functional(before) == []
+    assert error(expected, before.run()) == 0
+
+
+class AskedAgain(nn.Module):
+    """Asks for the rank of what was overwritten, as a norm with an activation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = y = self.first(x)
+        y = F.relu_(y)
+        return self.second(y) * x.ndim + x.shape[0]
+
+
+def test_questions_for_a_form_do_not_read_what_was_overwritten() -> None:
+    before = program(AskedAgain(), 3, 4)
+    after = before.clone()
+    assert len(make_functional(after)) == 1
+    after.check()
+    assert error(before.run(), after.run()) == 0
+    gated = fxprune.instrument(AskedAgain().double(), torch.randn(3, 4, dtype=torch.float64))
+    assert [site["live"] for site in fxprune.architecture(gated).values()] == [6]
+
+
+class Transposing(nn.Module):
+    """Changes the form of what is asked for it later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = y = x * 2
+        y = y.t_()
+        return y.relu() * x.shape[0]
+
+
+def test_forms_that_are_overwritten_are_read() -> None:
+    before = program(Transposing(), 3, 4)
+    expected = before.run()
+    assert make_functional(before) == []
+    before.check()
     assert error(expected, before.run()) == 0
 
 
