@@ -1,7 +1,8 @@
 """The inputs two models are compared on: chosen to tell them apart.
 
 Random inputs like an example: at other batch sizes, which tells what a sample knows of the others;
-ten times as large, which saturates activations; and of a larger size, where inputs are image-like.
+ten times as large, which saturates activations; of a larger size, where inputs are image-like; and
+longer, where they are sequences.
 """
 
 import math
@@ -30,15 +31,23 @@ def normalised_inputs(example_inputs: Any) -> Inputs:
 
 
 def random_inputs(
-    inputs: Inputs, seed: int, *, batch: int | None = None, growth: int = 0, scale: float = 1.0
+    inputs: Inputs,
+    seed: int,
+    *,
+    batch: int | None = None,
+    growth: int = 0,
+    scale: float = 1.0,
+    length: int = 0,
 ) -> Inputs:
     """Draw inputs like `inputs`: floats from scale·N(0, 1), others from the example's own values.
 
     batch: dim 0 of all tensors that share the example's leading size. growth: what the spatial dims
-    gain. One seed gives the same numbers on every device.
+    gain. length: what dim 1 gains, of all tensors that share the first sequence's. One seed gives
+    the same numbers on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     leading = leading_size(inputs)
+    long = next((t.shape[1] for t in tensors_of(inputs) if is_sequence(t)), None)
 
     def draw(example: Tensor) -> Tensor:
         shape = list(example.shape)
@@ -46,6 +55,8 @@ def random_inputs(
             shape[0] = batch
         for dim in spatial_dims(example):
             shape[dim] += growth
+        if example.ndim > 1 and example.shape[1] == long:
+            shape[1] += length
         if example.is_floating_point():
             return (torch.randn(shape, generator=generator) * scale).to(example)
         values = example.detach().flatten()
@@ -70,6 +81,11 @@ def random_cases(example: Inputs, batches: Sequence[int], seed: int) -> dict[str
         batch = max(batches, default=None)
         larger = random_inputs(example, seed + len(cases), batch=batch, growth=GROWTH)
         cases[f"size +{GROWTH}"] = larger
+    if any(map(is_sequence, tensors)):
+        longer = random_inputs(
+            example, seed + len(cases), batch=max(batches, default=None), length=1
+        )
+        cases["length +1"] = longer
     return cases
 
 
@@ -78,3 +94,8 @@ def spatial_dims(tensor: Tensor) -> range:
     if not tensor.is_floating_point() or tensor.ndim < 3:
         return range(0)
     return range(max(2, tensor.ndim - 2), tensor.ndim)
+
+
+def is_sequence(tensor: Tensor) -> bool:
+    """Tell whether an input may be one of tokens: numbers of them (N, T), or vectors (N, T, C)."""
+    return tensor.ndim == (3 if tensor.is_floating_point() else 2)

@@ -23,7 +23,17 @@ from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.program import Program
 from fxprune.rules import CPU, FILLED, Call, Flow, Read, barrier_flow, rule_for, rule_name
 from fxprune.tags import TagTable
-from fxprune.values import Barrier, ShapeOf, SizeOf, State, Value, as_value, fixed, flatten
+from fxprune.values import (
+    Barrier,
+    OfSizes,
+    ShapeOf,
+    SizeOf,
+    State,
+    Value,
+    as_value,
+    fixed,
+    flatten,
+)
 
 
 @dataclass
@@ -159,6 +169,8 @@ class _Forward:
         if not any(isinstance(leaf, (Value, State, ShapeOf)) for leaf in leaves) and not (
             any(isinstance(leaf, SizeOf) for leaf in leaves) and rule_name(node, module) == FILLED
         ):
+            if type(spec) is int:
+                return OfSizes.computed(spec, (self.found.values[n] for n in node.all_input_nodes))
             return pytree.tree_map_only(TensorSpec, fixed, spec)
         self.found.calls[node] = call
         flow = self._flow(node, call)

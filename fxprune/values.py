@@ -6,7 +6,7 @@ of is a `Barrier`: the channels around it stay.
 """
 
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,7 +174,28 @@ class ShapeOf(tuple[int, ...]):
         return self
 
 
-class SizeOf(int):
+class OfSizes(int):
+    """A number computed from sizes, which knows of which values, and along which of their axes."""
+
+    sizes: tuple[tuple[Value, int], ...]
+
+    @classmethod
+    def computed(cls, number: int, sources: Iterable[Any]) -> int:
+        """Return a number as what it was computed from; a plain one if that is not sizes alone."""
+        numbers = list(sources)
+        if not all(isinstance(one, OfSizes) for one in numbers):
+            return number
+        self = cls(number)
+        self.sizes = tuple(size for one in numbers for size in one.sizes)
+        return self
+
+    @property
+    def is_of_channels(self) -> bool:
+        """Tell whether all the sizes are numbers of channels, which no input changes."""
+        return all(axis in varying_axes(value.tags) for value, axis in self.sizes)
+
+
+class SizeOf(OfSizes):
     """The size of a value along an axis, which knows whose size it is."""
 
     value: Value
@@ -184,6 +205,7 @@ class SizeOf(int):
         """Return the size of `value` along `axis`."""
         self = super().__new__(cls, value.shape[axis])
         self.value, self.axis = value, axis % len(value.shape)
+        self.sizes = ((self.value, self.axis),)
         return self
 
 

@@ -130,9 +130,10 @@ def verify(
 
     example_inputs, and each of extra_inputs: what `model_inputs` accepts, or (args, kwargs).
     Checked are the example, the extra inputs, and random inputs (see `random_inputs`) at each batch
-    size, ×10, and of a second size where inputs are image-like; those that the reference rejects
-    are skipped. "float64" reads every float32 of the model as float64, also a cast in its forward;
-    "float32" runs the model as it is, brought to float32 first if its weights are half or double.
+    size, ×10, of a second size where inputs are image-like, and longer where they are sequences;
+    those that the reference rejects are skipped. "float64" reads every float32 of the model as
+    float64, also a cast in its forward; "float32" runs the model as it is, brought to float32 first
+    if its weights are half or double.
 
     exact: the candidate as it was before its weights were rounded to their dtype; it stands for it
     in float64. float64_tolerance: 1e-9 if not given, or 1e-5 where a candidate of shorter weights

@@ -37,6 +37,23 @@ def test_what_is_right_at_one_size_only_is_caught() -> None:
     assert verdicts(found, "float64")["size +32"] == "different"
 
 
+def test_what_is_right_at_one_length_only_is_caught() -> None:
+    table = torch.randn(9, 4)
+    found = compare(lambda x: x + table[: x.shape[1]], lambda x: x + table[:5], 2, 5, 4)
+    assert verdicts(found, "float64")["batch 3"] == "equal"
+    assert verdicts(found, "float64")["length +1"] == "different"
+
+
+def test_sequences_grow_together() -> None:
+    inputs = (
+        (torch.randn(2, 5, 4), torch.ones(2, 5), torch.randn(5, 3)),
+        {"ids": torch.ones(2, 5).long()},
+    )
+    (x, mask, other), named = random_inputs(inputs, seed=0, batch=3, length=1)
+    assert x.shape == (3, 6, 4) and mask.shape == named["ids"].shape == (3, 6)
+    assert other.shape == (5, 3)
+
+
 def test_a_size_the_reference_rejects_is_skipped() -> None:
     found = compare(lambda x: x.view(-1, 192), lambda x: x.flatten(1), 1, 3, 8, 8)
     assert verdicts(found, "float64")["size +32"] == "different"

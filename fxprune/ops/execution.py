@@ -7,6 +7,7 @@ of its outputs.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch.utils import _pytree as pytree
 from fxprune.cuts import Arguments, Cut
 from fxprune.observation import TensorSpec
 from fxprune.rules import Call, Flow, execute
-from fxprune.tags import align, compress, move
-from fxprune.values import Barrier, State, Value, as_value, flatten
+from fxprune.tags import align, compress, move, varying_axes
+from fxprune.values import Barrier, OfSizes, State, Value, as_value, flatten
 
 
 def movement_flow(call: Call) -> Flow:
@@ -28,6 +29,9 @@ def movement_flow(call: Call) -> Flow:
         raise Barrier("it moves no tensor")
     if not all(map(is_settled, numbers_among(call))):
         raise Barrier("a number it takes is computed from data")
+    ties: list[tuple[Tensor, Tensor]] = []
+    if _is_loose(call):
+        values, ties = _taken_as_one(call, values)
     tags = [compress(t).long() for t in _run(call, values, [v.tags for v in values])]
     specs = [spec for spec in flatten(call.spec) if isinstance(spec, TensorSpec)]
     if len(specs) != len(tags) or not all(map(_fits, specs, tags)):
@@ -37,7 +41,48 @@ def movement_flow(call: Call) -> Flow:
         Value(spec.shape, spec.dtype, t, c)
         for spec, t, c in zip(specs, tags, constants, strict=True)
     )
-    return Flow(pytree.tree_map_only(TensorSpec, lambda _: next(moved), call.spec))
+    return Flow(pytree.tree_map_only(TensorSpec, lambda _: next(moved), call.spec), ties=ties)
+
+
+def _is_loose(call: Call) -> bool:
+    """Tell whether inputs of another size may move other channels: a table cut to their length."""
+    known = node_values(call)
+    numbers = [known[node] for node in numbers_among(call)]
+    return not all(isinstance(one, OfSizes) and one.is_of_channels for one in numbers)
+
+
+def _taken_as_one(
+    call: Call, values: list[Value]
+) -> tuple[list[Value], list[tuple[Tensor, Tensor]]]:
+    """Make channels one along every axis of which an operator takes a part, and say what to tie.
+
+    Which part it is depends on the inputs, so that none may go, and no constant counts that the
+    others do not share.
+    """
+    rolled = call.node.target in (torch.roll, "roll")
+    start = 0
+    marks: list[Tensor] = []
+    for value in values:
+        stop = start + value.tags.numel()
+        marks.append(torch.arange(start, stop).view_as(value.tags))
+        start = stop
+    outputs = [t.long().unique() for t in _run(call, values, marks)]
+    whole: list[Value] = []
+    ties: list[tuple[Tensor, Tensor]] = []
+    for value, mark in zip(values, marks, strict=True):
+        constants = value.constants
+        for taken in outputs:
+            present = torch.isin(mark, taken)
+            for axis in varying_axes(value.tags):
+                first = present.narrow(axis, 0, 1)
+                if rolled or not torch.equal(present, first.expand_as(present)):
+                    lead = value.tags.narrow(axis, 0, 1)
+                    ties.append((lead, value.tags))
+                    size = [-1] * lead.dim()
+                    size[axis] = value.tags.shape[axis]
+                    constants = align(constants, lead).expand(size)
+        whole.append(replace(value, constants=constants))
+    return whole, ties
 
 
 def checked_arguments(

@@ -54,8 +54,8 @@ def with_sizes(
 
 
 def rewrite_chunks(call: Call, cut: Cut) -> Arguments | None:
-    """Give split and chunk the sizes that remain of their parts."""
-    if not shrinks(call, cut):
+    """Give split and chunk the sizes that remain of their parts; beside the channels they stay."""
+    if not shrinks(call, cut) or follows_as_is(call, cut):
         return None
     parts = [part for part in flatten(_outputs_of(call)) if isinstance(part, Value)]
     dim = int(call.argument(2, "dim", 0))
