@@ -48,6 +48,16 @@ def overwrites(node: fx.Node, module: fx.GraphModule) -> bool:
     return bool(getattr(submodule(module, str(node.target)), "inplace", False))
 
 
+def returns_its_input(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Tell whether an operator of torch's that writes to its first argument returns that."""
+    if node.op == "call_method":
+        return _method_out_of_place(str(node.target)) is not None
+    if node.op == "call_function":
+        return bool(node.kwargs.get("inplace")) or _out_of_place(node.target) is not None
+    owner = submodule(module, str(node.target)) if node.op == "call_module" else None
+    return overwrites(node, module) and type(owner).__module__.startswith("torch.nn.")
+
+
 def _method_out_of_place(name: str) -> str | None:
     """Return the method that does the same without overwriting; `copy_` and `zero_` have none."""
     twin = name.removesuffix("_")

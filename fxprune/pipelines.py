@@ -9,6 +9,7 @@ from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.early_pools import advance_pools
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.in_place import make_functional
+from fxprune.passes.latest_names import read_latest_names
 from fxprune.passes.layer_modules import make_layers_modules
 from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
@@ -20,6 +21,8 @@ from fxprune.pipeline import Change, Pass, keeps_shapes, with_options
 from fxprune.program import Program
 
 READABLE: tuple[Pass, ...] = (
+    # What is read under an older name seems to be read as it was.
+    read_latest_names,
     # A size inside a computed tuple could not follow the channels it counts.
     unpack_sizes,
     # A layer whose rank is asked for has a reader too many to be merged.
@@ -33,6 +36,7 @@ READABLE: tuple[Pass, ...] = (
 PLAIN: tuple[Pass, ...] = (
     # What the gates decided becomes zeros, which all later passes understand.
     remove_gates,
+    read_latest_names,
     # Bypassing operators is safe once none of them overwrites its input.
     make_functional,
     *READABLE,

@@ -1,7 +1,8 @@
-"""Operators that pick by position: slices, numbers, lists, and indices that never change.
+"""Operators that pick by position: slices, numbers, lists, and indices.
 
 An index says where channels are. It may be a literal, or a buffer, which then stays as it is since
-others may read it; when channels go, whoever picks among them gets positions of its own.
+others may read it; when channels go, whoever picks among them gets positions of its own. Beside the
+channels (nodes of a graph, tokens) an index may be computed: then it moves all channels alike.
 """
 
 import operator
@@ -24,14 +25,14 @@ from fxprune.ops.rewriting import (
 )
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
-from fxprune.values import Barrier, ShapeOf, SizeOf, State, Value, as_value, map_values
+from fxprune.values import Barrier, ShapeOf, SizeOf, State, Value, as_value, flatten, map_values
 
 
 def getitem_flow(call: Call) -> Flow:
     """Pick from a tuple, from a shape, or from a tensor."""
     container = as_value(call.args[0])
     if isinstance(container, Value):
-        return movement_flow(_with_positions(call, 1, "index"))
+        return _picking_flow(call, 1, call.args[1])
     if isinstance(container, ShapeOf) and isinstance(call.args[1], int):
         return Flow(SizeOf(container.value, call.args[1]))
     flow = Flow(container[call.args[1]])
@@ -67,8 +68,54 @@ def rewrite_select(call: Call, cut: Cut) -> Arguments | None:
 
 
 def index_select_flow(call: Call) -> Flow:
-    """Pick positions of an axis by an index that never changes."""
+    """Pick positions of an axis."""
+    axis = int(call.argument(1, "dim")) % len(call.value().shape)
+    return _picking_flow(call, 2, (*(slice(None),) * axis, call.argument(2, "index")))
+
+
+def gather_flow(call: Call) -> Flow:
+    """Pick elements by an index that never changes: it tells them apart along every axis."""
+    if _is_computed(call.argument(2, "index")):
+        raise Barrier("its index is computed")
     return movement_flow(_with_positions(call, 2, "index"))
+
+
+def scattered_flow(call: Call) -> Flow:
+    """Add, or put, what has the same channels at other positions of an axis beside them."""
+    value, dim = call.value(), int(call.argument(1, "dim"))
+    index, source = call.value(2, "index"), call.value(3, "source")
+    axis = dim % len(value.shape)
+    if axis in (*varying_axes(value.tags), *varying_axes(source.tags)):
+        raise Barrier("it works along the channels")
+    lead = max(value.tags, source.tags, key=Tensor.numel)
+    zero = (value.constants == 0) & (source.constants == 0)
+    constants = torch.where(zero, 0.0, torch.nan).double().expand(lead.shape)
+    ties = [(value.tags, lead), (source.tags, lead)]
+    flow = Flow(call.output(lead, constants), ties=ties)
+    flow.keeps.append((index.tags, "it is an index"))
+    return flow
+
+
+def _picking_flow(call: Call, place: int, index: Any) -> Flow:
+    """Move what an index picks; where it is computed it must leave the channels beside alone."""
+    value = call.value()
+    entries = index if isinstance(index, tuple) else (index,)
+    computed = [leaf for leaf in flatten(index) if _is_computed(leaf)]
+    if computed and any(isinstance(e, State) and e.tensor.dtype == torch.bool for e in entries):
+        raise Barrier("its index is computed")  # a mask may speak of several axes
+    for axis in varying_axes(value.tags) if computed else ():
+        entry = _entry_of(entries, axis, len(value.shape))
+        if entry is not None and not isinstance(entries[entry], slice):
+            raise Barrier("its index is computed")
+    flow = movement_flow(_with_positions(call, place, "index"))
+    flow.keeps += [(as_value(entry).tags, "it is an index") for entry in computed]
+    return flow
+
+
+def _is_computed(entry: Any) -> bool:
+    """Tell whether an index is known when the model runs only."""
+    never_changes = isinstance(entry, State) and not isinstance(entry.tensor, nn.Parameter)
+    return isinstance(entry, (Value, State)) and not never_changes
 
 
 def rewrite_index_select(call: Call, cut: Cut) -> Arguments | None:
@@ -86,8 +133,13 @@ def _with_positions(call: Call, place: int, name: str) -> Call:
 
 
 def _positions(argument: Value | State) -> Tensor:
-    if not isinstance(argument, State) or isinstance(argument.tensor, nn.Parameter):
-        raise Barrier("its index is computed")
+    """Return an index in numbers: any, where it picks among what is no channel."""
+    if _is_computed(argument):
+        value: Value = as_value(argument)
+        if value.dtype == torch.bool:
+            raise Barrier("how much it picks depends on the input")
+        return torch.zeros(value.shape, dtype=torch.int64)
+    assert isinstance(argument, State)
     argument.freeze()  # an index is read whole
     return argument.tensor.detach().cpu()
 
@@ -152,5 +204,10 @@ register(OpRule("getitem", getitem_flow, rewrite=rewrite_getitem), operator.geti
 register(OpRule("select", movement_flow, rewrite=rewrite_select), torch.select, "select")
 register(
     OpRule("index_select", index_select_flow, rewrite=rewrite_index_select),
-    *(torch.index_select, "index_select", torch.gather, "gather"),
+    *(torch.index_select, "index_select"),
 )
+register(
+    OpRule("scattered", scattered_flow),
+    *(torch.index_add, "index_add", "index_add_", torch.index_copy, "index_copy", "index_copy_"),
+)
+register(OpRule("gather", gather_flow, rewrite=rewrite_index_select), torch.gather, "gather")

@@ -45,6 +45,8 @@ def mixing_flow(call: Call) -> Flow:
     flow = Flow(_output(call, mixing, outputs, result), ties=[*ties, *along.ties])
     if mixing.bias is not None:
         flow.ties.append((mixing.bias.axis(0), outputs))
+    if mixing.kept is not None:
+        flow.keeps.append((mixing.kept, "they are tokens"))
     can_absorb = call.module is not None and call.sole_use
     foldable = ~unknown & ((constants == 0) | can_absorb)
     flow.reads.extend(_reads(mixing, outputs, inputs, pattern, foldable))

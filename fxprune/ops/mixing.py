@@ -5,14 +5,16 @@ Linear layers and convolutions, transposed or in groups, as modules or as functi
 of zeros is counted in.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxprune.observation import TensorSpec
 from fxprune.rules import Call
-from fxprune.values import Barrier, State, Value
+from fxprune.tags import FIXED
+from fxprune.values import Barrier, State, Value, fixed
 
 GROUPS = 6  # the position of `groups` in torch's functional convolutions, transposed or not
 CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -22,7 +24,10 @@ LINEAR_FUNCTIONS = (F.linear,)
 
 @dataclass(frozen=True)
 class Mixing:
-    """One reading of all forms of linear layer: weight (O, I, kernel…), or (I, O, kernel…)."""
+    """One reading of all forms of linear layer: weight (O, I, kernel…), or (I, O, kernel…).
+
+    kept: tags of tokens that were told apart, but are no channels; the value says nothing of them.
+    """
 
     value: Value
     axis: int
@@ -31,6 +36,7 @@ class Mixing:
     groups: int
     border: bool
     out_axis: int
+    kept: Tensor | None = None
 
     @property
     def in_axis(self) -> int:
@@ -57,7 +63,20 @@ class Mixing:
 
 
 def read_call(call: Call) -> Mixing:
-    """Read a module or function call as `Mixing`; `Barrier` where its weight is computed."""
+    """Read a module or function call as `Mixing`; `Barrier` where its weight is computed.
+
+    A class token in front of others makes tokens differ, but no channels of them that a layer
+    could let pass.
+    """
+    mixing = _read(call)
+    tags = mixing.value.tags
+    if mixing.beside and 2 * int((tags.unique() != FIXED).sum()) < tags.numel():
+        spec = TensorSpec(mixing.value.shape, mixing.value.dtype)
+        return replace(mixing, value=fixed(spec), kept=tags)
+    return mixing
+
+
+def _read(call: Call) -> Mixing:
     value = call.value()
     weight, bias = weight_and_bias(call, 1)
     if isinstance(call.module, nn.Linear) or call.node.target in LINEAR_FUNCTIONS:

@@ -482,3 +482,100 @@ def test_a_transposed_parameter_is_gated() -> None:
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
     assert small.inner.shape[0] < 16
+
+
+class Messages(nn.Module):
+    """A graph network: nodes gather what edges carry from others."""
+
+    def __init__(self, gather: Callable[[Tensor, Tensor], Tensor], *, in_place: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 8)
+        self.edge, self.third = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.gather, self.in_place = gather, in_place
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        source, target = edges[0], edges[1]
+        x = self.second(self.pass_on(self.first(x).relu(), source, target)).relu()
+        return self.third(x + self.pass_on(self.edge(x), source, target).relu())
+
+    def pass_on(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        sent, sums = self.gather(x, source), torch.zeros_like(x)
+        if self.in_place:
+            sums.index_add_(0, target, sent)
+            return sums
+        return sums.index_add(0, target, sent)
+
+
+GATHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "brackets": lambda x, index: x[index],
+    "more brackets": lambda x, index: x[index, :],
+    "index_select": lambda x, index: x.index_select(0, index),
+}
+
+
+@pytest.mark.parametrize("name", GATHERS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_graph_network_shrinks(name: str, in_place: bool) -> None:
+    model: Any = randomise(Messages(GATHERS[name], in_place=in_place)).double()
+    x, edges = torch.randn(7, 6, dtype=torch.float64), torch.randint(0, 7, (2, 12))
+    gated: Any = fxprune.instrument(model, (x, edges))
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert (small.second.in_features, small.third.in_features) == (6, 4)
+    x, edges = torch.randn(9, 6, dtype=torch.float64), torch.randint(0, 9, (2, 20))
+    assert error(gated(x, edges), small(x, edges)) < 1e-12
+
+
+PICKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one": lambda x: x[:, x[:, 0].argsort()[0]],
+    "a mask": lambda x: x.flatten()[x.flatten() > 0].sum(),
+    "gather": lambda x: x.gather(1, x.argsort(1)[:, :4]),
+    "index_select": lambda x: x.index_select(1, x[0].argsort()[:4]),
+    "index_add": lambda x: torch.zeros_like(x).index_add(1, x[0].argsort(), x),
+}
+
+
+class Picking(nn.Module):
+    def __init__(self, pick: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 2)
+        self.pick = pick
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.third(self.second(x).relu()), self.pick(self.first(x).relu())
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_an_index_computed_over_channels_keeps_them(name: str) -> None:
+    model: Any = randomise(Picking(PICKS[name])).double()
+    gated: Any = fxprune.instrument(model, torch.randn(5, 3, dtype=torch.float64))
+    assert close_half(gated) == 4
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert (small.first.out_features, small.second.out_features) == (8, 4)
+
+
+class ClassToken(nn.Module):
+    """A token of its own stands in front of others, which a norm has made alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.before, self.norm = nn.Linear(3, 6), nn.LayerNorm(6), nn.LayerNorm(6)
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.up, self.down, self.head = nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(self.first(x))
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = x + self.down(self.up(self.norm(x)).relu())
+        return self.head(x[:, 0] + x.mean(1))
+
+
+def test_tokens_told_apart_are_no_channels() -> None:
+    model: Any = randomise(ClassToken()).double()
+    gated: Any = fxprune.instrument(model, torch.randn(2, 5, 3, dtype=torch.float64))
+    assert close_half(gated) == 8
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert (small.up.out_features, small.down.in_features) == (8, 8)

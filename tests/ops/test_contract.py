@@ -506,6 +506,17 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
         Indexed(lambda x, index: x.index_select(1, index), [5, 1, 1, 7, 2]),
         Sample(),
     ),
+    **{
+        name: (
+            Expression(
+                lambda x, y, name=name: getattr(torch.relu(x), name)(
+                    2, torch.arange(y.shape[2]).flip(0), y
+                )
+            ),
+            Sample(operands=2),
+        )
+        for name in ("index_add", "index_add_", "index_copy", "index_copy_")
+    },
     "gather": (
         Indexed(lambda x, index: x.gather(1, index), [[4, 1, 6], [4, 1, 6], [4, 1, 6]]),
         Sample(shape=(3, 8)),
