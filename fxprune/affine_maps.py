@@ -130,7 +130,10 @@ def _of_arithmetic(
 
 
 def _constant(program: Program, operand: Any, seen: Observation) -> Tensor | None:
-    """Return a number, buffer or parameter as float64; None for what is computed or written to."""
+    """Return a number, buffer or parameter as float64; None for what is computed or written to.
+
+    Nor are complex numbers of any use here.
+    """
     if isinstance(operand, (int, float)) and not isinstance(operand, bool):
         return torch.tensor(float(operand), dtype=torch.float64)
     if not isinstance(operand, fx.Node) or operand.op != "get_attr":
@@ -139,7 +142,9 @@ def _constant(program: Program, operand: Any, seen: Observation) -> Tensor | Non
         return None
     owner, _, name = str(operand.target).rpartition(".")
     tensor = getattr(submodule(program.module, owner), name)
-    return tensor.detach().double() if isinstance(tensor, Tensor) else None
+    if not isinstance(tensor, Tensor) or tensor.is_complex():
+        return None
+    return tensor.detach().double()
 
 
 def _along_one_axis(constant: Tensor, shape: tuple[int, ...]) -> tuple[int, Tensor] | None:

@@ -217,7 +217,7 @@ class _Forward:
     def _state(self, name: str) -> State | None:
         owner, _, attribute = name.rpartition(".")
         tensor = getattr(self.modules.get(owner), attribute, None)
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or tensor.is_complex():
             return None
         key = self.tensors.setdefault(id(tensor), name)
         if key not in self.found.states:

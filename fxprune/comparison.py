@@ -38,11 +38,19 @@ class Difference:
 
 
 def output_leaves(output: Any) -> dict[str, Any]:
-    """Flatten an output: its values by path (`output`, `output['logits']`), tensors on the CPU."""
+    """Flatten an output: its values by path (`output`, `output['logits']`), tensors on the CPU.
+
+    A complex tensor is given as pairs of real numbers.
+    """
     return {
-        f"output{pytree.keystr(path)}": leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+        f"output{pytree.keystr(path)}": _on_cpu(leaf) if isinstance(leaf, Tensor) else leaf
         for path, leaf in pytree.tree_flatten_with_path(opened(output))[0]
     }
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def differences(

@@ -14,7 +14,7 @@ from fxprune.assumptions import assumptions
 from fxprune.comparison import differences, output_leaves
 from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.default_device import on_cpu
-from fxprune.errors import ExampleInputError, GateError, TraceError, VerificationError
+from fxprune.errors import ExampleInputError, GateError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
 from fxprune.graph_modules import own_
@@ -116,7 +116,6 @@ def instrument(
     insertion = with_options(insert_gates, **inits, penalties=penalties, ends=ends)
 
     def gate(region: Region) -> None:
-        _require_both_modes(region.program, model)
         report = reports[region.path] = Report("instrument", name, {})
         report.passes |= _renaming(region) | _modes(region)
         if region.program.module.meta["evaluation_only"]:
@@ -285,15 +284,6 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
     if gate_owners(model):
         raise ExampleInputError("the gated model has lost its example inputs; pass example_inputs=")
     return infer_example_inputs(model)
-
-
-def _require_both_modes(program: Program, model: nn.Module) -> None:
-    if program.module.meta["evaluation_only"] and model.training:
-        raise TraceError(
-            f"{type(model).__name__} runs other operators in training than in evaluation "
-            "(auxiliary heads?); switch them off, or call model.eval() first to instrument the "
-            "model as it is in evaluation"
-        )
 
 
 def _costs(model: nn.Module, inputs: Inputs) -> Costs:

@@ -30,7 +30,7 @@ def check_parameters(model: nn.Module) -> None:
             raise ModelError(f"{name} is not initialised yet; run the model once on real inputs")
         if parameter.is_meta:
             raise ModelError(f"{name} holds no numbers (meta device); load the weights first")
-        if parameter.is_complex():
+        if isinstance(parameter, nn.Parameter) and parameter.is_complex():
             raise ModelError(f"{name} is complex; fxprune works on real-valued models")
         if isinstance(parameter, nn.Parameter) and not parameter.is_floating_point():
             raise ModelError(

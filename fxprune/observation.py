@@ -185,9 +185,13 @@ def _ordinary(structure: Any) -> Any:
 
 
 def _described(value: Any) -> Any:
+    """Return what is known of a value; where tensors are in a class of its own, as a tuple."""
     if isinstance(value, Tensor):
         return TensorSpec(tuple(value.shape), value.dtype)
-    return pytree.tree_map_only(Tensor, _described, value)
+    try:
+        return pytree.tree_map_only(Tensor, _described, value)
+    except Exception:  # a packed sequence looks at what it is made of
+        return tuple(map(_described, pytree.tree_leaves(value)))
 
 
 def _tensors(value: Any) -> list[Tensor]:

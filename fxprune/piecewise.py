@@ -64,9 +64,9 @@ def parts_in_training(
 
     treat: edits a region's program, or raises `NothingToDoError`.
     """
-    whole = None
     try:
         program = capture(model, inputs, check=check)
+        _require_both_modes(program, model)
         whole = Region("", program, ())
     except TraceError as error:
         return _search(copy_model(model), inputs, error, in_training=True, treat=treat)
@@ -77,6 +77,16 @@ def parts_in_training(
             raise
         return _search(copy_model(model), inputs, error, in_training=True, treat=treat)
     return Parts(program.module, [whole])
+
+
+def _require_both_modes(program: Program, model: nn.Module) -> None:
+    """Raise `TraceError` for a model to be trained whose graph is that of evaluation."""
+    if program.module.meta["evaluation_only"] and model.training:
+        raise TraceError(
+            f"{type(model).__name__} runs other operators in training than in evaluation "
+            "(auxiliary heads?); switch them off, or call model.eval() first to instrument the "
+            "model as it is in evaluation"
+        )
 
 
 def parts_in_evaluation(model: nn.Module, inputs: Inputs, *, check: bool = True) -> Parts:
@@ -123,7 +133,7 @@ def _search(
     if not regions:
         tried = "; ".join(map(str, refused)) or "no submodule is called with tensors"
         raise type(whole)(f"{whole}. Nor did its submodules by themselves do: {tried}") from whole
-    return Parts(root, regions, refused)
+    return Parts(root, regions, [Change("the whole", str(whole)), *refused])
 
 
 def joined(verb: str, model: str, parts: Parts, reports: dict[str, Report]) -> Report:

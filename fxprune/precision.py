@@ -147,7 +147,10 @@ def reading_float64() -> AbstractContextManager[Any]:
 
 
 class _Float64(DispatchMode):
-    """Reads a float32 model as one of float64, also where its forward casts to float32."""
+    """Reads a float32 model as one of float64, also where its forward casts to float32.
+
+    Or makes float32 of nothing (`torch.zeros`), or of integers (steps of a diffusion).
+    """
 
     rounding = 0.0
 
@@ -155,7 +158,10 @@ class _Float64(DispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if torch.float64 not in float_dtypes((args, kwargs)):
+        given = float_dtypes((args, kwargs))
+        if not given and _makes_float32(func, args, kwargs):
+            return func(*args, **{**kwargs, "dtype": torch.float64})
+        if torch.float64 not in given:
             return func(*args, **kwargs)
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
@@ -163,3 +169,24 @@ class _Float64(DispatchMode):
         for dtype in float_dtypes(result) - {torch.float64}:
             self.rounding = max(self.rounding, torch.finfo(dtype).eps)
         return result
+
+
+def _makes_float32(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Tell whether an operator that takes no floats would give float32, and could give float64."""
+    if all(argument.name != "dtype" for argument in func._schema.arguments):
+        return False
+    if kwargs.get("dtype") is not None or tensors_of((args, kwargs)):
+        return kwargs.get("dtype") is torch.float32
+    numbers = [one for one in args if isinstance(one, (int, float))]  # of arange, full, linspace
+    return torch.get_default_dtype() is torch.float32 and _is_of_floats(func, numbers)
+
+
+# What gives integers if it is given integers.
+_AS_GIVEN = ("arange", "full", "scalar_tensor")
+
+
+def _is_of_floats(func: Any, numbers: Sequence[float]) -> bool:
+    name = func._schema.name.removeprefix("aten::")
+    if name in ("randint", "randperm", "tril_indices", "triu_indices"):
+        return False
+    return name not in _AS_GIVEN or any(isinstance(number, float) for number in numbers)

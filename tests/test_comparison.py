@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from fxprune.errors import VerificationError
@@ -48,6 +49,16 @@ def test_nan_must_be_in_the_same_places() -> None:
     assert found.error["float64"] == math.inf
     found = compare(lambda x: 1 / (x * 0), lambda x: -1 / (x * 0))
     assert found.verdict == "different"
+
+
+def test_complex_outputs_are_compared_by_how_far_they_are() -> None:
+    def turned(x: Tensor, by: float = 0.3) -> Tensor:
+        return torch.polar(x.abs(), x + by)
+
+    assert compare(turned, lambda x: turned(x) * (1 + 1e-12)).verdict == "equal"
+    found = compare(turned, lambda x: turned(x, 0.301))
+    assert found.verdict == "different" and found.error["float64"] < 1e-2
+    assert compare(turned, lambda x: turned(x).conj()).verdict == "different"
 
 
 def test_integer_outputs_must_be_equal() -> None:

@@ -34,9 +34,38 @@ def test_a_cast_to_float32_does_not_blind_float64() -> None:
     assert compare(cast, lambda x: x.mul(3).softmax(1)).verdict == "equal"
 
 
+MADE = {
+    "zeros": lambda x: torch.zeros(4, 3),
+    "a range": lambda x: torch.arange(0.0, 12.0).view(4, 3),
+    "integers": lambda x: torch.arange(12).view(4, 3).float(),
+    "a mask": lambda x: torch.full((4, 3), -2.0).triu(1),
+    "noughts": lambda x: torch.eye(4, 3, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_made_in_float32_does_not_blind_float64(name: str) -> None:
+    def made(x: Tensor) -> Tensor:
+        return x @ MADE[name](x) + x[:, :3]
+
+    assert set(verdicts(compare(made, made), "float64").values()) == {"equal"}
+    found = compare(made, lambda x: made(x) * (1 + 1e-8), float64_tolerance=EXACT)
+    assert set(verdicts(found, "float64").values()) == {"different"}
+
+
+def test_integers_that_are_made_stay_integers() -> None:
+    def made(x: Tensor) -> Tensor:
+        places = torch.arange(3).repeat(1), torch.full((3,), 1), torch.randperm(3).sort()[0]
+        return x[:, places[0]] + x[:, places[1]] * x[:, places[2]]
+
+    assert compare(made, made).verdict == "equal"
+
+
 def test_a_model_without_float64_is_not_called_equal() -> None:
+    table = torch.randn(4, 3)
+
     def stubborn(x: Tensor) -> Tensor:
-        return x @ torch.ones(4, 3)
+        return x @ table
 
     found = compare(stubborn, stubborn)
     assert set(verdicts(found, "float64").values()) == {"skipped"}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, prune
 
+import fxprune
 from fxprune.errors import ExampleInputError, ModelError, TraceError
 from fxprune.inputs import describe, model_inputs, same
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating
@@ -23,6 +24,7 @@ from fxprune.out_of_place import make_out_of_place
 from fxprune.plain_weights import with_plain_weights
 from fxprune.program import Program, capture
 from fxprune.sharing import sole_modules
+from fxprune.testing import close_half
 from tests.conftest import randomise
 
 
@@ -668,3 +670,31 @@ def test_functions_that_only_look_like_it_are_left_alone(function: Any) -> None:
     node = graph.call_function(function, (graph.placeholder("x"), 0))
     make_out_of_place(node, fx.GraphModule(nn.Module(), graph))
     assert node.target is function
+
+
+class Rotated(nn.Module):
+    """Turns features by complex numbers it holds, as Llama does."""
+
+    def __init__(self, *, buffer: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+        turns = torch.polar(torch.ones(3), torch.rand(3))
+        self.turns: Tensor
+        if buffer:
+            self.register_buffer("turns", turns)
+        else:
+            self.turns = turns
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.first(x).unflatten(-1, (3, 2)))
+        x = torch.view_as_real(pairs * self.turns).flatten(-2)
+        return self.third(self.second(x).relu())
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_complex_constants_are_kept_as_they_are(buffer: bool) -> None:
+    gated: Any = fxprune.instrument(Rotated(buffer=buffer), torch.randn(3, 4))
+    assert close_half(gated) == 4
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.third.in_features == 4

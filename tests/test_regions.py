@@ -235,3 +235,33 @@ def test_a_detector_is_trained_and_cut(without_fxprune: Callable[[nn.Module, str
     assert len(expected["boxes"]) and expected["boxes"].shape == found["boxes"].shape
     assert error(expected["scores"], found["scores"]) < 1e-3
     assert without_fxprune(small, "*m([torch.rand(3, 64, 64)])[0]") == "boxes labels scores"
+
+
+class Autoencoder(nn.Module):
+    """Draws its code in training, and takes the mean in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+        self.decoder = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, spread = self.encoder(x).chunk(2, 1)
+        code = mean + torch.randn_like(mean) * spread.exp() if self.training else mean
+        return self.decoder(code), mean
+
+
+def test_parts_of_a_model_that_draws_in_training_are_gated() -> None:
+    model, x = randomise(Autoencoder()).train(), torch.randn(4, 6)
+    gated: Any = fxprune.instrument(model, x)
+    assert gated._fxprune["regions"] == ["encoder", "decoder"]
+    assert any("model.eval()" in change.what for change in gated.report.refused)
+    gated.train()
+    assert not torch.equal(gated(x)[0], gated(x)[0])
+    assert torch.equal(gated.eval()(x)[0], model.eval()(x)[0])
+    assert close_half(gated) == 16
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.report.after.parameters < 200
+    whole: Any = fxprune.instrument(model.eval(), x)
+    assert "regions" not in whole._fxprune or not whole._fxprune["regions"]

@@ -28,6 +28,8 @@ def getattr_flow(call: Call) -> Flow:
     """Answer an attribute of a tensor."""
     container, name = call.args[0], call.args[1]
     if isinstance(container, tuple) and not isinstance(container, ShapeOf):
+        if not hasattr(cast(Any, container), name):
+            raise Barrier(f"the attribute {name!r} is read")
         # What `max`, `sort` or `topk` return has names.
         return Flow(getattr(cast(Any, container), name))
     if name == "shape":
