@@ -75,6 +75,10 @@ class Askable(fx.Proxy):
 class AskableAttribute(Askable, Attribute):
     """An attribute of a traced value, or a method about to be called."""
 
+    def __hash__(self) -> int:
+        """Let a rank be looked up in a dict, which then asks whether it is that key."""
+        return hash(self.tracer.peek(self)) if self.attr == "ndim" else super().__hash__()
+
 
 class AskedTracer(fx.Tracer):
     """torch.fx's tracer, where its proxies know what they are on the example inputs."""
@@ -109,6 +113,10 @@ class AskedTracer(fx.Tracer):
             raise TypeError(f"a number is needed, not {type(value).__name__}")
         self._assume(self._call(operator.eq, obj, value))
         return value
+
+    def peek(self, obj: fx.Proxy) -> Any:
+        """Return what a value is on the example inputs, without anything to be noted yet."""
+        return self._value(obj)
 
     def length(self, obj: fx.Proxy) -> int:
         """Answer `len`, which is a tensor's first size."""

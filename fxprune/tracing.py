@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import PLAIN, AskedTracer
+from fxprune.einops_backend import teach_einops
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
@@ -408,6 +409,7 @@ def _traced(
     """Trace once; watching: for modules that draw random numbers, which are then kept whole."""
     if has_hooks(root):
         raise TraceError(_HOOKED)
+    teach_einops()
     tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
     tracer.watching = watching
     try:

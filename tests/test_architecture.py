@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of one layer do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("structure", "kinds", "garbage", "progress", "default_device", "eager"),
+    ("structure", "kinds", "garbage", "progress", "default_device", "eager", "einops_backend"),
     ("keeping", "randomness"),
     ("terms",),
     ("latency_tables",),
