@@ -213,8 +213,8 @@ def build(source: str, seed: int) -> nn.Module:
 
 
 def example(network: Network, batch: int, size: int = 6) -> tuple[Tensor, ...]:
-    """Return inputs of a network; `size` is that of maps."""
+    """Return inputs of a network; `size` is that of maps, and that of sequences two less."""
     generator = torch.Generator().manual_seed(network.seed + 100 * batch + size)
     shapes = [(batch, *SHAPES[kind][1:]) for kind in network.inputs]
-    sized = [(*s[:2], size, size) if len(s) == 4 else s for s in shapes]
+    sized = [{2: s, 3: (s[0], size - 2, s[-1]), 4: (*s[:2], size, size)}[len(s)] for s in shapes]
     return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in sized)

@@ -59,6 +59,47 @@ def sliced(draft: Draft, x: str, pick: Pick) -> str:
 
 
 @writer
+def cut_to_length(draft: Draft, x: str, pick: Pick) -> str:
+    """Add or multiply a table of places, cut to the length of the stream."""
+    width, kind, long = draft.channels(x), draft.kinds[x], 12
+    shape = draft.shape(x)
+    if kind == "last" and len(shape) == 3:
+        table, size = draft.layer(f"nn.Parameter(torch.randn({long}, {width}))"), f"{x}.shape[1]"
+        forms = [
+            *("{x} + {t}[:{n}]", "{x} * {t}[1:{n} + 1]", "{x} + {t}[{n} - 1]"),
+            *("{x} + {t}.narrow(0, 2, {n})", "{x} + {t}.split([{n}, 12 - {n}])[0]"),
+            "{x} * {t}[:{n}].sigmoid().roll({n}, 0)",
+        ]
+    elif kind == "map" and len(shape) == 4:
+        table, size = draft.layer(f"nn.Parameter(torch.randn({width}, {long}))"), f"{x}.size(3)"
+        forms = [
+            *("{x} + {t}[:, :{n}].unsqueeze(1)", "{x} * {t}[:, {n} - 1].view(-1, 1, 1)"),
+            "{x} * {t}.narrow(1, 1, {n})[:, None]",
+        ]
+    else:
+        raise Refused
+    return draft.let(pick(forms).format(x=x, t=table, n=size), kind)
+
+
+@writer
+def picked_beside(draft: Draft, x: str, pick: Pick) -> str:
+    """Pick, or take apart, along an axis beside the channels, by numbers known at run time only."""
+    axis = 2 if draft.kinds[x] == "map" else 1
+    if len(draft.shape(x)) <= 1 + axis:
+        raise Refused
+    before = ":, " * axis
+    forms = [
+        "{x}[{b}torch.arange({n}).flip(0)]",
+        "{x}.index_select({a}, torch.arange({n}) // 2)",
+        "torch.zeros_like({x}).index_add({a}, torch.arange({n}) // 2, {x})",
+        "torch.cat({x}.chunk(2, {a})[::-1], {a})",
+        "torch.cat({x}.split([{n} // 2, {n} - {n} // 2], {a})[::-1], {a})",
+    ]
+    form = pick(forms).format(x=x, a=axis, n=f"{x}.shape[{axis}]", b=before)
+    return draft.let(form, draft.kinds[x])
+
+
+@writer
 def shuffled(draft: Draft, x: str, pick: Pick) -> str:
     """Shuffle channels, in either spelling."""
     draft.require(x, "map")
