@@ -43,6 +43,7 @@ from fxprune.modes import (
 from fxprune.modules import has_hooks
 from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
+from fxprune.tables import sliced_by_name
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
 _HOOKED = "it has hooks, which a trace would call once; remove them first, and add them again then"
@@ -413,7 +414,12 @@ def _traced(
     tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
     tracer.watching = watching
     try:
-        with torch.enable_grad(), _without_fused_layers(), tracer.refusing_autocast():
+        with (
+            torch.enable_grad(),
+            _without_fused_layers(),
+            tracer.refusing_autocast(),
+            sliced_by_name(root, tracer),
+        ):
             graph = tracer.trace(root)
     finally:
         written = held.put_back()
