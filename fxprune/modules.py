@@ -73,6 +73,8 @@ def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
         for value in _values_in(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
                 memo[id(value)] = value.detach().clone()
+            elif isinstance(value, torch.jit.ScriptFunction):  # a function, as others are
+                memo[id(value)] = value
     for module in reversed(list(model.modules())):  # parts first
         if _is_its_attributes(type(module)):
             _copy_attributes(module, memo)

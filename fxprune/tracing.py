@@ -43,6 +43,7 @@ from fxprune.modes import (
 from fxprune.modules import has_hooks
 from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
+from fxprune.scripts import inlined
 from fxprune.tables import sliced_by_name
 
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
@@ -419,6 +420,7 @@ def _traced(
             _without_fused_layers(),
             tracer.refusing_autocast(),
             sliced_by_name(root, tracer),
+            inlined(tracer),
         ):
             graph = tracer.trace(root)
     finally:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("structure", "kinds", "garbage", "progress", "default_device", "eager", "einops_backend"),
-    ("keeping", "randomness", "tables"),
+    ("keeping", "randomness", "scripts", "tables"),
     ("terms",),
     ("latency_tables",),
     ("chain_costs",),
