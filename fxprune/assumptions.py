@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 from torch.fx.proxy import TraceError as FxTraceError
 
+from fxprune.assignments import CannotAssign, assigned
 from fxprune.example_values import ExampleValues, UnknownValueError
 from fxprune.expressions import expression
 from fxprune.kinds import OVERWROTE
@@ -64,6 +65,13 @@ class Askable(fx.Proxy):
 
     def __format__(self, format_spec: str) -> str:
         return repr(self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Assign out of place, and go by the new tensor's name from here on."""
+        example = self.tracer.example(self)
+        if not isinstance(example, Tensor) or isinstance(self, Attribute):
+            raise CannotAssign("it assigns to a part of what is no tensor")
+        self.node = assigned(self, example, index, value, self.tracer.example).node
 
     def __iadd__(self, other: Any) -> Any:
         """Add out of place, as torch.fx does, and note that the model does not."""
@@ -117,6 +125,10 @@ class AskedTracer(fx.Tracer):
     def peek(self, obj: fx.Proxy) -> Any:
         """Return what a value is on the example inputs, without anything to be noted yet."""
         return self._value(obj)
+
+    def example(self, obj: fx.Proxy) -> Any:
+        """Return what a value is on the example inputs; of a tensor its form, never its numbers."""
+        return self._value(obj, tensors=True)
 
     def length(self, obj: fx.Proxy) -> int:
         """Answer `len`, which is a tensor's first size."""

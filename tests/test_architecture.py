@@ -18,7 +18,16 @@ ROOT = Path(__file__).parent.parent
 # Modules of one layer do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("structure", "kinds", "garbage", "progress", "default_device", "eager", "einops_backend"),
+    (
+        "structure",
+        "kinds",
+        "garbage",
+        "progress",
+        "default_device",
+        "eager",
+        "einops_backend",
+        "assignments",
+    ),
     ("keeping", "randomness", "scripts", "tables"),
     ("terms",),
     ("latency_tables",),

@@ -15,7 +15,13 @@ from fxprune.cuts import Arguments, Cut
 from fxprune.ops.rewriting import refuse_blocks, with_sizes
 from fxprune.rules import FILLED, Call, Flow, OpRule, register
 from fxprune.tags import varying_axes
-from fxprune.values import SizeOf, State, Value, as_value, fixed
+from fxprune.values import ShapeOf, SizeOf, State, Value, as_value, fixed
+
+# What makes a tensor of sizes.
+FILLERS = (
+    *(torch.zeros, torch.ones, torch.full, torch.empty),
+    *("new_zeros", "new_ones", "new_full", "new_empty"),
+)
 
 
 def like_flow(call: Call) -> Flow:
@@ -56,6 +62,8 @@ def rewrite_filled(call: Call, cut: Cut) -> Arguments | None:
     found = cut.indices(output)
     if found is None:
         return None
+    if any(isinstance(given, ShapeOf) for given in (*call.args, *call.kwargs.values())):
+        return None  # the shape it is given is that of what remains
     refuse_blocks(output, found[0])
     args, kwargs = with_sizes(call, _place(call), output.shape, cut.shape(output))
     return Arguments(tuple(args), kwargs)
@@ -69,6 +77,8 @@ def _sizes(call: Call) -> Sequence[Any]:
     """Return the sizes a tensor is made of."""
     place = _place(call)
     given: Any = call.kwargs.get("size", call.args[place] if len(call.args) > place else ())
+    if isinstance(given, ShapeOf):
+        return [SizeOf(given.value, axis) for axis in range(len(given))]
     if isinstance(given, (tuple, list)):
         return cast(Sequence[Any], given)
     return call.args[place:]
@@ -77,6 +87,8 @@ def _sizes(call: Call) -> Sequence[Any]:
 def _filling(call: Call) -> float:
     """Return the number a tensor is filled with; NaN if it is computed."""
     name = str(getattr(call.node.target, "__name__", call.node.target)).removeprefix("new_")
+    if name == "empty":
+        return math.nan
     if name != "full":
         return float(name == "ones")
     number = call.argument(_place(call) + 1, "fill_value")
@@ -94,9 +106,9 @@ register(
 )
 register(
     OpRule("made_like", random_flow),
-    *(torch.rand_like, torch.randn_like),
+    *(torch.rand_like, torch.randn_like, torch.empty_like),
 )
 register(
     OpRule(FILLED, filled_flow, rewrite=rewrite_filled),
-    *(torch.zeros, torch.ones, torch.full, "new_zeros", "new_ones", "new_full"),
+    *FILLERS,
 )

@@ -15,6 +15,7 @@ from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import (
     rewrite_chunks,
     rewrite_nothing,
+    rewrite_placed,
     rewrite_sizes,
     rewrite_unflatten,
 )
@@ -70,4 +71,11 @@ register(
     *(torch.chunk, torch.split, torch.tensor_split, torch.split_with_sizes),
     *(torch.unsafe_chunk, torch.unsafe_split),
     *("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"),
+)
+register(
+    OpRule("placed", movement_flow, rewrite=rewrite_placed), torch.slice_scatter, "slice_scatter"
+)
+register(
+    OpRule("selected", movement_flow, rewrite=rewrite_nothing),
+    *(torch.select_scatter, "select_scatter"),
 )

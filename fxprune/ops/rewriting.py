@@ -64,6 +64,26 @@ def rewrite_chunks(call: Call, cut: Cut) -> Arguments | None:
     return checked_arguments(call, cut, [source_of(call), sizes], {"dim": dim}, torch.split)
 
 
+def rewrite_placed(call: Call, cut: Cut) -> Arguments | None:
+    """Put a part where it belongs among the channels that remain."""
+    if not shrinks(call, cut) or follows_as_is(call, cut):
+        return None
+    value, axis = call.value(), int(call.argument(2, "dim", 0))
+    found = cut.indices(value)
+    if found is None or found[0] != axis % len(value.shape) or "src" in call.kwargs:
+        raise Barrier("it cannot follow the removal of channels")
+    refuse_blocks(value, found[0])
+    bounds: Any = (call.argument(place, "", None) for place in (3, 4, 5))
+    size = value.shape[axis]
+    chosen = torch.arange(size)[slice(*bounds)]
+    new = positions_that_remain(chosen, found[1], size)
+    if not isinstance(new, slice):
+        raise Barrier("what it puts there is no longer one slice")
+    step = 1 if new.step is None else new.step
+    args = [*call.node.args[:2], axis, new.start, new.stop, step]
+    return checked_arguments(call, cut, args, {}, torch.slice_scatter)
+
+
 def rewrite_unflatten(call: Call, cut: Cut) -> Arguments | None:
     """Replace the literal sizes an axis is split into by what remains of them."""
     if not shrinks(call, cut):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxprune.cuts import Arguments, Cut, Literal
+from fxprune.ops.creation import FILLERS
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import rewrite_nothing
 from fxprune.ops.transposition import rewrite_transposed, transposed_flow
@@ -97,6 +98,8 @@ def _picks(user: fx.Node) -> bool:
     """Tell whether a shape is asked for its length, for sizes at places known, or for a grid."""
     if user.target in GRIDS:
         return True  # of as many places as the maps have; how many channels they have is no matter
+    if user.target in FILLERS:
+        return True  # what is made has the channels of what the shape is of
     index: Any = user.args[1] if len(user.args) > 1 else None
     if isinstance(index, slice):
         places = (index.start, index.stop, index.step)

@@ -506,6 +506,14 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
         Indexed(lambda x, index: x.index_select(1, index), [5, 1, 1, 7, 2]),
         Sample(),
     ),
+    "slice_scatter": (
+        Expression(lambda x, y: x.slice_scatter(y[:, 1:4], 1, 2, 5)),
+        Sample(operands=2),
+    ),
+    "select_scatter": (
+        Expression(lambda x, y: torch.select_scatter(x, y[:, :, 1], 2, 0)),
+        Sample(operands=2),
+    ),
     **{
         name: (
             Expression(
@@ -540,6 +548,9 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
             "randn_like": lambda x: x + torch.randn_like(x) * 0,
             "new_zeros": lambda x: torch.maximum(x, x.new_zeros(6)),
             "new_ones": lambda x: x + x.new_ones(6),
+            "empty": lambda x: torch.where(x == x, x, torch.empty(x.shape)),
+            "new_empty": lambda x: torch.where(x == x, x, x.new_empty(x.shape[1], 1, 1)),
+            "empty_like": lambda x: torch.where(x == x, x, torch.empty_like(x)),
             "new_full": lambda x: x + x.new_full((6,), 0.5),
             "zeros": lambda x: torch.maximum(x, torch.zeros(x.shape[0], x.shape[1], 1, 1)),
             "ones": lambda x: x + torch.ones((x.size(1), 6, 1)),
