@@ -27,6 +27,8 @@ def assigned(tensor: Any, example: Tensor, index: Any, value: Any, examples: Any
     """
     if example._is_view() or tensor.node.op == "get_attr":
         raise CannotAssign("it assigns to a part of what has another name (a view, a buffer)")
+    if example.is_complex():
+        raise CannotAssign("it assigns to a part of complex numbers")  # no gradients go that way
     entries = list(index) if isinstance(index, tuple) else [index]
     shown = [examples(entry) if isinstance(entry, fx.Proxy) else entry for entry in entries]
     if any(isinstance(entry, Tensor) for entry in shown):

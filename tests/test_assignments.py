@@ -145,3 +145,44 @@ class Kept(nn.Module):
 def test_buffers_are_not_assigned_to() -> None:
     with pytest.raises(TraceError, match="another name"):
         fxprune.instrument(randomise(Kept()), torch.randn(4, 3))
+
+
+class Spectral(nn.Module):
+    """Keeps low frequencies, as Fourier neural operators do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.low = nn.Linear(3, 8), nn.Linear(8, 6), Low()
+        self.third = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.low(self.first(x)).relu()).relu())
+
+
+class Low(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.fft.rfft(x)
+        low = torch.zeros_like(found)
+        low[:, :2] = found[:, :2]
+        return torch.fft.irfft(low, n=8)
+
+
+def test_parts_of_complex_numbers_keep_their_gradients() -> None:
+    model: Any = randomise(Spectral())
+    x = torch.randn(4, 3)
+    gated: Any = fxprune.instrument(model, x)
+    for one in (model, gated):
+        one(x).square().sum().backward()
+    assert torch.equal(gated.first.weight.grad, model.first.weight.grad)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_gradients_are_those_of_assignments(name: str) -> None:
+    model: Any = randomise(Writing(WRITES[name][0])).double()
+    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    gated: Any = fxprune.instrument(model, x)
+    for one in (model, gated):
+        one(x).square().sum().backward()
+    for layer in ("first", "second", "third"):
+        left, right = getattr(gated, layer).weight.grad, getattr(model, layer).weight.grad
+        assert torch.allclose(left, right, rtol=1e-12)
