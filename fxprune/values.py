@@ -191,8 +191,16 @@ class OfSizes(int):
 
     @property
     def is_of_channels(self) -> bool:
-        """Tell whether all the sizes are numbers of channels, which no input changes."""
-        return all(axis in varying_axes(value.tags) for value, axis in self.sizes)
+        """Tell whether all the sizes are numbers of channels, which no input changes.
+
+        Tokens may be told apart too, the first from the others; channels are all different.
+        """
+        return all(_counts_channels(value.tags, axis) for value, axis in self.sizes)
+
+
+def _counts_channels(tags: Tensor, axis: int) -> bool:
+    found = tags.unique()
+    return varying_axes(tags) == [axis] and len(found) == tags.numel() and FIXED not in found
 
 
 class SizeOf(OfSizes):

@@ -1,6 +1,7 @@
 """Concatenation: the parts' channels, one after the other. A part of which nothing remains goes.
 
-It moves data like any other movement, but over maps that need not be blown up to be moved.
+It moves data like any other movement, but over maps that need not be blown up to be moved. What is
+put in a row beside the channels (a class token in front of others) has the same channels.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,11 @@ def concatenation_flow(call: Call) -> Flow:
     if not isinstance(dim, int):
         raise Barrier("the axis it works on is computed")
     axis = dim % rank
+    first, *others = parts
+    if _lie_beside(parts, axis):
+        joined = _joined(parts, [part.constants for part in parts], axis)
+        ties = [(first.tags, other.tags) for other in others]
+        return Flow(call.output(first.tags, align(joined, first.tags)), ties=ties)
     tags = compress(_joined(parts, [part.tags for part in parts], axis))
     constants = align(_joined(parts, [part.constants for part in parts], axis), tags)
     return Flow(call.output(tags, constants))
@@ -48,6 +54,12 @@ def rewrite_concatenation(call: Call, cut: Cut) -> Arguments | None:
     else:
         kwargs["tensors"] = stay
     return Arguments(tuple(args), kwargs)
+
+
+def _lie_beside(parts: Sequence[Value], axis: int) -> bool:
+    """Tell whether parts have the same channels beside an axis: tokens, or images, in a row."""
+    shapes = {part.tags.shape for part in parts}
+    return len(shapes) == 1 and parts[0].tags.shape[axis] == 1 and parts[0].tags.numel() > 1
 
 
 def _parts(call: Call) -> list[Value]:

@@ -63,6 +63,34 @@ def test_tables_serve_other_lengths(name: str, start: float | None) -> None:
         assert spread(small(x)) > 1e-3
 
 
+class ClassToken(nn.Module):
+    """Tokens with another one in front of them, which tells them apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.token, self.table = (
+            nn.Parameter(torch.randn(1, 1, 8)),
+            nn.Parameter(torch.randn(12, 8)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.first(x).relu()], 1)
+        return self.third(self.second(x + self.table[: x.shape[1]]).relu())
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("start", [None, 0.0])
+def test_a_class_token_makes_no_channels_of_tokens(length: int, start: float | None) -> None:
+    model: Any = randomise(ClassToken()).double()
+    if start is not None:
+        model.table.data[:6] = start
+    gated, small = gated_and_small(model, length)
+    assert len(small.table) == 12
+    x = torch.randn(3, 9, 3, dtype=torch.float64)
+    assert error(gated(x), small(x)) < 1e-12
+
+
 class Halves(nn.Module):
     """Parts by numbers that are computed of the number of channels, and of places."""
 
