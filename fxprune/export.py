@@ -28,6 +28,7 @@ from fxprune.modules import copy_model, memory_of
 from fxprune.onnx_program import FIX_SIZES, write_onnx
 from fxprune.onnx_signature import Flat, Sizes
 from fxprune.precision import full_precision
+from fxprune.program import quiet
 from fxprune.progress import shown, stages
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
@@ -187,7 +188,7 @@ def _load(draft: Path, provider: str) -> onnxruntime.InferenceSession:
 def _torch_outputs(flat: Flat, inputs: Inputs) -> dict[str, Tensor]:
     name = type(flat.model).__name__
     what = f"{name} itself does not run on {describe(inputs)}, as a file of open sizes should"
-    with as_export_error(what, FIX_SIZES), torch.no_grad(), full_precision():
+    with as_export_error(what, FIX_SIZES), torch.no_grad(), full_precision(), quiet():
         outputs = flat(*(tensor.clone() for tensor in tensors_of(inputs)))
         return dict(zip(flat.output_names, outputs, strict=True))
 

@@ -36,7 +36,7 @@ class Held:
         self.containers = [
             (name, value, copy.copy(value))
             for name, value in self.attributes.items()
-            if name not in _TORCHS and isinstance(value, (dict, list))
+            if name not in _TORCHS and type(value) in (dict, list)
         ]
 
     def put_back(self) -> Written:

@@ -173,7 +173,8 @@ class _Float64(DispatchMode):
 
 def _makes_float32(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Tell whether an operator that takes no floats would give float32, and could give float64."""
-    if all(argument.name != "dtype" for argument in func._schema.arguments):
+    schema = getattr(func, "_schema", None)  # operators of higher order have none
+    if schema is None or all(argument.name != "dtype" for argument in schema.arguments):
         return False
     if kwargs.get("dtype") is not None or tensors_of((args, kwargs)):
         return kwargs.get("dtype") is torch.float32

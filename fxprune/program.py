@@ -135,7 +135,8 @@ def _run_second(model: nn.Module, program: Program) -> Any:
     args, kwargs = program.inputs()
     with evaluating(model):
         with suppress(Exception):  # it may not take any others
-            model(*pytree.tree_map_only(Tensor, _another, args), **kwargs)
+            others, named = pytree.tree_map_only(Tensor, _another, (args, kwargs))
+            model(*others, **named)
         return model(*args, **kwargs)
 
 

@@ -7,7 +7,7 @@ reported, with the reason.
 """
 
 import operator
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,7 +24,7 @@ from fxprune.penalties import paper_penalties
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.sites import Candidate, Plan, find_candidates, plan_sites
-from fxprune.tags import compress
+from fxprune.tags import FIXED, compress
 from fxprune.values import Value
 
 
@@ -97,12 +97,33 @@ def _refusals(plan: Plan) -> list[Change]:
             continue
         value: Value = plan.channels.values[candidate.position]
         labels = plan.channels.classes[value.tags.reshape(-1)].unique().tolist()
-        found = (reasons.get(label) for label in labels)
+        found = (
+            _nearest(plan, candidate) if label == FIXED else reasons.get(label) for label in labels
+        )
         reason = next(
             (text for text in found if text), f"its channels stay: {where(candidate.node)}"
         )
         changes.append(Change(candidate.name, f"no width gate: {reason}"))
     return changes
+
+
+def _nearest(plan: Plan, candidate: Candidate) -> str:
+    """Return why channels stay that have become one with all that stay: who says so first."""
+    keeps: dict[fx.Node, list[tuple[Tensor, str]]] = {}
+    for node, tags, reason in plan.channels.keeps:
+        keeps.setdefault(node, []).append((tags, reason))
+    waiting, met = deque([candidate.position]), {candidate.position}
+    while waiting:
+        node = waiting.popleft()
+        value = plan.channels.values[node]
+        for user in node.users:
+            for tags, reason in keeps.get(user, []) if isinstance(value, Value) else []:
+                if bool(torch.isin(value.tags, tags).any()):
+                    return f"{reason}: {where(user)}"
+        new = [user for user in node.users if user not in met]
+        waiting += new
+        met |= set(new)
+    return ""
 
 
 def _insert(

@@ -87,6 +87,9 @@ def scattered_flow(call: Call) -> Flow:
     axis = dim % len(value.shape)
     if axis in (*varying_axes(value.tags), *varying_axes(source.tags)):
         raise Barrier("it works along the channels")
+    across = {*varying_axes(value.tags)} ^ {*varying_axes(source.tags)}
+    if across and value.tags.numel() > 1 < source.tags.numel():
+        raise Barrier("its operands have their channels along different axes")
     lead = max(value.tags, source.tags, key=Tensor.numel)
     zero = (value.constants == 0) & (source.constants == 0)
     constants = torch.where(zero, 0.0, torch.nan).double().expand(lead.shape)
