@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxprune.cuts import Arguments, Cut
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.values import Barrier, State
 
+# What torch's functional instance norm may take besides its input, and where.
+_GIVEN = ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
 _NAMES = ("running_mean", "running_var", "weight", "bias")
 
 
@@ -79,13 +82,13 @@ def instance_norm_flow(call: Call) -> Flow:
     if isinstance(call.module, nn.modules.instancenorm._InstanceNorm):
         if call.module.track_running_stats:
             return batch_norm_flow(call)  # stored statistics: in evaluation the same affine map
-    if call.state("weight") is None:
-        raise Barrier("it has no parameters to tell it how many channels remain")
+    elif any(call.argument(place, name) is not None for place, name in _GIVEN):
+        raise Barrier("its statistics or parameters are given to a function")
     value = call.value()
     along = value.along(1)
     ties = [*along.ties]
     result = along.constants * 0.0
-    for name in ("weight", "bias"):
+    for name in ("weight", "bias") if call.module is not None else ():
         state = call.state(name)
         if state is not None:
             ties.append((state.axis(0), along.tags))
@@ -94,16 +97,34 @@ def instance_norm_flow(call: Call) -> Flow:
     return Flow(call.output(along.tags.reshape(shape), result.reshape(shape)), ties=ties)
 
 
+def rewrite_instance_norm(call: Call, cut: Cut) -> Arguments | None:
+    """Call the function where a module has no parameters to tell it how many channels remain."""
+    module: Any = call.module
+    if module is None or module.weight is not None or module.track_running_stats:
+        return None
+    if cut.indices(call.value()) is None:
+        return None
+    return Arguments(call.node.args[:1], {"eps": module.eps}, F.instance_norm)
+
+
 def resize_instance_norm(call: Call) -> None:
     """Tell the module how many channels it has left."""
     module: Any = call.module
-    held: Any = module.weight if module.weight is not None else module.running_mean
-    module.num_features = held.numel()
+    if module is None:
+        return
+    for held in (module.weight, module.running_mean):
+        if held is not None:
+            module.num_features = held.numel()
 
 
 register(
-    OpRule("instance_norm", instance_norm_flow, resize=resize_instance_norm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    OpRule(
+        "instance_norm",
+        instance_norm_flow,
+        rewrite=rewrite_instance_norm,
+        resize=resize_instance_norm,
+    ),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, F.instance_norm),
 )
 register(
     OpRule("batch_norm", batch_norm_flow, resize=resize_batch_norm),

@@ -582,3 +582,17 @@ def test_tokens_told_apart_are_no_channels() -> None:
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
     assert (small.up.out_features, small.down.in_features) == (8, 8)
+
+
+def test_instance_norms_without_parameters_follow() -> None:
+    norms = [nn.InstanceNorm2d(8), nn.InstanceNorm2d(6, eps=1e-3)]
+    layers = (nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 6, 3), norms[1], nn.ReLU())
+    model = randomise(nn.Sequential(*layers, nn.Conv2d(6, 2, 1))).double()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    gated: Any = fxprune.instrument(model, x)
+    assert close_half(gated) == 7
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert (small.get_submodule("3").in_channels, small.get_submodule("6").in_channels) == (4, 3)
+    again: Any = fxprune.finalize(small, x)
+    assert error(again(x), gated(x)) < 1e-12

@@ -594,6 +594,7 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
         Sample(shape=(5, 3, 8), axis=2, out_axis=2, shrinks=False),
     ),
     "batch_norm": (BatchNormFunction(), Sample()),
+    "instance_norm": (Expression(lambda x: F.instance_norm(x, eps=1e-3)), Sample()),
     "width_gate": (WithParameters(width_gate, (1, 8, 1, 1)), Sample(shrinks=False)),
     "pick_channels": (Expression(picked), Sample()),
     "linear_gate": (
