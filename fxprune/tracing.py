@@ -69,6 +69,7 @@ class ModelTracer(AskedTracer):
         self.written: set[str] = set()
         self.idle: Collection[str] = whole
         self.watching = self.drew = False
+        self.masked: set[str] = set()
         self.evaluation_only = False
         self._parameter_proxies: dict[str, fx.Proxy] = {}
 
@@ -144,6 +145,8 @@ class ModelTracer(AskedTracer):
         """Trace into torch's own transformer layers: what is between their linear layers can go."""
         if isinstance(m, _TRANSFORMERS):
             return False
+        if isinstance(m, nn.TransformerEncoder):  # looks at its masks, and packs what they leave
+            return module_qualified_name in {*self.masked, *self.whole}
         if isinstance(m, torch.jit.ScriptModule):  # its forward is no Python
             return True
         return module_qualified_name in self.whole or super().is_leaf_module(
@@ -184,6 +187,8 @@ class ModelTracer(AskedTracer):
         last, depth = self._last_node(), len(self.module_stack)
         path, held = self.path_of_module(m), Held(m)
         generators = Generators() if self.watching else None
+        if isinstance(m, nn.TransformerEncoder) and _has_masks(args, kwargs):
+            self.masked.add(path)
         is_leaf = self.is_leaf_module(m, path)
         if kwargs and is_leaf:
             args, kwargs = _in_order(m, args, kwargs)
@@ -243,6 +248,12 @@ class ModelTracer(AskedTracer):
         for name, proxy in list(self._parameter_proxies.items()):
             if proxy.node in erased:
                 del self._parameter_proxies[name]
+
+
+def _has_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether an encoder is given more than what it encodes."""
+    beside = [*args[1:], *(value for name, value in kwargs.items() if name != "src")]
+    return any(value is not None and value is not False for value in beside)
 
 
 def _in_order(

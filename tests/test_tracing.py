@@ -605,3 +605,28 @@ def test_a_model_that_switches_autocast_itself_is_refused() -> None:
 
     with pytest.raises(TraceError, match="switches autocast"):
         fxprune.instrument(Mixed(), torch.randn(2, 3, 4, 4))
+
+
+class Encoded(nn.Module):
+    """A stack of torch's transformer layers, which looks at its masks and packs what they leave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.first, self.second, self.third = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        x = self.stack(self.first(x), src_key_padding_mask=padding)
+        return self.third(self.second(x).relu())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_stack_of_layers_is_traced_into_where_it_has_no_masks(masked: bool) -> None:
+    x, padding = torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    gated: Any = fxprune.instrument(Encoded(), (x, padding) if masked else x)
+    assert len(fxprune.architecture(gated)) == (1 if masked else 3)
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
