@@ -18,7 +18,7 @@ PASSES = "passes_in_evaluation"
 OVERWROTE = "overwrote"
 # What asks a tensor for anything but its numbers.
 _QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", torch.numel}
-_ANSWERS = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda"}
+_ANSWERS = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested"}
 
 
 def asks_form(node: fx.Node) -> bool:

@@ -46,7 +46,10 @@ from fxprune.retracing import wrap_functions_
 from fxprune.scripts import inlined
 from fxprune.tables import sliced_by_name
 
-_TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder)
+_TRANSFORMERS = (
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder),
+    nn.Transformer,
+)
 _HOOKED = "it has hooks, which a trace would call once; remove them first, and add them again then"
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 

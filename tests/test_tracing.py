@@ -630,3 +630,27 @@ def test_a_stack_of_layers_is_traced_into_where_it_has_no_masks(masked: bool) ->
     close_half(gated)
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
+
+
+class Translating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.both = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+
+    def forward(self, source: Tensor, target: Tensor, causal: bool = False) -> Tensor:
+        mask = None
+        if causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        return self.head(self.both(self.words(source), self.words(target), tgt_mask=mask))
+
+
+@pytest.mark.parametrize(("causal", "sites"), [(False, 2), (True, 1)])
+def test_torchs_transformer_is_traced_into_as_far_as_masks_allow(causal: bool, sites: int) -> None:
+    inputs = (torch.randint(0, 20, (2, 5)), torch.randint(0, 20, (2, 4)), causal)
+    gated: Any = fxprune.instrument(Translating(), inputs)
+    assert len(fxprune.architecture(gated)) == sites
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.report.after.parameters < small.report.before.parameters

@@ -21,7 +21,7 @@ from fxprune.values import Barrier, ShapeOf, SizeOf, Value, as_value, fixed
 
 # What makes the places that maps are read at.
 GRIDS = (F.affine_grid, torch.affine_grid_generator)
-_HARMLESS = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}
+_HARMLESS = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "is_nested", "layout"}
 _TRANSPOSED = {"T", "mT", "H", "mH"}
 
 
