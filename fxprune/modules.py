@@ -81,12 +81,15 @@ def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
 
 
 def _values_in(held: Any) -> Iterator[Any]:
-    """Yield what is in nested dicts, lists and tuples."""
-    if isinstance(held, (dict, list, tuple)):
-        for value in held.values() if isinstance(held, dict) else held:
-            yield from _values_in(value)
-    else:
-        yield held
+    """Yield what is in nested dicts, lists and tuples, which may hold themselves."""
+    waiting, met = [held], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, (dict, list, tuple)):
+            yield value
+        elif id(value) not in met:
+            met.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def _is_its_attributes(cls: type[nn.Module]) -> bool:

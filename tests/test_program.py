@@ -253,6 +253,15 @@ def test_a_model_that_kept_what_a_run_computed_is_copied() -> None:
     assert twin.cache["bias"] is not model.cache["bias"]
 
 
+def test_what_holds_itself_is_copied() -> None:
+    model = nn.Linear(4, 4)
+    notes: dict[str, Any] = {"last": [torch.ones(2)]}
+    notes["again"] = notes
+    model.notes = notes  # type: ignore[assignment]
+    twin = copy_model(model)
+    assert twin.notes["again"] is twin.notes and twin.notes is not notes
+
+
 def test_a_copy_keeps_tied_weights_tied() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
