@@ -5,6 +5,7 @@ mostly notes of what was last seen (attention maps); whether they are more, a se
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +48,7 @@ class Held:
                 held[name] = before[name]
                 written.tensors.append(name)
         for name, held, before in self.containers:
-            traced = _has_proxies(held)
+            traced = any(isinstance(value, fx.Proxy) for value in values_in(held))
             if traced or len(held) != len(before):
                 written.attributes.append(name)
             if traced and isinstance(held, dict):
@@ -71,3 +72,15 @@ class Held:
 
 def _has_proxies(value: Any) -> bool:
     return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value))
+
+
+def values_in(held: Any) -> Iterator[Any]:
+    """Yield what is in nested dicts, lists and tuples, which may hold themselves."""
+    waiting, met = [held], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, (dict, list, tuple)):
+            yield value
+        elif id(value) not in met:
+            met.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value

@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import ModelError, TraceError
 from fxprune.garbage import uncollected
 from fxprune.inputs import Inputs
+from fxprune.keeping import values_in
 
 
 def check_parameters(model: nn.Module) -> None:
@@ -70,7 +71,7 @@ def copying(model: nn.Module) -> Generator[None]:
 def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
     """Copy what is in a module into a memo of `deepcopy`, in a fraction of its time."""
     for module in model.modules():
-        for value in _values_in(vars(module)):
+        for value in values_in(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:  # what a run left behind
                 memo[id(value)] = value.detach().clone()
             elif isinstance(value, torch.jit.ScriptFunction):  # a function, as others are
@@ -78,18 +79,6 @@ def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
     for module in reversed(list(model.modules())):  # parts first
         if _is_its_attributes(type(module)):
             _copy_attributes(module, memo)
-
-
-def _values_in(held: Any) -> Iterator[Any]:
-    """Yield what is in nested dicts, lists and tuples, which may hold themselves."""
-    waiting, met = [held], set[int]()
-    while waiting:
-        value = waiting.pop()
-        if not isinstance(value, (dict, list, tuple)):
-            yield value
-        elif id(value) not in met:
-            met.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
 
 
 def _is_its_attributes(cls: type[nn.Module]) -> bool:
