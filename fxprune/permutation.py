@@ -6,6 +6,7 @@ places that are met in the same tensors, equally often and in the same order: wh
 apart is met in different ones, as a slice is a tensor too. Classes that must stay, stay.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from fxprune.modules import evaluating
 from fxprune.program import Program
 from fxprune.tags import FIXED
 from fxprune.testing import error
-from fxprune.values import State
+from fxprune.values import State, Value
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,17 @@ def _signatures(channels: Channels, generator: torch.Generator) -> Tensor:
         numbers = draw(1) * by_tag[tags.reshape(-1)] * by_distance[_distances(labels)]
         signatures.index_add_(0, labels, numbers)
     kept = [classes[tags.reshape(-1)] for _, tags, _ in channels.keeps]
-    alone = torch.cat([*kept, torch.tensor([FIXED])]).unique()
+    alone = torch.cat([*kept, *_torn(channels), torch.tensor([FIXED])]).unique()
     signatures[alone] = draw(len(alone))
     return signatures
+
+
+def _torn(channels: Channels) -> Iterator[Tensor]:
+    """Yield the classes met twice in what was rolled: which of the two came first, no tag tells."""
+    for node, value in channels.values.items():
+        if node.target in (torch.roll, "roll") and isinstance(value, Value):
+            labels, times = channels.classes[value.tags.reshape(-1)].unique(return_counts=True)
+            yield labels[times > 1]
 
 
 def _ranks(labels: Tensor) -> Tensor:

@@ -51,3 +51,22 @@ def test_what_a_slice_tells_apart_does_not_change_places() -> None:
 def test_a_norm_nobody_ties_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, nn.BatchNorm2d, OpRule("wrong", passing_flow))
     assert exchange(norms(), 2, 3, 8, 8).error > 1e-3
+
+
+class RolledTwins(nn.Module):
+    """Every unit is met twice in what is rolled, the last one torn apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(torch.cat([x.relu(), x], 1).roll(1, 1))
+
+
+def test_units_torn_by_a_roll_stay_where_they_are() -> None:
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    model = randomise(RolledTwins()).double().eval()
+    for seed in range(5):
+        assert exchange_units(capture(model, ((x,), {})), seed).error < 1e-12
