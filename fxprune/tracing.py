@@ -431,7 +431,7 @@ def _traced(
     try:
         with (
             torch.enable_grad(),
-            _without_fused_layers(),
+            without_fused_layers(),
             tracer.refusing_autocast(),
             sliced_by_name(root, tracer),
             inlined(tracer),
@@ -506,7 +506,7 @@ def _may_be_none(
 
 
 @contextmanager
-def _without_fused_layers() -> Generator[None]:
+def without_fused_layers() -> Generator[None]:
     """Let torch's transformer layers run their operators, not one that has them all."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -18,7 +18,7 @@ from torch.fx.proxy import TraceError as FxTraceError
 
 import fxprune
 from fxprune.errors import ExampleInputError, TraceError, where
-from fxprune.testing import close_half
+from fxprune.testing import close_half, error
 from fxprune.tracing import bound_arguments, trace
 
 
@@ -654,3 +654,23 @@ def test_torchs_transformer_is_traced_into_as_far_as_masks_allow(causal: bool, s
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
     assert small.report.after.parameters < small.report.before.parameters
+
+
+class Rounding(nn.Module):
+    """Computes something a little else where torch may fuse layers, as a fused one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1 + 1e-15 if torch.backends.mha.get_fastpath_enabled() else 1.0
+        return self.second(self.first(x).relu()) * scale
+
+
+def test_a_trace_is_held_against_layers_that_are_not_fused() -> None:
+    model, x = Rounding().double().eval(), torch.randn(4, 3, dtype=torch.float64)
+    assert torch.backends.mha.get_fastpath_enabled()
+    gated: Any = fxprune.instrument(model, x)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert error(gated(x), model(x)) < 1e-12
