@@ -85,7 +85,7 @@ class AskableAttribute(Askable, Attribute):
 
     def __hash__(self) -> int:
         """Let a rank be looked up in a dict, which then asks whether it is that key."""
-        return hash(self.tracer.peek(self)) if self.attr == "ndim" else super().__hash__()
+        return hash(self.tracer.example(self)) if self.attr == "ndim" else super().__hash__()
 
 
 class AskedTracer(fx.Tracer):
@@ -122,12 +122,8 @@ class AskedTracer(fx.Tracer):
         self._assume(self._call(operator.eq, obj, value))
         return value
 
-    def peek(self, obj: fx.Proxy) -> Any:
-        """Return what a value is on the example inputs, without anything to be noted yet."""
-        return self._value(obj)
-
     def example(self, obj: fx.Proxy) -> Any:
-        """Return what a value is on the example inputs; of a tensor its form, never its numbers."""
+        """Return what a value is on the example inputs, and note nothing; of a tensor its form."""
         return self._value(obj, tensors=True)
 
     def length(self, obj: fx.Proxy) -> int:

@@ -76,15 +76,13 @@ def random_cases(example: Inputs, batches: Sequence[int], seed: int) -> dict[str
             cases[f"batch {batch}"] = random_inputs(example, seed + len(cases), batch=batch)
     if any(tensor.is_floating_point() for tensor in tensors):
         cases[f"×{SATURATION:.0f}"] = random_inputs(example, seed + len(cases), scale=SATURATION)
+    # The largest batch: there may be no other outputs of these shapes to see variation in.
+    most = max(batches, default=None)
     if any(spatial_dims(tensor) for tensor in tensors):
-        # The largest batch: there may be no other outputs of this shape to see variation in.
-        batch = max(batches, default=None)
-        larger = random_inputs(example, seed + len(cases), batch=batch, growth=GROWTH)
+        larger = random_inputs(example, seed + len(cases), batch=most, growth=GROWTH)
         cases[f"size +{GROWTH}"] = larger
     if any(map(is_sequence, tensors)):
-        longer = random_inputs(
-            example, seed + len(cases), batch=max(batches, default=None), length=1
-        )
+        longer = random_inputs(example, seed + len(cases), batch=most, length=1)
         cases["length +1"] = longer
     return cases
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import fx
 
+from fxprune.kinds import QUESTIONS
+
 _ARITHMETIC = {
     operator.add: "+",
     operator.sub: "-",
@@ -29,7 +31,7 @@ _COMPARISONS = {
     operator.is_not: "is not",
 }
 # Methods of tensors that tell of their shape.
-_QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "keys"}
+_QUESTIONS = QUESTIONS | {"keys"}
 # What is nested deeper goes by its name: nobody could read it.
 _DEPTH = 8
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.kinds import CONVS, NORMS, TRANSPOSED
-from fxprune.observation import Observation, TensorSpec
+from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.ops.mixing import CONV_FUNCTIONS, LINEAR_FUNCTIONS, TRANSPOSED_FUNCTIONS
+from fxprune.program import Program
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _SPREADING = (*_CONV[:5], "output_padding", "groups", "dilation")
@@ -34,6 +35,60 @@ class Settings:
     kind: type[nn.Module]
     options: dict[str, Any]
     takes: set[str]
+
+
+def replace_layers(
+    program: Program,
+    owner_of: Callable[[fx.Node], str | None],
+    layer_for: Callable[[str, list[fx.Node]], nn.Module | None],
+) -> dict[str, nn.Module]:
+    """Let layers' functions be calls of modules; return these by the path of what they replace.
+
+    owner_of: the module whose tensors a node's function takes, None if it is no layer's. layer_for:
+    what to put in its place for its nodes, with its tensors, None to leave them alone; it gets the
+    module's parts and mode.
+    """
+    seen = observe(program)
+    found: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        owner = owner_of(node)
+        if owner:
+            found.setdefault(owner, []).append(node)
+    layers: dict[str, nn.Module] = {}
+    for owner, nodes in found.items():
+        layer = layer_for(owner, nodes)
+        if layer is not None:
+            _call_instead(program, owner, layer, nodes)
+            layers[owner] = layer
+    if layers:
+        seen.drop_dead_code(program.graph)
+    return layers
+
+
+def _call_instead(program: Program, owner: str, layer: nn.Module, nodes: list[fx.Node]) -> None:
+    old = program.module.get_submodule(owner)
+    for name, child in old._modules.items():
+        layer.add_module(name, child)
+    layer.training = old.training
+    parent, _, attribute = owner.rpartition(".")
+    setattr(program.module.get_submodule(parent), attribute, layer)
+    for node in nodes:
+        source = (arguments_of(node) or {})["input"]
+        node.op, node.target, node.args, node.kwargs = "call_module", owner, (source,), {}
+
+
+def common_settings(
+    nodes: list[fx.Node], owner: str, seen: Observation, *, fixed: bool
+) -> Settings | None:
+    """Read functions that are to be one layer; None if they differ. The rest as `settings_of`."""
+    first, *others = (settings_of(node, owner, seen, fixed=fixed) for node in nodes)
+    return None if any(other != first for other in others) else first
+
+
+def tensors_of_layer(node: fx.Node) -> dict[str, Any]:
+    """Return the tensors that a layer's function takes beside its input, by name."""
+    given = arguments_of(node) or {}
+    return {name: given[name] for name in TENSORS if given.get(name) is not None}
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any] | None:
@@ -70,8 +125,7 @@ def settings_of(node: fx.Node, owner: str, seen: Observation, *, fixed: bool) ->
         kind = kinds[int(function.__name__[-2]) - 1]
     if any(isinstance(part, fx.Node) for value in options.values() for part in _parts(value)):
         return None
-    takes = {name for name in TENSORS if given.get(name) is not None}
-    return Settings(kind, options, takes)
+    return Settings(kind, options, {*tensors_of_layer(node)})
 
 
 def new_layer(

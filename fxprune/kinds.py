@@ -17,12 +17,13 @@ PASSES = "passes_in_evaluation"
 # What marks a function that overwrote its first argument before it was made an ordinary one.
 OVERWROTE = "overwrote"
 # What asks a tensor for anything but its numbers.
-_QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", torch.numel}
-_ANSWERS = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested"}
+QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point"}
+FORMS = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested"}
 
 
 def asks_form(node: fx.Node) -> bool:
     """Tell whether an operator asks a tensor for its form only: its sizes, its type, its place."""
     if node.target is getattr:
-        return node.args[1] in _ANSWERS
-    return node.op in ("call_function", "call_method") and node.target in _QUESTIONS
+        return node.args[1] in FORMS
+    asked = node.op == "call_method" and node.target in QUESTIONS
+    return asked or node.target is torch.numel

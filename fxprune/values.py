@@ -199,8 +199,10 @@ class OfSizes(int):
 
 
 def _counts_channels(tags: Tensor, axis: int) -> bool:
+    if varying_axes(tags) != [axis]:
+        return False
     found = tags.unique()
-    return varying_axes(tags) == [axis] and len(found) == tags.numel() and FIXED not in found
+    return len(found) == tags.numel() and FIXED not in found
 
 
 class SizeOf(OfSizes):

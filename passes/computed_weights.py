@@ -15,7 +15,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from fxprune.computed_layers import ComputedLayer, make_plain_
-from fxprune.functional_layers import TENSORS, arguments_of, new_layer, settings_of
+from fxprune.functional_layers import (
+    arguments_of,
+    common_settings,
+    new_layer,
+    replace_layers,
+    tensors_of_layer,
+)
 from fxprune.kinds import NORMS
 from fxprune.modules import is_hooked
 from fxprune.observation import Observation, observe
@@ -30,19 +36,16 @@ def join_computed_weights(program: Program) -> list[Change]:
     """Replace layers' functions, and what computes their weights, with calls of one module."""
     seen = observe(program)
     settled = _settled(program)
-    found: dict[str, list[fx.Node]] = {}
-    for node in program.graph.nodes:
-        owner = _owner(node, settled)
-        if owner:
-            found.setdefault(owner, []).append(node)
-    changes = [
-        Change(owner, f"called as one {type(layer.plain_layer).__name__} that computes its weights")
-        for owner, nodes in found.items()
-        if (layer := _replace(program, owner, nodes, seen)) is not None
+    layers = replace_layers(
+        program,
+        lambda node: _owner(node, settled),
+        lambda owner, nodes: _joined(program, owner, nodes, seen),
+    )
+    kinds = {path: type(layer.plain_layer).__name__ for path, layer in layers.items()}
+    return [
+        Change(path, f"called as one {kind} that computes its weights")
+        for path, kind in kinds.items()
     ]
-    if changes:
-        seen.drop_dead_code(program.graph)
-    return changes
 
 
 @keeps_shapes
@@ -71,7 +74,7 @@ def _owner(node: fx.Node, settled: dict[fx.Node, bool]) -> str | None:
     given = arguments_of(node)
     if given is None or given["input"] in settled:
         return None
-    taken = [given[name] for name in TENSORS if given.get(name) is not None]
+    taken = tensors_of_layer(node).values()
     if not all(one in settled for one in taken) or not any(settled[one] for one in taken):
         return None
     reads = [one for one in _sources(taken) if one.op == "get_attr"]
@@ -91,22 +94,16 @@ def _sources(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
-def _taken(node: fx.Node) -> dict[str, fx.Node]:
-    given = arguments_of(node) or {}
-    return {name: given[name] for name in TENSORS if given.get(name) is not None}
-
-
-def _replace(
+def _joined(
     program: Program, owner: str, nodes: list[fx.Node], seen: Observation
 ) -> ComputedLayer | None:
-    """Put a layer in the place of a module, and let the nodes call it; None if they may not."""
+    """Return a layer that computes its weights for all its nodes; None if they may not be one."""
     old = program.module.get_submodule(owner)
-    chain = set(_sources(one for node in nodes for one in _taken(node).values()))
+    chain = set(_sources(one for node in nodes for one in tensors_of_layer(node).values()))
     if not _is_alone(program, owner, old, chain | set(nodes)) or seen.written(*chain):
         return None
-    settings = [settings_of(node, owner, seen, fixed=False) for node in nodes]
-    first, node = settings[0], nodes[0]
-    if first is None or first.kind in NORMS or any(other != first for other in settings):
+    settings = common_settings(nodes, owner, seen, fixed=False)
+    if settings is None or settings.kind in NORMS:
         return None
     graphs = [_computing(program, node) for node in nodes]
     if len({graph.python_code("self").src for graph, _ in graphs}) > 1:
@@ -114,30 +111,21 @@ def _replace(
     graph, sources = graphs[0]
     computing = fx.GraphModule(nn.Module(), graph)
     tensors = _computed(computing, [getattr(old, name) for name in sources])
-    layer = None if tensors is None else new_layer(first, tensors, {})
+    layer = None if tensors is None else new_layer(settings, tensors, {})
     if layer is None:
         return None
-    function: Any = node.target
-    joined = ComputedLayer(function, first.options, layer, computing, sources)
+    function: Any = nodes[0].target
+    joined = ComputedLayer(function, settings.options, layer, computing, sources)
     joined._parameters.update(old._parameters)
     joined._buffers.update(old._buffers)
     joined._non_persistent_buffers_set |= old._non_persistent_buffers_set
-    for name, child in old._modules.items():
-        joined.add_module(name, child)
-    joined.training = old.training
-    parent, _, attribute = owner.rpartition(".")
-    setattr(program.module.get_submodule(parent), attribute, joined)
-    for node in nodes:
-        source = (arguments_of(node) or {})["input"]
-        node.op, node.target, node.args, node.kwargs = "call_module", owner, (source,), {}
     return joined
 
 
 def _is_alone(program: Program, owner: str, old: nn.Module, mine: set[fx.Node]) -> bool:
     """Tell whether nobody else uses a module's tensors, and nothing of it has a name we need."""
-    if is_hooked(old) or any(name in _OWN for name in (*old._parameters, *old._buffers)):
-        return False
-    if any(name in _OWN for name in old._modules):
+    held = (*old._parameters, *old._buffers, *old._modules)
+    if is_hooked(old) or any(name in _OWN for name in held):
         return False
     for node in program.graph.nodes:
         if node.op == "get_attr" and str(node.target).rpartition(".")[0] == owner:
@@ -152,7 +140,7 @@ def _is_alone(program: Program, owner: str, old: nn.Module, mine: set[fx.Node]) 
 
 def _computing(program: Program, node: fx.Node) -> tuple[fx.Graph, list[str]]:
     """Return a graph of what a layer's tensors are computed by, and the names of what it takes."""
-    taken = _taken(node)
+    taken = tensors_of_layer(node)
     chain = set(_sources(taken.values()))
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     reads = sorted({str(one.target) for one in chain if one.op == "get_attr"})

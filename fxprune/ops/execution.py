@@ -30,7 +30,7 @@ def movement_flow(call: Call) -> Flow:
     if not all(map(is_settled, numbers_among(call))):
         raise Barrier("a number it takes is computed from data")
     ties: list[tuple[Tensor, Tensor]] = []
-    if _is_loose(call):
+    if any(varying_axes(value.tags) for value in values) and _is_loose(call):
         values, ties = _taken_as_one(call, values)
     tags = [compress(t).long() for t in _run(call, values, [v.tags for v in values])]
     specs = [spec for spec in flatten(call.spec) if isinstance(spec, TensorSpec)]

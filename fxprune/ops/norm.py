@@ -16,8 +16,6 @@ from fxprune.cuts import Arguments, Cut
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.values import Barrier, State
 
-# What torch's functional instance norm may take besides its input, and where.
-_GIVEN = ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
 _NAMES = ("running_mean", "running_var", "weight", "bias")
 
 
@@ -82,14 +80,15 @@ def instance_norm_flow(call: Call) -> Flow:
     if isinstance(call.module, nn.modules.instancenorm._InstanceNorm):
         if call.module.track_running_stats:
             return batch_norm_flow(call)  # stored statistics: in evaluation the same affine map
-    elif any(call.argument(place, name) is not None for place, name in _GIVEN):
+    states = _states(call)
+    if call.module is None and any(state is not None for state in states.values()):
         raise Barrier("its statistics or parameters are given to a function")
     value = call.value()
     along = value.along(1)
     ties = [*along.ties]
     result = along.constants * 0.0
-    for name in ("weight", "bias") if call.module is not None else ():
-        state = call.state(name)
+    for name in ("weight", "bias"):
+        state = states[name]
         if state is not None:
             ties.append((state.axis(0), along.tags))
             result = result + state.known() if name == "bias" else result

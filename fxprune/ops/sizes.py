@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxprune.cuts import Arguments, Cut, Literal
+from fxprune.kinds import FORMS
 from fxprune.ops.creation import FILLERS
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import rewrite_nothing
@@ -21,7 +22,7 @@ from fxprune.values import Barrier, ShapeOf, SizeOf, Value, as_value, fixed
 
 # What makes the places that maps are read at.
 GRIDS = (F.affine_grid, torch.affine_grid_generator)
-_HARMLESS = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "is_nested", "layout"}
+_HARMLESS = FORMS - {"shape"}
 _TRANSPOSED = {"T", "mT", "H", "mH"}
 
 
