@@ -28,6 +28,7 @@ PLAIN = (
     *(type(None), bool, int, float, complex, str, Enum),
     *(torch.dtype, torch.device, torch.layout, torch.Size),
 )
+_SIZES = (int, torch.Size)
 # Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
 # a traced size as it is, so that they are called by node at once.
 _C: Any = torch._C
@@ -106,6 +107,8 @@ class AskedTracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer `if`, `assert`, `and`, `not`."""
         value = self._value(obj)
+        if self._compares_a_size_with_none(obj.node):
+            return bool(value)
         if isinstance(value, bool):
             self._assume(obj if value else self._call(operator.not_, obj))
         elif isinstance(value, (int, float)):
@@ -181,6 +184,13 @@ class AskedTracer(fx.Tracer):
         if isinstance(value, Tensor) and not tensors:
             raise FxTraceError(f"{refusal}: {node.name} is a tensor")
         return value
+
+    def _compares_a_size_with_none(self, node: fx.Node) -> bool:
+        """Tell whether an answer is the same for all inputs: no size is None."""
+        if node.target not in (operator.eq, operator.ne) or None not in node.args:
+            return False
+        others = [self.proxy(one) for one in node.args if isinstance(one, fx.Node)]
+        return any(type(self._value(one, tensors=True)) in _SIZES for one in others)
 
     def _call(self, function: Any, *args: Any) -> fx.Proxy:
         return self.create_proxy("call_function", function, args, {})

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExampleInputError
 from fxprune.gates import Gates
-from fxprune.inputs import Inputs, describe, leading_size, to_device
+from fxprune.inputs import Inputs, copied, describe, leading_size, to_device
 from fxprune.macs import MacCounter
 from fxprune.modules import device_of
 from fxprune.observation import observe
@@ -86,9 +85,7 @@ def latency(function: Callable[[], Any], *, seconds: float = 1.0, repeats: int =
 
 def _macs(module: nn.Module, example_inputs: Inputs) -> int:
     flags = {part: part.training for part in module.modules()}
-    args, kwargs = pytree.tree_map_only(
-        Tensor, Tensor.clone, to_device(example_inputs, device_of(module))
-    )
+    args, kwargs = copied(to_device(example_inputs, device_of(module)))
     counter = MacCounter()
     try:
         for part in flags:

@@ -63,7 +63,7 @@ class ExampleValues(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Read a parameter of the fake copy, or what the trace has added to the model since."""
         if hasattr(self.root, target) and not hasattr(self.module, target):
-            return self._faked(getattr(self.root, target))
+            return self._constant(getattr(self.root, target))
         return super().get_attr(target, args, kwargs)
 
     def _given(self, value: Any) -> Any:
@@ -72,6 +72,13 @@ class ExampleValues(fx.Interpreter):
             return pytree.tree_map_only(
                 lambda leaf: not isinstance(leaf, Tensor), copy.deepcopy, self._faked(value)
             )
+
+    def _constant(self, value: Any) -> Any:
+        """Return what the trace added as a fake; of one number, which never changes, with it."""
+        fake = self._faked(value)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            fake.constant = value
+        return fake
 
     def _faked(self, value: Any) -> Any:
         return pytree.tree_map_only(Tensor, self.mode.from_tensor, value)

@@ -38,6 +38,11 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), inputs)
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """Return copies of the tensors of inputs: a model may overwrite what it is given."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+
+
 def tensors_of(values: Any) -> list[Tensor]:
     """Return the tensors of a nested structure, in its order."""
     return [leaf for leaf in pytree.tree_leaves(opened(values)) if isinstance(leaf, Tensor)]

@@ -4,7 +4,7 @@ Passes take and edit a `Program`; the public verbs clone the user's model into o
 nothing the user holds is ever modified.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from io import StringIO
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.assumptions import assumptions
 from fxprune.errors import ExampleInputError, TraceError
-from fxprune.inputs import Inputs, describe, same, to_device
+from fxprune.inputs import Inputs, copied, describe, same, to_device
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating
 from fxprune.naming import free_names_
+from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
 from fxprune.tracing import bound_arguments, trace, without_fused_layers
 
 
@@ -52,7 +54,7 @@ class Program:
 
     def inputs(self) -> Inputs:
         """Return fresh copies of the example inputs: a model may overwrite what it is given."""
-        return pytree.tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
+        return copied((self.args, self.kwargs))
 
     def run(self) -> Any:
         """Return the module's outputs for the example inputs, without gradients."""
@@ -89,12 +91,33 @@ def capture(
     args, kwargs = to_device(inputs, device_of(model))
     given = bound_arguments(root, args, kwargs)
     program = Program(trace(root, given, inside=inside), args, kwargs)
+    if assumptions(program.graph) and may_hold_memos(root):
+        program = _without_size_memos(root, program, given, inside=inside) or program
     if renamed:
         program.module.meta["renamed"] = renamed
     if check:
         program.module.recompile()
         _check_faithful(root, program)
     return program
+
+
+def _without_size_memos(
+    root: nn.Module, program: Program, given: Mapping[str, Any], *, inside: bool
+) -> Program | None:
+    """Trace a model without what it made for sizes, if that then serves more sizes, and exactly."""
+    memos = find_size_memos(root, (program.args, program.kwargs))
+    if not memos.attributes:
+        return None
+    try:
+        with forgotten(root, memos):
+            module = trace(root, given, inside=inside)
+    except TraceError:  # it does not run without them
+        return None
+    if len(assumptions(module.graph)) >= len(assumptions(program.graph)):
+        return None
+    module.recompile()
+    exact = all(agree(root, module, others) for others in memos.others)
+    return Program(module, program.args, program.kwargs) if exact else None
 
 
 def narrowed(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
