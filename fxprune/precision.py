@@ -58,8 +58,8 @@ def run_all(
     }
 
 
-def run_nudged(model: nn.Module, inputs: Inputs, seed: int) -> list[Run]:
-    """Run copies of a float64 model on a case, every weight and input off by an ε.
+def run_nudged(model: nn.Module, inputs: Inputs, seed: int, epsilon: float) -> list[Run]:
+    """Run copies of a float64 model on a case, every weight and input off by about `epsilon`.
 
     What that moves, the rounding on the way may move too.
     """
@@ -69,7 +69,7 @@ def run_nudged(model: nn.Module, inputs: Inputs, seed: int) -> list[Run]:
 
         def nudge(tensor: Tensor, source: torch.Generator = generator) -> Tensor:
             noise = torch.randn(tensor.shape, generator=source, dtype=torch.float64)
-            return tensor.double() * (1 + torch.finfo(torch.float64).eps * noise.to(tensor.device))
+            return tensor.double() * (1 + epsilon * noise.to(tensor.device))
 
         moved = copy_model(model)
         for parameter in moved.parameters():

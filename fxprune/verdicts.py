@@ -31,9 +31,13 @@ ROUNDING_MARGIN = 10.0
 UNRESOLVED = 100.0
 # How many times the move of the reference, when its weights move by an ε, a candidate may be off.
 SENSITIVE = 100.0
+# The same where they move by as many ε of float32 as rounding may: whatever rank decides is swapped.
+SWAPPED = 2.0
 
 # How large an error rounding alone may explain: up to there, what exceeds a tolerance is undecided.
 _Allowance = Callable[[Difference], float]
+# The runs of the reference, every weight and input off by about an ε.
+_Nudge = Callable[[float], Sequence[Run]]
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,12 @@ def judge_all(
     cases: Mapping[str, Inputs],
     double: tuple[Runs, float],
     single: tuple[Runs, float],
-    nudge: Callable[[str], Sequence[Run]],
+    nudge: Callable[[str, float], Sequence[Run]],
 ) -> tuple[Check, ...]:
     """Judge every case in both dtypes, from its runs and the tolerance.
 
-    nudge: runs the reference on a case in float64, every weight off by an ε; it is asked only where
-    reference and candidate are too far apart.
+    nudge: runs the reference on a case in float64, every weight off by about an ε; it is asked only
+    where reference and candidate are too far apart.
     """
     checks: list[Check] = []
     spreads64, spreads32 = _spreads(cases, double[0]), _spreads(cases, single[0])
@@ -76,7 +80,7 @@ def judge_all(
         runs64, runs32 = double[0][name], single[0][name]
         in64 = _Evidence(name, inputs, "float64", double[1], spreads64[name], runs64)
         in32 = _Evidence(name, inputs, "float32", single[1], spreads32[name], runs32)
-        noise = _noise(runs32[0], runs64[0])
+        noise = _noise(runs32[0], runs64[0], partial(nudge, name))
         allowed = _resolution(runs64[0], partial(nudge, name))
         check = in64.judge(
             allowed, "the reference itself rounds to a shorter dtype, or is as sensitive"
@@ -148,23 +152,15 @@ class _Evidence:
         )
 
 
-def _resolution(reference: Run, nudge: Callable[[], Sequence[Run]]) -> _Allowance:
+def _resolution(reference: Run, nudge: _Nudge) -> _Allowance:
     """Allow what float64 cannot resolve, as the reference rounds to a shorter dtype or is chaotic.
 
     Deep networks that were never trained are chaotic on large inputs.
     """
-
-    @cache
-    def moved() -> dict[str, float]:
-        found: dict[str, float] = {}
-        for run in nudge():
-            for one in differences(reference.outputs, run.outputs):
-                if math.isfinite(one.error):
-                    found[one.output] = max(found.get(one.output, 0.0), one.error)
-        return found
+    moved = _moved(reference, nudge, torch.finfo(torch.float64).eps)
 
     def allowed(difference: Difference) -> float:
-        move = moved().get(difference.output, 0.0)
+        move = moved(difference.output)
         if difference.exact:
             return FLIPS if reference.rounding or move else 0.0
         return max(UNRESOLVED * reference.rounding, SENSITIVE * move)
@@ -172,16 +168,38 @@ def _resolution(reference: Run, nudge: Callable[[], Sequence[Run]]) -> _Allowanc
     return allowed
 
 
-def _noise(single: Run, double: Run) -> _Allowance:
-    """Allow a multiple of what rounding to float32 does to the reference."""
+def _noise(single: Run, double: Run, nudge: _Nudge) -> _Allowance:
+    """Allow a multiple of what rounding to float32 does to the reference, or may do.
+
+    Where ranks decide (the best of all anchors, experts), another rounding swaps two that are close
+    and all that follows; the reference's own may not.
+    """
     found = differences(double.outputs, single.outputs, same_dtype=False)
     errors = {difference.output: difference.error for difference in found}
+    moved = _moved(double, nudge, ROUNDING_MARGIN * torch.finfo(torch.float32).eps)
 
     def allowed(difference: Difference) -> float:
         noise = ROUNDING_MARGIN * errors.get(difference.output, math.inf)
+        if difference.error > noise:
+            noise = SWAPPED * moved(difference.output)
         return max(noise, FLIPS) if difference.exact else noise
 
     return allowed
+
+
+def _moved(reference: Run, nudge: _Nudge, epsilon: float) -> Callable[[str], float]:
+    """Return how far an output of the reference moves when its weights do, once that is asked."""
+
+    @cache
+    def moves() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for run in nudge(epsilon):
+            for one in differences(reference.outputs, run.outputs):
+                if math.isfinite(one.error):
+                    found[one.output] = max(found.get(one.output, 0.0), one.error)
+        return found
+
+    return lambda output: moves().get(output, 0.0)
 
 
 def _no_noise(difference: Difference) -> float:

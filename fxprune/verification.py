@@ -160,8 +160,8 @@ def verify(
     def wide() -> nn.Module:
         return _copy_in(torch.float64, reference)
 
-    def nudge(name: str) -> list[Run]:
-        return run_nudged(wide(), cases[name], seed)
+    def nudge(name: str, epsilon: float) -> list[Run]:
+        return run_nudged(wide(), cases[name], seed, epsilon)
 
     return Verification(
         judge_all(cases, (double, float64_tolerance), (single, float32_tolerance), nudge)

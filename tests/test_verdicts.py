@@ -3,8 +3,9 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fxprune.verification import verify
 from tests.functions import EXACT, compare, verdicts
 
 
@@ -80,3 +81,38 @@ def test_what_rounding_decides_in_float32_is_left_open() -> None:
     assert set(verdicts(found, "float64").values()) == {"equal"}
     assert set(verdicts(found, "float32").values()) == {"inconclusive"}
     assert found.verdict == "inconclusive"
+
+
+class _Best(nn.Module):
+    """Return what belongs to the better of two scores that hardly differ."""
+
+    def __init__(self, part: float, detour: float = 0.0, wrong: float = 1.0) -> None:
+        super().__init__()
+        weight = torch.rand(1, 4) + 0.5
+        self.scores = nn.Parameter(torch.cat([weight, weight * (1 + part)]))
+        self.detour, self.wrong = detour, wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x.abs() @ self.scores.T + self.detour
+        scores = scores - self.detour  # which rounds, in float32 as far as the scores differ
+        return torch.where((scores.argmax(1) == 1)[:, None], x, -x) * self.wrong
+
+
+def test_ranks_that_another_rounding_swaps_in_float32_are_left_open() -> None:
+    inputs = torch.randn(2, 4)
+
+    def found(part: float, detour: float, wrong: float = 1.0) -> dict[str, dict[str, str]]:
+        torch.manual_seed(0)
+        reference = _Best(part)
+        candidate = _Best(part, detour, wrong)
+        candidate.load_state_dict(reference.state_dict())
+        proof = verify(reference, candidate, inputs)
+        return {dtype: verdicts(proof, dtype) for dtype in ("float64", "float32")}
+
+    close = found(1e-6, 100.0)
+    assert set(close["float64"].values()) == {"equal"}
+    assert "inconclusive" in close["float32"].values()
+    assert "different" not in close["float32"].values()
+    # Where scores lie apart another rank is a mistake, also in float32; and so is another output.
+    assert "different" in found(1e-2, 1e6)["float32"].values()
+    assert set(found(1e-6, 0.0, 1.01)["float32"].values()) == {"different"}
