@@ -40,7 +40,7 @@ from fxprune.modes import (
     same_structure,
     thaw_modes,
 )
-from fxprune.modules import has_hooks
+from fxprune.modules import has_hooks, tensors_in
 from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 from fxprune.scripts import inlined
@@ -187,6 +187,8 @@ class ModelTracer(AskedTracer):
         """Trace into `m`, or make it a leaf if that fails."""
         if self.answering:
             return forward(*args, **kwargs)
+        if self._is_made_on_the_way(m):
+            return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
         path, held = self.path_of_module(m), Held(m)
         generators = Generators() if self.watching else None
@@ -213,6 +215,20 @@ class ModelTracer(AskedTracer):
                 self.module_stack.popitem()
             self._erase_after(last)
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def _is_made_on_the_way(self, m: nn.Module) -> bool:
+        """Tell whether a forward made a module, of the model's own parts or of none."""
+        try:
+            self.path_of_module(m)
+        except NameError:
+            own = {id(tensor) for tensor in tensors_in(self.root)}
+            if has_hooks(m) or any(id(tensor) not in own for tensor in tensors_in(m)):
+                raise TraceError(
+                    f"its forward makes a {type(m).__name__} with weights of its own, which are no "
+                    "part of the model; make it in __init__"
+                ) from None
+            return True
+        return False
 
     @contextmanager
     def refusing_autocast(self) -> Generator[None]:

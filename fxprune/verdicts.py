@@ -31,7 +31,7 @@ ROUNDING_MARGIN = 10.0
 UNRESOLVED = 100.0
 # How many times the move of the reference, when its weights move by an ε, a candidate may be off.
 SENSITIVE = 100.0
-# The same where they move by as many ε of float32 as rounding may: whatever rank decides is swapped.
+# The same, where they move by as many ε of float32 as rounding may: ranks may be swapped.
 SWAPPED = 2.0
 
 # How large an error rounding alone may explain: up to there, what exceeds a tolerance is undecided.

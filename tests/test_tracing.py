@@ -423,15 +423,6 @@ def test_the_trace_is_the_same_where_gradients_are_off_anyway(mode: Any) -> None
     assert calls(module)[0] == "0"
 
 
-def test_a_module_made_on_the_fly_makes_a_leaf_of_who_makes_it() -> None:
-    class Makes(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.ReLU()(x)
-
-    module = traced(nn.Sequential(nn.Linear(4, 4), Makes()), "input")
-    assert calls(module) == ["0", "1"]
-
-
 class Memory:
     """What a language model keeps of the tokens before: an object, grown in place."""
 
@@ -674,3 +665,43 @@ def test_a_trace_is_held_against_layers_that_are_not_fused() -> None:
     gated: Any = fxprune.instrument(model, x)
     assert torch.backends.mha.get_fastpath_enabled()
     assert error(gated(x), model(x)) < 1e-12
+
+
+class Making(nn.Module):
+    """Modules made in a forward: of torch's layers without weights, and of its own parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.Sequential(*self.layers[:2])(x)
+        return self.layers[2](nn.Sigmoid()(nn.ReLU()(x - 0.1)))
+
+
+class MakingWeights(nn.Module):
+    """Draws a layer anew in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.Linear(4, 4)(F.relu(self.layer(x)))
+
+
+def test_modules_that_a_forward_makes_are_traced_into() -> None:
+    model: Any = Making()
+    x = torch.randn(3, 4)
+    module = trace(model, {"x": x})
+    module.recompile()
+    assert torch.equal(module(x), model(x))
+    gated = fxprune.instrument(model, x)
+    assert close_half(gated) == 3
+    small: Any = fxprune.finalize(gated)
+    assert small.get_submodule("layers.0").out_features == 3
+
+
+def test_weights_that_a_forward_makes_are_no_part_of_the_model() -> None:
+    with pytest.raises(TraceError, match="makes a Linear with weights of its own"):
+        trace(MakingWeights(), {"x": torch.randn(3, 4)})
