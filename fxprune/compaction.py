@@ -45,13 +45,15 @@ def compact(
     of the parameter's shape. patience: leave a unit until that many calls before found it dead.
 
     A tensor all of whose units are dead keeps the strongest. Returns the very model if nothing
-    goes. Raises `GateError` if it was instrumented region by region, if something keeps dead units
+    goes; what is gated inside of submodules that could not be traced stays. Raises `GateError` if
+    it was instrumented region by region, if something keeps dead units
     (forward hooks; weights that a norm, a parametrization or a mask computes), or if the optimizer
     keeps a state that cannot be cut (Adafactor); nothing has changed then.
     """
     model = gated_model(gated)
     gates = gates_of(model)
-    if memory_of(model).get("regions"):
+    memory = memory_of(model)
+    if memory.get("regions") and not memory["inside"]:
         raise GateError("a model instrumented region by region cannot be compacted while training")
     keep = _kept(gates, patience)
     if gates.width is None or bool(keep.all()):

@@ -137,6 +137,7 @@ def instrument(
 
     parts = parts_in_training(model, inputs, gate, check=check)
     _restore_buffers(model, parts.root)
+    _count_insides_once(parts)
     return cast(GatedModel, _assembled("instrument", name, inputs, parts, reports))
 
 
@@ -186,6 +187,19 @@ def finalize(
         report.verification = with_whole(report.verification, reference, small, inputs, parts)
         report.verification.require()
     return cast(PlainModel, small)
+
+
+def _count_insides_once(parts: Parts) -> None:
+    """Let the costs of a whole model leave out those of its parts with gates of their own."""
+    whole, *insides = (cast(Any, region.program.module) for region in parts.regions)
+    if not parts.are_inside or not insides:
+        return
+    numbers = {
+        module.gates.costs: sum(parameter.numel() for parameter in module.parameters())
+        - sum(gate.numel() for gate in module.gates.parameters())
+        for module in insides
+    }
+    whole.gates.costs = whole.gates.costs.without(numbers)
 
 
 def _renaming(region: Region) -> dict[str, list[Change]]:
@@ -342,7 +356,8 @@ def _assembled(
         parts.put(region.path, program.module)
     report = joined(verb, model, parts, reports)
     memory = {**memory_of(parts.root), "model": model, "regions": parts.paths}
-    if verb == "instrument" and not parts.paths:
+    memory["inside"] = parts.are_inside
+    if verb == "instrument" and parts.are_inside:
         memory["run"] = memory_of_run(parts.regions[0].program)
     remember_(parts.root, report, inputs, **memory)
     return parts.root

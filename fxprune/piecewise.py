@@ -1,5 +1,8 @@
 """A model in parts that are programs: all of it where it can be traced, else its regions.
 
+Where it can be traced but for some submodules, all of it is one part, and what is a program inside
+of those submodules others.
+
 The verbs treat every part alike. What remains of the model around the regions is the user's own
 Python, so the proof of the whole is this: every region is proved by itself, and with the outputs of
 the regions exchanged for those of the original, the rest computes the same to the bit. Comparing
@@ -21,6 +24,7 @@ from fxprune.graph_modules import borrowing_copy
 from fxprune.inputs import Inputs, describe, to_device
 from fxprune.memories import recalled
 from fxprune.modules import check_parameters, copy_model, device_of, memory_of
+from fxprune.naming import renamed_in
 from fxprune.pipeline import Change
 from fxprune.precision import Run, run_all
 from fxprune.program import Program, capture
@@ -38,7 +42,7 @@ Treat = Callable[[Region], Any]
 
 @dataclass
 class Parts:
-    """A copy of a model, and the parts of it that are programs; the one part "" is all of it."""
+    """A copy of a model, and the parts of it that are programs; the part "" is all of it."""
 
     root: nn.Module
     regions: list[Region]
@@ -46,8 +50,13 @@ class Parts:
 
     @property
     def paths(self) -> list[str]:
-        """Return the paths of the regions, nothing for a whole program."""
+        """Return the paths of the regions, nothing for the whole."""
         return [region.path for region in self.regions if region.path]
+
+    @property
+    def are_inside(self) -> bool:
+        """Tell whether the whole is a program, and the other parts in what it holds untraced."""
+        return any(not region.path for region in self.regions)
 
     def put(self, path: str, module: nn.Module) -> None:
         """Replace a part of the copy."""
@@ -76,7 +85,22 @@ def parts_in_training(
         if not leaves_of(program):
             raise
         return _search(copy_model(model), inputs, error, in_training=True, treat=treat)
-    return Parts(program.module, [whole])
+    return _with_insides(whole, inputs, in_training=True, treat=treat)
+
+
+def _with_insides(whole: Region, inputs: Inputs, *, in_training: bool, treat: Treat) -> Parts:
+    """Add to a program what is one in the submodules it could not be traced into."""
+    program = whole.program
+    leaves = leaves_of(program)
+    if not in_training:  # the model that they are compared with calls these otherwise
+        renamed = tuple(f"{name}." for name in renamed_in(program.module).values())
+        leaves = [leaf for leaf in leaves if not f"{leaf}.".startswith(renamed)]
+    if not leaves:
+        return Parts(program.module, [whole])
+    regions, refused = find_regions(
+        program.module, inputs, in_training=in_training, treat=treat, within=leaves
+    )
+    return Parts(program.module, [whole, *regions], refused)
 
 
 def _require_both_modes(program: Program, model: nn.Module) -> None:
@@ -91,23 +115,43 @@ def _require_both_modes(program: Program, model: nn.Module) -> None:
 
 def parts_in_evaluation(model: nn.Module, inputs: Inputs, *, check: bool = True) -> Parts:
     """Copy a model, gated or not, into evaluation mode, in parts to cut."""
-    paths = memory_of(model).get("regions")
-    if paths:
-        root = copy_model(model).eval()
-        calls = record(root, inputs, paths).calls
-        regions: list[Region] = []
-        for path in paths:
-            remembered = memory_of(root.get_submodule(path))["example_inputs"]
-            remembered = to_device(remembered, device_of(root))
-            regions.append(recorded_region(root, path, calls[path], remembered))
-        return Parts(root, regions)
+    memory = memory_of(model)
+    found = _found_before(model, inputs, memory.get("regions", ()))
+    if found and not memory.get("inside"):
+        return found
     try:
         program = capture_any(model, inputs, check=check)
     except TraceError as error:
         root = copy_model(model).eval()
-        return _search(root, inputs, error, in_training=False, treat=lambda region: None)
+        return _search(root, inputs, error, in_training=False, treat=_leave)
     program.module.eval()
-    return Parts(program.module, [Region("", program, ())])
+    whole = Region("", program, ())
+    if found:
+        return Parts(program.module, [whole, *found.regions])
+    if gate_owners(model):
+        return Parts(program.module, [whole])
+    if leaves_of(program):
+        program.module.recompile()
+    return _with_insides(whole, inputs, in_training=False, treat=_leave)
+
+
+def _found_before(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> Parts | None:
+    """Return the regions of a model at known paths, nothing if it has none."""
+    if not paths:
+        return None
+    root = copy_model(model).eval()
+    calls = record(root, inputs, paths).calls
+    regions: list[Region] = []
+    for path in paths:
+        # A copy of what was loaded remembers nothing.
+        remembered = memory_of(model.get_submodule(path))["example_inputs"]
+        remembered = to_device(remembered, device_of(root))
+        regions.append(recorded_region(root, path, calls[path], remembered))
+    return Parts(root, regions)
+
+
+def _leave(region: Region) -> None:
+    """Treat a region that nothing needs to be done to."""
 
 
 def capture_any(model: nn.Module, inputs: Inputs, *, check: bool) -> Program:
@@ -170,9 +214,17 @@ def _prefixed(changes: list[Change], path: str) -> list[Change]:
 def with_whole(
     proofs: Verification, reference: nn.Module, result: nn.Module, inputs: Inputs, parts: Parts
 ) -> Verification:
-    """Add to the proofs of the regions one of what is around them; of a whole program, nothing."""
+    """Add to the proofs of the regions one of what is around them; of a whole program, nothing.
+
+    Where the whole is a program it has its own proof, with the regions in it as they were.
+    """
     if not parts.paths:
         return proofs
+    if parts.are_inside:
+        before = reference
+        reference = copy_model(result)
+        for path in parts.paths:
+            put_in_place(reference, path, copy_model(before.get_submodule(path)))
     around = _check_around(reference, result, inputs, parts.paths)
     return replace(proofs, checks=(around, *proofs.checks))
 

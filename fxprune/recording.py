@@ -18,6 +18,7 @@ from fxprune.errors import ExampleInputError, one_line
 from fxprune.inputs import Inputs, describe, tensors_of, to_device
 from fxprune.modules import device_of, evaluating
 from fxprune.program import quiet
+from fxprune.tracing import without_fused_layers
 
 # Asking a weight where it lies is no use of it.
 _DESCRIPTORS: tuple[Any, ...] = (Tensor.device, Tensor.dtype, Tensor.requires_grad)
@@ -112,7 +113,7 @@ def _run(root: nn.Module, inputs: Inputs, watch: AbstractContextManager[Any]) ->
     try:
         with torch.random.fork_rng(devices), evaluating(root), torch.no_grad(), quiet():
             torch.manual_seed(0)
-            with watch:
+            with without_fused_layers(), watch:
                 return root(*args, **kwargs)
     except Exception as error:
         raise ExampleInputError(

@@ -43,13 +43,15 @@ def find_regions(
     *,
     in_training: bool,
     treat: Callable[[Region], Any],
+    within: Iterable[str] = ("",),
 ) -> tuple[list[Region], list[Change]]:
     """Return the regions of `root`, which stays as it is, and what was tried in vain, and why.
 
-    in_training: only regions that mean the same in both modes; otherwise masks become permanent.
+    within: below which submodules to search. in_training: only regions that mean the same in both
+    modes; otherwise masks become permanent.
     treat: may edit a region's program; raises `NothingToDoError` where that is of no use.
     """
-    return _Search(root, inputs, in_training, treat).run()
+    return _Search(root, inputs, in_training, treat).run(within)
 
 
 def recorded_region(root: nn.Module, path: str, calls: list[Call], remembered: Inputs) -> Region:
@@ -59,8 +61,9 @@ def recorded_region(root: nn.Module, path: str, calls: list[Call], remembered: I
 
 
 def leaves_of(program: Program) -> list[str]:
-    """Return the submodules of a program that could not be traced."""
-    return [str(node.target) for node in program.graph.nodes if node.meta.get("leaf_because")]
+    """Return the submodules of a program that could not be traced, each once."""
+    leaves = [str(node.target) for node in program.graph.nodes if node.meta.get("leaf_because")]
+    return [*dict.fromkeys(leaves)]
 
 
 def put_in_place(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -83,9 +86,9 @@ class _Search:
         self.found: list[Region] = []
         self.refused: list[Change] = []
 
-    def run(self) -> tuple[list[Region], list[Change]]:
+    def run(self, within: Iterable[str]) -> tuple[list[Region], list[Change]]:
         """Search level by level, as the arguments of one level fit into memory."""
-        level = list(self._below(""))
+        level = [below for path in within for below in self._below(path)]
         while level:
             recording = record(self.root, self.inputs, level)
             level = [below for path in level for below in self._visit(path, recording)]

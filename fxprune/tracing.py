@@ -194,6 +194,7 @@ class ModelTracer(AskedTracer):
         generators = Generators() if self.watching else None
         if isinstance(m, nn.TransformerEncoder) and _has_masks(args, kwargs):
             self.masked.add(path)
+            self.leaves[path] = "it looks at its masks, and packs what they leave"
         is_leaf = self.is_leaf_module(m, path)
         if kwargs and is_leaf:
             args, kwargs = _in_order(m, args, kwargs)

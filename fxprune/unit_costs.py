@@ -118,6 +118,24 @@ class UnitCosts(Structured):
             timings=[timing.restricted(new) for timing in self.timings],
         ).to(self._base.device)
 
+    def without(self, parts: Mapping["UnitCosts", int]) -> "UnitCosts":
+        """Return the costs less those of parts that are counted by themselves.
+
+        parts: the costs of each, and how many parameters it has, unfolded, in the whole. From here
+        on they are of as many samples as the whole's.
+        """
+        parameters, macs = [*self.terms[PARAMETERS]], [*self.terms[MACS]]
+        for part, numbers in parts.items():
+            parameters.append(Term(-numbers, ()))
+            macs.append(Term(-round(part.full(MACS) * part.samples), ()))
+            part.samples = self.samples
+        return UnitCosts(
+            *(self.units, parameters, macs, self.samples),
+            sites=self.sites,
+            chains=self.chains,
+            timings=self.timings,
+        ).to(self._base.device)
+
     def _table(self, kind: str) -> TermTable | LatencyTable:
         if kind != LATENCY:
             return self._parameter_table if kind == PARAMETERS else self._mac_table

@@ -16,6 +16,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 import fxprune
 from fxprune.inputs import same
+from fxprune.penalties import gates_by_name
 from fxprune.testing import close_half, error
 from tests.conftest import randomise
 
@@ -265,3 +266,116 @@ def test_parts_of_a_model_that_draws_in_training_are_gated() -> None:
     assert small.report.after.parameters < 200
     whole: Any = fxprune.instrument(model.eval(), x)
     assert "regions" not in whole._fxprune or not whole._fxprune["regions"]
+
+
+class Decides(nn.Module):
+    """Python that depends on data, around two parts that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = chain(4, 4), chain(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        left = self.left(x)
+        return (left * 2 if left.mean() > 100 else left), self.right(x + left)
+
+
+class Around(nn.Module):
+    """A program but for one submodule in its midst."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.decides = chain(3, 4), Decides()
+        self.head = nn.Sequential(nn.Conv2d(7, 9, 1), nn.ReLU(), nn.Conv2d(9, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat(self.decides(self.stem(x)), 1))
+
+
+INSIDE = ["decides.left", "decides.right"]
+
+
+def test_what_is_inside_of_an_untraceable_submodule_is_gated_too() -> None:
+    model, x = randomise(Around()), torch.randn(2, 3, 12, 12)
+    gated: Any = fxprune.instrument(model, x)
+    assert gated._fxprune["regions"] == INSIDE
+    for mode in (True, False):
+        assert torch.equal(model.train(mode)(x), gated.train(mode)(x))
+    gates = 8 + 6 + 9 + 2 * (8 + 6)
+    assert sum(site["total"] for site in fxprune.architecture(gated).values()) == gates
+    loss = gated.train()(x).square().mean() + fxprune.penalty(gated)
+    loss.backward()
+    assert all(g.grad is not None for g in fxprune.parameter_groups(gated, lr=0.1)[1]["params"])
+    twin = fxprune.instrument(Around(), x)
+    assert close_half(gated) == 4 + 3 + 4 + 2 * (4 + 3)
+    twin.load_state_dict(gated.state_dict())
+    assert torch.equal(gated.eval()(x), twin.eval()(x))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_insides_are_cut_exactly(saved: bool, tmp_path: Any) -> None:
+    model, x = randomise(Around()), torch.randn(2, 3, 12, 12)
+    gated: Any = fxprune.instrument(model, x).eval()
+    close_half(gated)
+    if saved:
+        torch.save(gated, tmp_path / "gated.pt")
+        gated = torch.load(tmp_path / "gated.pt", weights_only=False)
+    small: Any = fxprune.finalize(gated)
+    assert error(gated(x), small(x)) < 1e-6
+    for path in ("stem", *INSIDE):
+        assert small.get_submodule(f"{path}.0").out_channels == 4
+    report = small.report
+    assert report.verification.verdict == "equal"
+    names = {check.name for check in report.verification.checks}
+    assert {"example", "decides.left: example", "around the regions"} <= names
+    assert report.after.parameters < 0.6 * report.before.parameters
+    rows = {row.layer: row for row in fxprune.inspect(gated).rows}
+    assert (rows["decides.left.0"].live, rows["decides.left.0"].total) == (4, 8)
+    assert (rows["stem.0"].live, rows["stem.0"].total) == (4, 8)
+
+
+def test_masked_channels_inside_go_too() -> None:
+    model, x = randomise(Around()), torch.randn(2, 3, 12, 12)
+    left: Any = model.get_submodule("decides.left.0")
+    prune.ln_structured(left, "weight", 0.5, 2, 0)
+    with torch.no_grad():
+        left.bias[left.weight_mask[:, 0, 0, 0] == 0] = 0
+        norm: Any = model.get_submodule("decides.left.1")
+        norm.bias.zero_()
+        norm.running_mean.zero_()
+    small: Any = fxprune.finalize(model, x)
+    assert small.get_submodule("decides.left.0").out_channels == 4
+    assert error(model.eval()(x), small(x)) < 1e-6
+
+
+def test_a_model_with_insides_is_compacted_around_them() -> None:
+    model, x = randomise(Around()), torch.randn(2, 3, 12, 12)
+    gated: Any = fxprune.instrument(model, x).train()
+    optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.1), momentum=0.9)
+    gated(x).square().mean().backward()
+    optimizer.step()
+    close_half(gated)
+    expected = gated.eval()(x)
+    fewer: Any = fxprune.compact(gated, optimizer)
+    assert fewer.get_submodule("stem.0").out_channels == 4
+    assert fewer.get_submodule("decides.left.0").out_channels == 8
+    assert error(expected, fewer.eval()(x)) < 1e-5
+    small: Any = fxprune.finalize(fewer)
+    assert small.get_submodule("decides.left.0").out_channels == 4
+    assert error(expected, small(x)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["parameters", "macs"])
+def test_insides_are_counted_once(kind: str) -> None:
+    model, x = randomise(Around()), torch.randn(2, 3, 12, 12)
+    gated: Any = fxprune.instrument(model, x)
+    asked: dict[str, Any] = {kind: 0.5}
+    budget = fxprune.Budget(gated, steps=9, **asked)
+    before = fxprune.finalize(gated, fold=False).report.after
+    norms = 2 * 8 * 3 if kind == "parameters" else 0  # are folded by what is counted
+    assert budget.full == getattr(before, kind) - norms
+    close_half(gated)
+    owned: list[Any] = [*gates_by_name(gated).values()]
+    terms = [gates.costs(kind, gates.live().double()) for gates in owned]
+    small: Any = fxprune.finalize(gated)
+    assert sum(terms) == getattr(small.report.after, kind)
