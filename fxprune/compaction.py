@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fxprune.compiler import GatedModel, gated_model, inputs_for
 from fxprune.default_device import on_cpu
+from fxprune.eager import uncompiled
 from fxprune.errors import GateError
 from fxprune.gates import Gates
 from fxprune.inputs import to_device
@@ -29,6 +30,7 @@ from fxprune.selection import strongest, units_of
 _Cuts = dict[str, list[tuple[int, Tensor]]]
 
 
+@uncompiled
 @on_cpu
 @shown("compact")
 def compact(

@@ -14,6 +14,7 @@ from fxprune.assumptions import assumptions
 from fxprune.comparison import differences, output_leaves
 from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.default_device import on_cpu
+from fxprune.eager import uncompiled
 from fxprune.errors import ExampleInputError, GateError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
@@ -75,6 +76,7 @@ _EVALUATION_ONLY = (
 )
 
 
+@uncompiled
 @on_cpu
 @shown("instrument")
 def instrument(
@@ -141,6 +143,7 @@ def instrument(
     return cast(GatedModel, _assembled("instrument", name, inputs, parts, reports))
 
 
+@uncompiled
 @on_cpu
 @shown("finalize")
 def finalize(

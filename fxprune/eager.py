@@ -1,8 +1,17 @@
-"""Whether operators run as they are called, so that several may be done at once by a function."""
+"""Whether operators run as they are called, and letting them do so.
 
-from typing import Any
+Functions may do several at once where they do; what a user compiled is looked into.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def is_eager() -> bool:
@@ -13,3 +22,18 @@ def is_eager() -> bool:
     tracing: Any = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
     transforms: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
     return not torch.compiler.is_compiling() and not transforms() and not tracing()
+
+
+def uncompiled(verb: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let functions that a model compiled for itself run, and be traced, as the Python they are."""
+
+    @wraps(verb)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        dynamo: Any = sys.modules.get("torch._dynamo")
+        if dynamo is None:  # nobody compiled anything
+            return verb(*args, **kwargs)
+        patch = dynamo.config.patch(error_on_nested_fx_trace=False)
+        with torch.compiler.set_stance("force_eager"), patch:
+            return verb(*args, **kwargs)
+
+    return call

@@ -20,6 +20,7 @@ from fxprune.channels import Channels, analyse
 from fxprune.compiler import gated_model, inputs_for
 from fxprune.cuts import Cut
 from fxprune.default_device import on_cpu
+from fxprune.eager import uncompiled
 from fxprune.errors import NothingToDoError, where
 from fxprune.gates import HALF, UNGATED, Gates, WidthSite, gate_owners, linear_gate, width_gate
 from fxprune.liveness import settle
@@ -91,6 +92,7 @@ class Inspection:
         return stream.getvalue()
 
 
+@uncompiled
 @on_cpu
 @shown("inspect")
 def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:

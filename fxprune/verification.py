@@ -15,6 +15,7 @@ from torch import nn
 
 from fxprune.cases import normalised_inputs, random_cases
 from fxprune.default_device import on_cpu
+from fxprune.eager import uncompiled
 from fxprune.errors import ExampleInputError, VerificationError
 from fxprune.inputs import Inputs, describe
 from fxprune.modules import copy_model, empty_
@@ -112,6 +113,7 @@ class Verification:
         return "\n".join([first, *rows])
 
 
+@uncompiled
 @on_cpu
 @shown("verify")
 def verify(

@@ -705,3 +705,26 @@ def test_modules_that_a_forward_makes_are_traced_into() -> None:
 def test_weights_that_a_forward_makes_are_no_part_of_the_model() -> None:
     with pytest.raises(TraceError, match="makes a Linear with weights of its own"):
         trace(MakingWeights(), {"x": torch.randn(3, 4)})
+
+
+def test_functions_that_a_model_compiled_are_traced_as_the_python_they_are() -> None:
+    @torch.compile(backend="eager")
+    def gated_sum(x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(x) * y.sigmoid()
+
+    class Compiling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 6), nn.Linear(4, 6)
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(gated_sum(self.left(x), self.right(x)))
+
+    model, x = Compiling(), torch.randn(3, 4)
+    gated: Any = fxprune.instrument(model, x)
+    assert torch.allclose(gated(x), model(x))
+    assert close_half(gated) == 3
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.left.out_features == small.right.out_features == 3
