@@ -184,6 +184,8 @@ class _Forward:
         try:
             if node in self.forced:
                 raise Barrier(self.forced[node])
+            if node in self.seen.draws:
+                raise Barrier("it draws random numbers, others where there are fewer channels")
             return rule_for(node, call.module).flow(call)
         except Barrier as barrier:
             self.found.barriers[node] = str(barrier)

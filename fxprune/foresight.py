@@ -29,7 +29,11 @@ def foreseen(
 
     channels, seen: what was known of it before. plan: what became of its nodes' arguments.
     """
-    if seen.mutated or any(isinstance(a, Arguments) and a.then for a in plan.values()):
+    if (
+        seen.mutated
+        or seen.draws
+        or any(isinstance(a, Arguments) and a.then for a in plan.values())
+    ):
         return None  # other operators could share other memory
     after = Observation({}, {}, {}, {})
     for node in program.graph.nodes:

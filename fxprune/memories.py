@@ -39,7 +39,11 @@ class Memory(Unchanging):
 def memory_of_run(program: Program) -> Memory | None:
     """Return what is known of a program's last run, None if numbers might change it."""
     seen = program.seen and program.seen.restricted(program.graph)
-    if not seen or not all(_is_of_sizes(program, node, seen) for node in program.graph.nodes):
+    if (
+        not seen
+        or seen.draws
+        or not all(_is_of_sizes(program, node, seen) for node in program.graph.nodes)
+    ):
         return None
     firsts: dict[fx.Node, str] = {}
     for node, group in seen.alias.items():

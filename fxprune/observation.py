@@ -5,7 +5,7 @@ counters, shared storage), not believed from its name.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import ExampleInputError, where
 from fxprune.kinds import asks_form
 from fxprune.macs import MacCounter
-from fxprune.modules import evaluating
+from fxprune.modules import device_of, evaluating
 from fxprune.program import Program
+from fxprune.randomness import drawing_alike, generator_state
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Observation:
     mutated: the nodes whose tensor a node wrote into.
     alias: a representative of the nodes that share memory with a node.
     macs: the multiply-accumulates of a node that has any, for the whole batch.
+    draws: the nodes that drew random numbers.
     """
 
     values: dict[fx.Node, Any]
     mutated: dict[fx.Node, list[fx.Node]]
     alias: dict[fx.Node, fx.Node]
     macs: dict[fx.Node, int]
+    draws: set[fx.Node] = field(default_factory=set[fx.Node])
 
     def add(self, node: fx.Node, value: Any) -> None:
         """Write down what a node computes that shares memory with no other."""
@@ -60,8 +63,10 @@ class Observation:
         return not asks_form(user) or self.values[writer] != self.values[member]
 
     def drop_dead_code(self, graph: fx.Graph) -> None:
-        """Erase what nobody reads, but for what writes into memory or asserts."""
-        graph.eliminate_dead_code(lambda node: node in self.mutated or node.is_impure())
+        """Erase what nobody reads, but for what writes into memory, draws numbers or asserts."""
+        graph.eliminate_dead_code(
+            lambda node: node in self.mutated or node in self.draws or node.is_impure()
+        )
 
     @cached_property
     def _written(self) -> set[fx.Node]:
@@ -83,6 +88,7 @@ class Observation:
             },
             {node: self.alias[node] for node in nodes},
             {node: count for node, count in self.macs.items() if node in nodes},
+            {node for node in self.draws if node in nodes},
         )
 
 
@@ -104,13 +110,14 @@ class _Observer(fx.Interpreter):
         super().__init__(program.module)
         self.extra_traceback = False  # the error raised here says where
         self.program = program
+        self.device = device_of(program.module)
         self.seen = Observation({}, {}, {}, {})
         self.counter = MacCounter()
         self.attributes: dict[int, fx.Node] = {}
 
     def observe(self) -> Observation:
         args, kwargs = self.program.inputs()
-        with torch.no_grad(), self.counter:
+        with torch.no_grad(), drawing_alike(self.device), self.counter:
             self.run(*_positional(self.program.graph, args, kwargs))
         return self.seen
 
@@ -122,6 +129,7 @@ class _Observer(fx.Interpreter):
         inputs = {node: self.env[node] for node in n.all_input_nodes}
         before = {node: [t._version for t in _tensors(value)] for node, value in inputs.items()}
         counted = self.counter.macs
+        state = generator_state(self.device)
         try:
             result = super().run_node(n)
         except Exception as error:
@@ -135,6 +143,8 @@ class _Observer(fx.Interpreter):
         ]
         if written:
             self.seen.mutated[n] = written
+        if not torch.equal(state, generator_state(self.device)):
+            self.seen.draws.add(n)
         if self.counter.macs > counted:
             self.seen.macs[n] = self.counter.macs - counted
         self.seen.values[n] = _described(result)

@@ -23,6 +23,7 @@ from fxprune.inputs import Inputs, tensors_of
 from fxprune.modules import copy_model, device_of, empty_
 from fxprune.program import quiet
 from fxprune.progress import stages
+from fxprune.randomness import drawing_alike
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Run:
     mode = float64 if dtype == torch.float64 else nullcontext()
     start = time.perf_counter()
     try:
-        with torch.no_grad(), full_precision(), quiet(), mode:
+        with torch.no_grad(), full_precision(), quiet(), drawing_alike(device), mode:
             outputs = output_leaves(model(*args, **kwargs))
     except Exception as error:
         return Run({}, one_line(error), 0.0, time.perf_counter() - start)

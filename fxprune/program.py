@@ -19,6 +19,7 @@ from fxprune.errors import ExampleInputError, TraceError
 from fxprune.inputs import Inputs, copied, describe, same, to_device
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating
 from fxprune.naming import free_names_
+from fxprune.randomness import drawing_alike
 from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
 from fxprune.tracing import bound_arguments, trace, without_fused_layers
 
@@ -59,7 +60,7 @@ class Program:
     def run(self) -> Any:
         """Return the module's outputs for the example inputs, without gradients."""
         args, kwargs = self.inputs()
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), drawing_alike(device_of(self.module)):
             return self.module(*args, **kwargs)
 
     def check(self) -> None:
@@ -153,6 +154,13 @@ def quiet() -> Generator[None]:
         yield
 
 
+def _run_first(model: nn.Module, program: Program) -> Any:
+    """Return what a model makes of the example inputs, in the mode it is in."""
+    args, kwargs = program.inputs()
+    with drawing_alike(device_of(model)):
+        return model(*args, **kwargs)
+
+
 def _run_second(model: nn.Module, program: Program) -> Any:
     """Return what a model makes of the example inputs once it has seen others."""
     args, kwargs = program.inputs()
@@ -160,7 +168,7 @@ def _run_second(model: nn.Module, program: Program) -> Any:
         with suppress(Exception):  # it may not take any others
             others, named = pytree.tree_map_only(Tensor, _another, (args, kwargs))
             model(*others, **named)
-        return model(*args, **kwargs)
+        return _run_first(model, program)
 
 
 def _another(tensor: Tensor) -> Tensor:
@@ -175,9 +183,8 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
     written: list[str] = program.module.meta["written"]
     twin: nn.Module | None = copy_model(root) if written else None
     with evaluating(root, program.module), torch.no_grad(), without_fused_layers():
-        args, kwargs = program.inputs()
         try:
-            expected = root(*args, **kwargs)
+            expected = _run_first(root, program)
         except Exception as error:
             raise ExampleInputError(
                 f"{type(root).__name__} does not run on the example inputs "
@@ -192,7 +199,7 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
                 f"{str(error).strip()}; leave arguments out of example_inputs that are not tensors"
             ) from error
         if twin is not None and not (
-            same(expected, root(*args, **kwargs)) and same(expected, _run_second(twin, program))
+            same(expected, _run_first(root, program)) and same(expected, _run_second(twin, program))
         ):
             raise TraceError(
                 f"{type(root).__name__} computes something else when it was run before: its "

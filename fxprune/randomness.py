@@ -1,13 +1,29 @@
-"""Random numbers that Python draws while a forward is traced: a trace would draw them once for all.
+"""Random numbers: those that Python draws while it is traced, and those that operators draw.
 
-What an operator draws (dropout, `rand_like`) is part of the graph, and is not meant.
+A trace would draw the former once for all. What an operator draws (`randn_like`) is part of the
+graph, and drawn in every run: runs that are to be compared draw alike.
 """
 
 import random
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+
+@contextmanager
+def drawing_alike(device: torch.device) -> Generator[None]:
+    """Let whatever runs draw the same numbers each time, and leave torch's generators alone."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def generator_state(device: torch.device) -> torch.Tensor:
+    """Return the state of torch's generator that operators on a device draw from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 class Generators:

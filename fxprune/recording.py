@@ -18,6 +18,7 @@ from fxprune.errors import ExampleInputError, one_line
 from fxprune.inputs import Inputs, describe, tensors_of, to_device
 from fxprune.modules import device_of, evaluating
 from fxprune.program import quiet
+from fxprune.randomness import drawing_alike
 from fxprune.tracing import without_fused_layers
 
 # Asking a weight where it lies is no use of it.
@@ -109,10 +110,8 @@ def uses_in(root: nn.Module, inputs: Inputs) -> Uses:
 def _run(root: nn.Module, inputs: Inputs, watch: AbstractContextManager[Any]) -> Any:
     device = device_of(root)
     args, kwargs = to_device(copies(inputs), device)
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), evaluating(root), torch.no_grad(), quiet():
-            torch.manual_seed(0)
+        with drawing_alike(device), evaluating(root), torch.no_grad(), quiet():
             with without_fused_layers(), watch:
                 return root(*args, **kwargs)
     except Exception as error:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fxprune.cases import random_cases
 from fxprune.inputs import Inputs, copied, leading_size, same
-from fxprune.modules import copy_model, evaluating
+from fxprune.modules import copy_model, device_of, evaluating
+from fxprune.randomness import drawing_alike
 
 
 @dataclass
@@ -99,4 +100,5 @@ def _replaced_by(model: nn.Module, inputs: Inputs) -> set[tuple[str, str]]:
 
 def _run(model: nn.Module, inputs: Inputs) -> Any:
     args, kwargs = copied(inputs)
-    return model(*args, **kwargs)
+    with drawing_alike(device_of(model)):
+        return model(*args, **kwargs)

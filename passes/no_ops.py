@@ -62,7 +62,7 @@ def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -
     changes: list[Change] = []
     for node in list(program.graph.nodes):
         source = _source(node)
-        if node in overwritten or source is None:
+        if node in overwritten or node in seen.draws or source is None:
             continue
         if seen.values[node] != seen.values[source] or not is_neutral(node):
             continue

@@ -87,3 +87,50 @@ def test_a_layer_that_is_skipped_now_and_then_is_not_always_there() -> None:
 
     with pytest.raises(TraceError, match="draws random numbers"):
         fxprune.instrument(Skipping(), X)
+
+
+class Drawing(nn.Module):
+    """Draws with operators in evaluation, too: variational autoencoders, Monte Carlo dropout."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor], *, in_the_middle: bool) -> None:
+        super().__init__()
+        self.first, self.mean, self.scale = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.second, self.last = nn.Linear(3, 6), nn.Linear(6, 4)
+        self.draw, self.in_the_middle = draw, in_the_middle
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.first(x))
+        if self.in_the_middle:
+            x = self.draw(x)
+        mean, scale = self.mean(x), self.scale(x).exp()
+        if not self.in_the_middle:
+            mean = mean + self.draw(mean) * scale
+        return self.last(F.relu(self.second(mean))), scale
+
+
+OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "randn_like": torch.randn_like,
+    "randn of a shape": lambda x: torch.randn(x.shape, dtype=x.dtype),
+    "in place": lambda x: torch.zeros_like(x).normal_(),
+    "dropout": lambda x: F.dropout(x, 0.5, training=True),
+    "a slope": lambda x: F.rrelu(x - 0.5, training=True),
+}
+
+
+@pytest.mark.parametrize("in_the_middle", [False, True])
+@pytest.mark.parametrize("how", OPERATORS)
+def test_what_operators_draw_in_evaluation_is_drawn_again(how: str, in_the_middle: bool) -> None:
+    model = randomise(Drawing(OPERATORS[how], in_the_middle=in_the_middle)).eval()
+    x = torch.randn(5, 4)
+    before = Generators()
+    gated: Any = fxprune.instrument(model, x).eval()
+    assert close_half(gated) == (3 if in_the_middle else 7)  # what is drawn for stays
+    small: Any = fxprune.finalize(gated)
+    assert not before.drew()
+    assert small.report.verification.verdict == "equal"
+    outputs: list[Tensor] = []
+    for one in (gated, small):
+        torch.manual_seed(5)
+        outputs.append(one(x)[0])
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+    assert not torch.allclose(small(x)[0], outputs[1], atol=1e-3)

@@ -32,7 +32,7 @@ def like_flow(call: Call) -> Flow:
     return Flow(call.output(value.tags, constants))
 
 
-def random_flow(call: Call) -> Flow:
+def unfilled_flow(call: Call) -> Flow:
     """Give the channels of the tensor it is like, filled with nobody knows what."""
     return Flow(call.output(as_value(call.argument(0, "input")).tags))
 
@@ -105,8 +105,8 @@ register(
     *(torch.zeros_like, torch.ones_like, torch.full_like),
 )
 register(
-    OpRule("made_like", random_flow),
-    *(torch.rand_like, torch.randn_like, torch.empty_like),
+    OpRule("made_like", unfilled_flow),
+    torch.empty_like,
 )
 register(
     OpRule(FILLED, filled_flow, rewrite=rewrite_filled),

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from fxprune.rules import Call, Flow, OpRule, Read, execute, key_of, register
+from fxprune.randomness import drawing_alike
+from fxprune.rules import CPU, Call, Flow, OpRule, Read, execute, key_of, register
 from fxprune.tags import FIXED, align, varying_axes
 from fxprune.values import Barrier, State, Value, as_value, broadcast_to, flatten, unknown, zeros_of
 
@@ -283,7 +284,8 @@ def preserves_zero(node: fx.Node, module: nn.Module | None, dtype: torch.dtype) 
     def zeros(_: fx.Node) -> Any:
         return torch.zeros(1, 1, dtype=dtype)
 
-    result = execute(node, module, map_arg(node.args, zeros), map_arg(node.kwargs, zeros))
+    with drawing_alike(CPU):
+        result = execute(node, module, map_arg(node.args, zeros), map_arg(node.kwargs, zeros))
     return bool((result == 0).all())
 
 

@@ -544,8 +544,6 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
             "zeros_like": lambda x: torch.maximum(x, torch.zeros_like(x)),
             "ones_like": lambda x: x + torch.ones_like(x),
             "full_like": lambda x: x + torch.full_like(x, 0.5),
-            "rand_like": lambda x: x + torch.rand_like(x) * 0,
-            "randn_like": lambda x: x + torch.randn_like(x) * 0,
             "new_zeros": lambda x: torch.maximum(x, x.new_zeros(6)),
             "new_ones": lambda x: x + x.new_ones(6),
             "empty": lambda x: torch.where(x == x, x, torch.empty(x.shape)),
