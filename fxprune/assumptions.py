@@ -108,6 +108,7 @@ class AskedTracer(fx.Tracer):
         """Answer `if`, `assert`, `and`, `not`."""
         value = self._value(obj)
         if self._compares_a_size_with_none(obj.node):
+            self._drop_unread(obj.node)
             return bool(value)
         if isinstance(value, bool):
             self._assume(obj if value else self._call(operator.not_, obj))
@@ -191,6 +192,11 @@ class AskedTracer(fx.Tracer):
             return False
         others = [self.proxy(one) for one in node.args if isinstance(one, fx.Node)]
         return any(type(self._value(one, tensors=True)) in _SIZES for one in others)
+
+    def _drop_unread(self, node: fx.Node) -> None:
+        """Erase the last node, asked a question that all inputs answer alike, if it is one."""
+        if not node.users and node is next(iter(reversed(self.graph.nodes))):
+            self.graph.erase_node(node)
 
     def _call(self, function: Any, *args: Any) -> fx.Proxy:
         return self.create_proxy("call_function", function, args, {})
