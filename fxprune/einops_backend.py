@@ -1,7 +1,8 @@
 """What lets einops rearrange values that are being traced, where a model uses it.
 
-einops asks every backend it knows whether a tensor is its own; a traced value is nobody's. What it
-then calls are torch's own views and permutations, which a graph has names for.
+einops asks the backends it has loaded, one by one, whether a tensor is theirs; torch's would take a
+traced value for a tensor. What ours calls are torch's own views and permutations, which a graph has
+names for.
 """
 
 import sys
@@ -11,29 +12,32 @@ from typing import Any
 from torch import fx
 
 _NAME = "torch.fx"
-# A class knows its subclasses for as long as somebody else holds them.
-_held: list[type] = []
 
 
 def teach_einops() -> None:
     """Give einops, if somebody imported it, a backend for traced values; once."""
-    if "einops" not in sys.modules or _held:
+    if "einops" not in sys.modules:
         return
     try:
-        base: Any = import_module("einops._backends").TorchBackend
+        backends: Any = import_module("einops._backends")
+        loaded: dict[str, Any] = backends._loaded_backends
+        if _NAME in loaded:
+            return
+        first = {_NAME: _backend(backends.TorchBackend)(), **loaded}
     except (ImportError, AttributeError):  # another einops: what uses it is kept whole
         return
-    _held.append(_backend(base))
+    loaded.clear()
+    loaded.update(first)
 
 
 def _backend(base: Any) -> type:
     class TracedBackend(base):
-        """Torch's backend, for traced values: einops finds it among the subclasses of its own."""
+        """Torch's backend, for traced values."""
 
         framework_name = _NAME
 
         def is_appropriate_type(self, tensor: Any) -> bool:
-            return isinstance(tensor, fx.Proxy)
+            return issubclass(type(tensor), fx.Proxy)
 
         def shape(self, x: Any) -> list[Any]:
             # No tuple: einops remembers what it made of those, and traced sizes are of one trace.

@@ -10,13 +10,11 @@ in training and once in evaluation mode: a flag that torch.fx would have frozen
 import functools
 import inspect
 import keyword
-import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,7 +22,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.assumptions import PLAIN, AskedTracer
+from fxprune.assumptions import NOT_THE_USERS, PLAIN, AskedTracer
 from fxprune.einops_backend import teach_einops
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
@@ -51,7 +49,6 @@ _TRANSFORMERS = (
     nn.Transformer,
 )
 _HOOKED = "it has hooks, which a trace would call once; remove them first, and add them again then"
-_NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 class ModelTracer(AskedTracer):
@@ -536,7 +533,7 @@ def without_fused_layers() -> Generator[None]:
 def _user_line(frame: FrameType | None) -> str | None:
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):
+        if not name.startswith(NOT_THE_USERS) and not name.startswith("<"):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return None
@@ -546,7 +543,7 @@ def _place(error: Exception) -> str:
     traceback, line = error.__traceback__, None
     while traceback is not None:
         name = traceback.tb_frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS):
+        if not name.startswith(NOT_THE_USERS):
             line = f"{name}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return f" (at {line})" if line else ""

@@ -613,3 +613,34 @@ def test_an_object_among_the_arguments_takes_in_nothing_of_the_trace() -> None:
     with pytest.raises(fxprune.FxpruneError):  # it is another with every run
         fxprune.instrument(Arguments(grows).eval(), (rows(), cache))
     assert all(type(kept) is Tensor for kept in cache.kept)
+
+
+class AskingForClasses(nn.Module):
+    """Asks what it is given, as code does that takes lists, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Any, time: Any = 0.0) -> Tensor:
+        if not isinstance(x, Tensor):
+            x = torch.cat(x, 1)
+        if not torch.is_tensor(time):
+            time = torch.tensor([time])
+        if isinstance(x.shape, tuple) and isinstance(x.shape[0], int):
+            x = x * 2
+        parts = x.chunk(2, -1)
+        if isinstance(parts, (list, tuple)) and torch.jit.isinstance(x, Tensor):
+            x = torch.cat(parts[::-1], -1)
+        assert not isinstance(x, nn.Parameter) and not isinstance(x, (list, str))
+        return self.second(F.relu(self.first(x + time)))
+
+
+def test_traced_values_are_of_the_class_that_they_will_be() -> None:
+    model, x, time = AskingForClasses(), torch.randn(5, 4), torch.randn(1)
+    for given in ((x, time), ([x[:, :1], x[:, 1:]], time), (x,)):
+        gated: Any = fxprune.instrument(model, given)
+        assert torch.equal(gated(*given), model(*given))
+        assert close_half(gated) == 3
+        small: Any = fxprune.finalize(gated)
+        assert small.report.verification.verdict == "equal"
