@@ -7,11 +7,8 @@ the graph, which outlives all passes and refuses other inputs. Numbers of tensor
 
 import inspect
 import operator
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +29,6 @@ PLAIN = (
     *(torch.dtype, torch.device, torch.layout, torch.Size),
 )
 _SIZES = (int, torch.Size)
-NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
-# Torch's functions that ask what a user asks them: `torch.is_tensor`, `torch.jit.isinstance`.
-_PASSED_ON = ("is_tensor", "_isinstance")
 # Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
 # a traced size as it is, so that they are called by node at once.
 _C: Any = torch._C
@@ -46,12 +40,6 @@ IN_C = frozenset(
 )
 
 
-def _asked_by_torch() -> bool:
-    """Tell whether the question comes from torch or from here, and for itself."""
-    code = sys._getframe(2).f_code
-    return code.co_filename.startswith(NOT_THE_USERS) and code.co_name not in _PASSED_ON
-
-
 class Askable(fx.Proxy):
     """A traced value that answers Python's questions for sizes."""
 
@@ -59,12 +47,6 @@ class Askable(fx.Proxy):
 
     def __getattr__(self, k: str) -> Attribute:
         return AskableAttribute(self, k)
-
-    @property
-    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return what `isinstance` goes by besides the type: to users a traced tensor is one."""
-        own = type(self)
-        return own if self.tracer.answering or _asked_by_torch() else self.tracer.class_of(self)
 
     def __len__(self) -> int:
         return self.tracer.length(self)

@@ -10,11 +10,13 @@ in training and once in evaluation mode: a flag that torch.fx would have frozen
 import functools
 import inspect
 import keyword
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,7 +24,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.assumptions import NOT_THE_USERS, PLAIN, AskedTracer
+from fxprune.assumptions import PLAIN, AskedTracer
+from fxprune.classes import of_their_classes
 from fxprune.einops_backend import teach_einops
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
@@ -48,6 +51,7 @@ _TRANSFORMERS = (
     *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder),
     nn.Transformer,
 )
+_NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 _HOOKED = "it has hooks, which a trace would call once; remove them first, and add them again then"
 
 
@@ -448,6 +452,7 @@ def _traced(
             without_fused_layers(),
             tracer.refusing_autocast(),
             sliced_by_name(root, tracer),
+            of_their_classes(root, tracer),
             inlined(tracer),
         ):
             graph = tracer.trace(root)
@@ -533,7 +538,7 @@ def without_fused_layers() -> Generator[None]:
 def _user_line(frame: FrameType | None) -> str | None:
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(NOT_THE_USERS) and not name.startswith("<"):
+        if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return None
@@ -543,7 +548,7 @@ def _place(error: Exception) -> str:
     traceback, line = error.__traceback__, None
     while traceback is not None:
         name = traceback.tb_frame.f_code.co_filename
-        if not name.startswith(NOT_THE_USERS):
+        if not name.startswith(_NOT_THE_USERS):
             line = f"{name}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return f" (at {line})" if line else ""

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "einops_backend",
         "assignments",
     ),
-    ("keeping", "randomness", "scripts", "tables"),
+    ("classes", "keeping", "randomness", "scripts", "tables"),
     ("terms",),
     ("latency_tables",),
     ("chain_costs",),

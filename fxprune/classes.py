@@ -1,0 +1,66 @@
+"""What a traced value is an instance of, to a model that asks: of what it will be when it runs.
+
+    if not torch.is_tensor(timestep): …        if isinstance(x, list): …
+
+A proxy is no tensor, and what torch does in C must not take it for one. So the models' own modules
+get an `isinstance` of theirs while they are traced.
+"""
+
+import builtins
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+@contextmanager
+def of_their_classes(root: nn.Module, tracer: Any) -> Generator[None]:
+    """Let the code of the packages that `root` is made of see what traced values will be.
+
+    tracer: says of what class a value is; while it is `answering` values are what they are.
+    """
+
+    def is_instance(value: Any, kinds: Any) -> bool:
+        if not issubclass(type(value), fx.Proxy) or tracer.answering:
+            return builtins.isinstance(value, kinds)
+        try:
+            return issubclass(tracer.class_of(value), kinds)
+        except TypeError:  # what tells instances by other means
+            return builtins.isinstance(value, kinds)
+
+    def is_tensor(value: Any) -> bool:
+        return is_instance(value, Tensor)
+
+    def is_scripted_instance(value: Any, kinds: Any) -> bool:
+        traced = issubclass(type(value), fx.Proxy)
+        return is_instance(value, kinds) if traced else before[1](value, kinds)
+
+    users = _globals_of(root)
+    torchs: Any = torch.jit
+    before: tuple[Any, Any] = (torch.is_tensor, torchs.isinstance)
+    torch.is_tensor, torchs.isinstance = is_tensor, is_scripted_instance
+    for names in users:
+        names["isinstance"] = is_instance
+    try:
+        yield
+    finally:
+        torch.is_tensor, torchs.isinstance = before
+        for names in users:
+            del names["isinstance"]
+
+
+def _globals_of(root: nn.Module) -> list[dict[str, Any]]:
+    """Return the names that the modules of packages see whose classes a model is made of."""
+    kinds = {kind for module in root.modules() for kind in type(module).__mro__}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds} - _NOT_THE_USERS
+    return [
+        vars(module)
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] in packages and "isinstance" not in vars(module)
+    ]
+
+
+_NOT_THE_USERS = {"torch", "builtins", "fxprune"}
