@@ -49,14 +49,32 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 def opened(structure: Any) -> Any:
-    """Return a nested structure with dicts in the place of dataclasses, which pytree sees whole."""
+    """Return a nested structure with dicts in the place of what pytree cannot name the parts of.
+
+    Those are dataclasses, which it sees whole, and classes that were made known to it without keys.
+    """
 
     def entries(leaf: Any) -> Any:
+        if _is_registered_without_keys(leaf):
+            return opened(_parts(leaf))
         if not is_dataclass(leaf) or isinstance(leaf, type):
             return leaf
         return opened({field.name: getattr(leaf, field.name) for field in fields(leaf)})
 
-    return pytree.tree_map(entries, structure)
+    return pytree.tree_map(entries, structure, is_leaf=_is_registered_without_keys)
+
+
+def _is_registered_without_keys(value: Any) -> bool:
+    known = pytree.SUPPORTED_NODES.get(type(value))
+    return known is not None and known.flatten_with_keys_fn is None
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """Return the parts of what is registered without keys: by its own, if it is a dict, too."""
+    if isinstance(value, Mapping):
+        mapping: Mapping[Any, Any] = value
+        return dict(mapping)
+    return dict(enumerate(pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)[0]))
 
 
 def leading_size(inputs: Any) -> int | None:

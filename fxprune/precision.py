@@ -150,7 +150,7 @@ def reading_float64() -> AbstractContextManager[Any]:
 class _Float64(DispatchMode):
     """Reads a float32 model as one of float64, also where its forward casts to float32.
 
-    Or makes float32 of nothing (`torch.zeros`), or of integers (steps of a diffusion).
+    Or makes float32 of nothing (`torch.zeros`), or of integers (steps of a diffusion, bytes / 255).
     """
 
     rounding = 0.0
@@ -162,6 +162,8 @@ class _Float64(DispatchMode):
         given = float_dtypes((args, kwargs))
         if not given and _makes_float32(func, args, kwargs):
             return func(*args, **{**kwargs, "dtype": torch.float64})
+        if not given:
+            return pytree.tree_map_only(Tensor, _widened, func(*args, **kwargs))
         if torch.float64 not in given:
             return func(*args, **kwargs)
         if kwargs.get("dtype") is torch.float32:
@@ -170,6 +172,10 @@ class _Float64(DispatchMode):
         for dtype in float_dtypes(result) - {torch.float64}:
             self.rounding = max(self.rounding, torch.finfo(dtype).eps)
         return result
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype is torch.float32 else tensor
 
 
 def _makes_float32(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

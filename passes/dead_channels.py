@@ -115,6 +115,8 @@ def _erase(program: Program, cut: Cut) -> list[Change]:
 
 def _cut_state(program: Program, channels: Channels, state: State, cut: Cut) -> Change | None:
     tensor, before = state.tensor.detach(), tuple(state.tensor.shape)
+    if not tensor.numel():
+        return None
     kept: list[tuple[int, Tensor]] = []
     for axis, keep in _keeps(state, cut):
         if not bool(keep.any()):

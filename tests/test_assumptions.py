@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.assumptions import assumptions
 from fxprune.errors import TraceError
+from fxprune.inputs import same
 from fxprune.program import Program, capture
 from fxprune.testing import close_half
 from fxprune.verification import Verification
@@ -644,3 +646,45 @@ def test_traced_values_are_of_the_class_that_they_will_be() -> None:
         assert close_half(gated) == 3
         small: Any = fxprune.finalize(gated)
         assert small.report.verification.verdict == "equal"
+
+
+class Registered(OrderedDict[str, Tensor]):
+    """A class that pytree knows without keys, as the outputs of diffusers are."""
+
+
+class RegisteredPair:
+    """The same, which is no dict."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self.first, self.second = first, second
+
+
+pytree.register_pytree_node(
+    Registered,
+    lambda one: (list(one.values()), list(one)),
+    lambda values, keys: Registered(zip(keys, values, strict=True)),
+)
+pytree.register_pytree_node(
+    RegisteredPair,
+    lambda one: ([one.first, one.second], None),
+    lambda values, _: RegisteredPair(*values),
+)
+
+
+def test_outputs_of_classes_that_pytree_knows_without_keys() -> None:
+    class Wrapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.second(F.relu(self.first(x)))
+            return Registered(mean=x.mean(1), all=x)
+
+    gated: Any = fxprune.instrument(Wrapping(), torch.randn(5, 4))
+    assert close_half(gated) == 3
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.second.in_features == 3
+    pair, other = RegisteredPair(torch.ones(2), torch.zeros(1)), RegisteredPair(*torch.ones(2, 2))
+    assert same([pair], [pair]) and not same([pair], [other])

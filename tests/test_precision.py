@@ -40,6 +40,8 @@ MADE = {
     "integers": lambda x: torch.arange(12).view(4, 3).float(),
     "a mask": lambda x: torch.full((4, 3), -2.0).triu(1),
     "noughts": lambda x: torch.eye(4, 3, dtype=torch.float32),
+    "a quotient": lambda x: torch.arange(12, dtype=torch.uint8).view(4, 3) / 7.0,
+    "a root": lambda x: torch.arange(12).view(4, 3).sqrt(),
 }
 
 
