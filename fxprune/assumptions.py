@@ -84,6 +84,14 @@ class Askable(fx.Proxy):
 class AskableAttribute(Askable, Attribute):
     """An attribute of a traced value, or a method about to be called."""
 
+    @property
+    def node(self) -> fx.Node:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Return the node that reads it: made when asked for, and again if a retreat erased it."""
+        if self._node is None or self._node._erased:
+            read = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
+            self._node = read.node
+        return self._node
+
     def __hash__(self) -> int:
         """Let a rank be looked up in a dict, which then asks whether it is that key."""
         return hash(self.tracer.example(self)) if self.attr == "ndim" else super().__hash__()

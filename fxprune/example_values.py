@@ -8,6 +8,7 @@ import copy
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from contextvars import Context
 from itertools import takewhile
 from typing import Any
 
@@ -41,7 +42,8 @@ class ExampleValues(fx.Interpreter):
         """Return the value of a node, its tensors fake; raise `UnknownValueError`."""
         with self.mode, torch.no_grad(), _unlogged():
             for one in reversed([*takewhile(self._is_new, reversed(self.growing.nodes))]):
-                self._run(one)
+                # In a context of its own: a model that is being traced may gather what parts give.
+                Context().run(self._run, one)
         if node in self.failures:
             raise UnknownValueError(self.failures[node])
         return self.env[node]

@@ -5,8 +5,9 @@ import inspect
 import operator
 import pickle
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import fxprune
 from fxprune.errors import ExampleInputError, TraceError, where
 from fxprune.testing import close_half, error
 from fxprune.tracing import bound_arguments, trace
+from tests.conftest import randomise
 
 
 class Model(nn.Module):
@@ -728,3 +730,64 @@ def test_functions_that_a_model_compiled_are_traced_as_the_python_they_are() -> 
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
     assert small.left.out_features == small.right.out_features == 3
+
+
+class Pair(NamedTuple):
+    """What a part gives."""
+
+    first: Tensor
+    second: Tensor
+
+
+GATHERED: ContextVar[list[Tensor] | None] = ContextVar("gathered", default=None)
+
+
+class Frozen(nn.Module):
+    """Switches gradients off, so that it stays whole; gives a pair, which others may gather."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Pair:
+        x = x if beside is None else x + beside
+        with torch.no_grad():
+            x = self.layer(x)
+        gathered = GATHERED.get()
+        if gathered is not None:
+            gathered.append(x)
+        return Pair(x, -x)
+
+
+class Passing(nn.Module):
+    """Passes on what is first read inside of a part that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = Frozen(), Frozen()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = self.one(self.last(F.relu(self.first(x))))
+        assert isinstance(pair, Pair)
+        return self.other(x, beside=pair.second).first
+
+
+def test_what_was_first_read_inside_of_a_leaf_is_read_again() -> None:
+    model, x = randomise(Passing()), torch.randn(3, 4)
+    gated: Any = fxprune.instrument(model, x)
+    assert torch.equal(gated.eval()(x), model.eval()(x))
+    assert close_half(gated) == 3
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+
+
+def test_asking_what_a_part_gives_leaves_nothing_where_models_gather() -> None:
+    gathered: list[Tensor] = []
+    token = GATHERED.set(gathered)
+    try:
+        gated: Any = fxprune.instrument(randomise(Passing()), torch.randn(3, 4))
+    finally:
+        GATHERED.reset(token)
+    assert gathered and {type(tensor) for tensor in gathered} == {Tensor}
+    assert close_half(gated) == 3
