@@ -30,6 +30,7 @@ from fxprune.onnx_signature import Flat, Sizes
 from fxprune.precision import full_precision
 from fxprune.program import quiet
 from fxprune.progress import shown, stages
+from fxprune.size_memos import find_size_memos, forgotten, may_hold_memos
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 
@@ -87,7 +88,7 @@ def export_onnx(
     target = Path(path).resolve()
     with _folder_beside(target) as folder:
         draft = folder / target.name
-        opset = write_onnx(flat, sizes, draft, metadata or {})
+        opset = _write(flat, inputs, sizes, draft, metadata or {})
         errors = _compare(flat, sizes, draft, tolerance)
         size = _publish(draft, target.parent)
     return OnnxCheck(
@@ -99,6 +100,25 @@ def export_onnx(
         errors=errors,
         seconds=time.perf_counter() - start,
     )
+
+
+def _write(
+    flat: Flat, inputs: Inputs, sizes: Sizes, draft: Path, metadata: Mapping[str, Any]
+) -> int:
+    """Write the file; where open sizes are in the way, without what the model made for its last."""
+    try:
+        return write_onnx(flat, sizes, draft, metadata)
+    except ExportError as error:
+        if not may_hold_memos(flat.model):
+            raise
+        memos = find_size_memos(flat.model, inputs)
+        if not memos.attributes:
+            raise
+        with forgotten(flat.model, memos):
+            try:
+                return write_onnx(flat, sizes, draft, metadata)
+            except ExportError:
+                raise error from None
 
 
 def onnx_session(

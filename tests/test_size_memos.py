@@ -115,3 +115,21 @@ def test_what_the_first_run_decides_is_no_memo() -> None:
     assert torch.equal(gated.eval()(smaller), model(smaller))
     with pytest.raises(AssertionError, match="this model assumes"):
         gated(torch.randn(5, 3, 20, 17))
+
+
+class KeptWhole(OfTheShape):
+    """Not traced into, as it looks at numbers in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.sum() > 0:
+            x = x * 2
+        return super().forward(x)
+
+
+def test_onnx_files_are_of_all_sizes_whatever_a_part_met_last(tmp_path: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1), KeptWhole())
+    gated: Any = fxprune.instrument(randomise(model), X)
+    small: Any = fxprune.finalize(gated)
+    small(torch.randn(4, 3, 12, 12))
+    check = fxprune.export_onnx(small, tmp_path / "small.onnx", dynamic_size=True)
+    assert len(check.errors) > 2 and max(check.errors.values()) < 1e-4
