@@ -109,6 +109,42 @@ def same_structure(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) ->
     )
 
 
+def copy_alike(training: fx.Graph, evaluation: fx.Graph) -> None:
+    """Let either graph copy (`x.contiguous()`) where the other does, if that is all they differ in.
+
+    A copy changes no number; models make some in training only (the residual blocks of diffusers).
+    """
+    for source, target in ((training, evaluation), (evaluation, training)):
+        twins = _twins_but_for_copies(source, target)
+        last: Any = None
+        for node in source.nodes if twins else ():
+            if node in twins:
+                last = twins[node]
+                continue
+            read: Any = twins[node.all_input_nodes[0]]
+            with target.inserting_after(last):
+                last = copy = twins[node] = target.call_method("contiguous", (read,))
+            copy.meta = dict(node.meta)
+            for user in node.users:
+                if user in twins:
+                    twins[user].replace_input_with(read, copy)
+
+
+def _twins_but_for_copies(source: fx.Graph, target: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Return who is who in two graphs, nothing if more differs than that only `source` copies."""
+    twins: dict[fx.Node, fx.Node] = {}
+    others = list(reversed(target.nodes))
+    for node in source.nodes:
+        other = others[-1] if others else None
+        if other is not None and (node.op, str(node.target)) == (other.op, str(other.target)):
+            twins[node] = others.pop()
+        elif node.op != "call_method" or node.target != "contiguous":
+            if node.op != "get_attr" or other is None or other.op != "get_attr":
+                return {}
+            twins[node] = others.pop()
+    return {} if others else twins
+
+
 def _same_target(root: nn.Module, yes: fx.Node, no: fx.Node) -> bool:
     """Compare targets; torch.fx gives a constant tensor another name in every trace."""
     if yes.target == no.target:

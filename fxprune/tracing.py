@@ -33,6 +33,7 @@ from fxprune.graph_modules import without_code
 from fxprune.keeping import Held, Written
 from fxprune.kinds import PASSES
 from fxprune.modes import (
+    copy_alike,
     flags_after,
     forget_counts,
     keep_flags_,
@@ -370,6 +371,7 @@ def _trace_in_both_modes(
         return evaluation, evaluation, tracer
     idle = {path for path, passes in tracer.passes.items() if passes}
     idle -= {path for path, passes in other.passes.items() if passes}
+    copy_alike(training, evaluation)
     if same_structure(root, training, evaluation):
         return training, evaluation, tracer
     busy_ones = [set[str]()] if idle else []

@@ -154,3 +154,34 @@ def test_a_model_that_stays_in_evaluation_does_so_gated() -> None:
     for one in (gated, copy.deepcopy(gated)):
         assert torch.equal(one.train()(x), model(x))
         assert not one.get_submodule("1").training and one.gates.training
+
+
+class Copying(nn.Module):
+    """Copies in one mode only, as the residual blocks of diffusers do in training."""
+
+    def __init__(self, mode: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.last, self.mode = nn.Conv2d(8, 2, 1), mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        shortcut = x.contiguous() if self.training is self.mode else x
+        x = F.relu(self.second(shortcut))
+        return self.last(F.dropout(x, 0.5, self.training) + shortcut).contiguous()
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_copies_in_one_mode_only_are_made_in_both(mode: bool) -> None:
+    model, x = randomise(Copying(mode)).train(), torch.randn(2, 3, 4, 4)
+    gated: Any = fxprune.instrument(model, x)
+    assert not gated.report.refused
+    for training in (True, False):
+        outputs: list[Tensor] = []
+        for one in (model.train(training), gated.train(training)):
+            torch.manual_seed(0)
+            outputs.append(one(x))
+        assert torch.equal(*outputs)
+    assert close_half(gated) == 4
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
