@@ -55,7 +55,7 @@ def compact(
     model = gated_model(gated)
     gates = gates_of(model)
     memory = memory_of(model)
-    if memory.get("regions") and not memory["inside"]:
+    if memory.get("regions") and not memory.get("inside"):
         raise GateError("a model instrumented region by region cannot be compacted while training")
     keep = _kept(gates, patience)
     if gates.width is None or bool(keep.all()):

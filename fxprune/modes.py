@@ -123,7 +123,8 @@ def copy_alike(training: fx.Graph, evaluation: fx.Graph) -> None:
                 continue
             read: Any = twins[node.all_input_nodes[0]]
             with target.inserting_after(last):
-                last = copy = twins[node] = target.call_method("contiguous", (read,))
+                copy = target.call_method("contiguous", (read, *node.args[1:]), node.kwargs)
+            last = twins[node] = copy
             copy.meta = dict(node.meta)
             for user in node.users:
                 if user in twins:
