@@ -87,10 +87,9 @@ class AskableAttribute(Askable, Attribute):
     @property
     def node(self) -> fx.Node:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Return the node that reads it: made when asked for, and again if a retreat erased it."""
-        if self._node is None or self._node._erased:
-            read = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
-            self._node = read.node
-        return self._node
+        if self._node is not None and self._node._erased:
+            self._node = None
+        return super().node
 
     def __hash__(self) -> int:
         """Let a rank be looked up in a dict, which then asks whether it is that key."""
@@ -141,7 +140,7 @@ class AskedTracer(fx.Tracer):
     def class_of(self, obj: fx.Proxy) -> type:
         """Return the class of a value on the example inputs, a proxy's if that is not known."""
         try:
-            value = self._value(obj, tensors=True)
+            value = self.example(obj)
         except FxTraceError:
             return type(obj)
         return Tensor if isinstance(value, Tensor) else type(value)
@@ -207,7 +206,7 @@ class AskedTracer(fx.Tracer):
         if node.target not in (operator.eq, operator.ne) or None not in node.args:
             return False
         others = [self.proxy(one) for one in node.args if isinstance(one, fx.Node)]
-        return any(type(self._value(one, tensors=True)) in _SIZES for one in others)
+        return any(type(self.example(one)) in _SIZES for one in others)
 
     def _drop_unread(self, node: fx.Node) -> None:
         """Erase the last node, asked a question that all inputs answer alike, if it is one."""

@@ -48,14 +48,14 @@ def compact(
 
     A tensor all of whose units are dead keeps the strongest. Returns the very model if nothing
     goes; what is gated inside of submodules that could not be traced stays. Raises `GateError` if
-    it was instrumented region by region, if something keeps dead units
-    (forward hooks; weights that a norm, a parametrization or a mask computes), or if the optimizer
-    keeps a state that cannot be cut (Adafactor); nothing has changed then.
+    it was instrumented region by region, if something keeps dead units (forward hooks; weights that
+    a norm, a parametrization or a mask computes), or if the optimizer keeps a state that cannot be
+    cut (Adafactor); nothing has changed then.
     """
     model = gated_model(gated)
     gates = gates_of(model)
     memory = memory_of(model)
-    if memory.get("regions") and not memory.get("inside"):
+    if memory.get("regions") and not memory.get("whole"):
         raise GateError("a model instrumented region by region cannot be compacted while training")
     keep = _kept(gates, patience)
     if gates.width is None or bool(keep.all()):

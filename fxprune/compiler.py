@@ -195,7 +195,7 @@ def finalize(
 def _count_insides_once(parts: Parts) -> None:
     """Let the costs of a whole model leave out those of its parts with gates of their own."""
     whole, *insides = (cast(Any, region.program.module) for region in parts.regions)
-    if not parts.are_inside or not insides:
+    if not parts.has_whole or not insides:
         return
     numbers = {
         module.gates.costs: sum(parameter.numel() for parameter in module.parameters())
@@ -359,8 +359,8 @@ def _assembled(
         parts.put(region.path, program.module)
     report = joined(verb, model, parts, reports)
     memory = {**memory_of(parts.root), "model": model, "regions": parts.paths}
-    memory["inside"] = parts.are_inside
-    if verb == "instrument" and parts.are_inside:
+    memory["whole"] = parts.has_whole
+    if verb == "instrument" and parts.has_whole:
         memory["run"] = memory_of_run(parts.regions[0].program)
     remember_(parts.root, report, inputs, **memory)
     return parts.root

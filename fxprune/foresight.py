@@ -34,7 +34,7 @@ def foreseen(
         or seen.draws
         or any(isinstance(a, Arguments) and a.then for a in plan.values())
     ):
-        return None  # other operators could share other memory
+        return None  # other operators could share other memory, or draw other numbers
     after = Observation({}, {}, {}, {})
     for node in program.graph.nodes:
         known = _value(program, node, channels, cut, seen)

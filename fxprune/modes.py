@@ -114,36 +114,38 @@ def copy_alike(training: fx.Graph, evaluation: fx.Graph) -> None:
 
     A copy changes no number; models make some in training only (the residual blocks of diffusers).
     """
-    for source, target in ((training, evaluation), (evaluation, training)):
-        twins = _twins_but_for_copies(source, target)
-        last: Any = None
-        for node in source.nodes if twins else ():
-            if node in twins:
-                last = twins[node]
-                continue
+    shorter, longer = sorted((training, evaluation), key=lambda graph: len(graph.nodes))
+    twins = _twins_but_for_copies(longer, shorter)
+    last: Any = None
+    for node in longer.nodes if twins else ():
+        if node not in twins:
             read: Any = twins[node.all_input_nodes[0]]
-            with target.inserting_after(last):
-                copy = target.call_method("contiguous", (read, *node.args[1:]), node.kwargs)
-            last = twins[node] = copy
+            with shorter.inserting_after(last):
+                copy = shorter.call_method("contiguous", (read, *node.args[1:]), node.kwargs)
             copy.meta = dict(node.meta)
             for user in node.users:
                 if user in twins:
                     twins[user].replace_input_with(read, copy)
+            twins[node] = copy
+        last = twins[node]
 
 
-def _twins_but_for_copies(source: fx.Graph, target: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Return who is who in two graphs, nothing if more differs than that only `source` copies."""
+def _twins_but_for_copies(longer: fx.Graph, shorter: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Return who is who, nothing if more differs than that the longer graph copies, or nothing."""
+    if len(longer.nodes) == len(shorter.nodes):
+        return {}
     twins: dict[fx.Node, fx.Node] = {}
-    others = list(reversed(target.nodes))
-    for node in source.nodes:
-        other = others[-1] if others else None
-        if other is not None and (node.op, str(node.target)) == (other.op, str(other.target)):
+    others = list(reversed(shorter.nodes))
+    for node in longer.nodes:
+        if others and _may_be_twins(node, others[-1]):
             twins[node] = others.pop()
         elif node.op != "call_method" or node.target != "contiguous":
-            if node.op != "get_attr" or other is None or other.op != "get_attr":
-                return {}
-            twins[node] = others.pop()
+            return {}
     return {} if others else twins
+
+
+def _may_be_twins(one: fx.Node, other: fx.Node) -> bool:
+    return one.op == other.op and (one.op == "get_attr" or one.target == other.target)
 
 
 def _same_target(root: nn.Module, yes: fx.Node, no: fx.Node) -> bool:

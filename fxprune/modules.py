@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError, TraceError
 from fxprune.garbage import uncollected
-from fxprune.inputs import Inputs
+from fxprune.inputs import Inputs, copied
 from fxprune.keeping import values_in
+from fxprune.randomness import drawing_alike
 
 
 def check_parameters(model: nn.Module) -> None:
@@ -161,6 +162,13 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter or buffer, the CPU if it has none."""
     first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def run_alike(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a model makes of copies of inputs; it draws the same numbers in every run."""
+    args, kwargs = copied(inputs)
+    with drawing_alike(device_of(model)):
+        return model(*args, **kwargs)
 
 
 @contextmanager

@@ -54,8 +54,8 @@ class Parts:
         return [region.path for region in self.regions if region.path]
 
     @property
-    def are_inside(self) -> bool:
-        """Tell whether the whole is a program, and the other parts in what it holds untraced."""
+    def has_whole(self) -> bool:
+        """Tell whether the whole is a program; other parts are inside of what it holds untraced."""
         return any(not region.path for region in self.regions)
 
     def put(self, path: str, module: nn.Module) -> None:
@@ -117,7 +117,7 @@ def parts_in_evaluation(model: nn.Module, inputs: Inputs, *, check: bool = True)
     """Copy a model, gated or not, into evaluation mode, in parts to cut."""
     memory = memory_of(model)
     found = _found_before(model, inputs, memory.get("regions", ()))
-    if found and not memory.get("inside"):
+    if found and not memory.get("whole"):
         return found
     try:
         program = capture_any(model, inputs, check=check)
@@ -220,7 +220,7 @@ def with_whole(
     """
     if not parts.paths:
         return proofs
-    if parts.are_inside:
+    if parts.has_whole:
         before = reference
         reference = copy_model(result)
         for path in parts.paths:

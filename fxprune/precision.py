@@ -160,9 +160,9 @@ class _Float64(DispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         given = float_dtypes((args, kwargs))
-        if not given and _makes_float32(func, args, kwargs):
-            return func(*args, **{**kwargs, "dtype": torch.float64})
         if not given:
+            if _makes_float32(func, args, kwargs):
+                return func(*args, **{**kwargs, "dtype": torch.float64})
             return pytree.tree_map_only(Tensor, _widened, func(*args, **kwargs))
         if torch.float64 not in given:
             return func(*args, **kwargs)

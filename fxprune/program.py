@@ -17,9 +17,8 @@ from torch.utils import _pytree as pytree
 from fxprune.assumptions import assumptions
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.inputs import Inputs, copied, describe, same, to_device
-from fxprune.modules import check_parameters, copy_model, device_of, evaluating
+from fxprune.modules import check_parameters, copy_model, device_of, evaluating, run_alike
 from fxprune.naming import free_names_
-from fxprune.randomness import drawing_alike
 from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
 from fxprune.tracing import bound_arguments, trace, without_fused_layers
 
@@ -59,9 +58,8 @@ class Program:
 
     def run(self) -> Any:
         """Return the module's outputs for the example inputs, without gradients."""
-        args, kwargs = self.inputs()
-        with torch.no_grad(), quiet(), drawing_alike(device_of(self.module)):
-            return self.module(*args, **kwargs)
+        with torch.no_grad(), quiet():
+            return run_alike(self.module, (self.args, self.kwargs))
 
     def check(self) -> None:
         """Raise unless the graph is well formed; regenerate the module's code."""
@@ -154,21 +152,12 @@ def quiet() -> Generator[None]:
         yield
 
 
-def _run_first(model: nn.Module, program: Program) -> Any:
-    """Return what a model makes of the example inputs, in the mode it is in."""
-    args, kwargs = program.inputs()
-    with drawing_alike(device_of(model)):
-        return model(*args, **kwargs)
-
-
-def _run_second(model: nn.Module, program: Program) -> Any:
-    """Return what a model makes of the example inputs once it has seen others."""
-    args, kwargs = program.inputs()
+def _run_second(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a model makes of inputs once it has seen others."""
     with evaluating(model):
         with suppress(Exception):  # it may not take any others
-            others, named = pytree.tree_map_only(Tensor, _another, (args, kwargs))
-            model(*others, **named)
-        return _run_first(model, program)
+            run_alike(model, pytree.tree_map_only(Tensor, _another, inputs))
+        return run_alike(model, inputs)
 
 
 def _another(tensor: Tensor) -> Tensor:
@@ -182,13 +171,14 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
     """
     written: list[str] = program.module.meta["written"]
     twin: nn.Module | None = copy_model(root) if written else None
+    inputs = (program.args, program.kwargs)
     with evaluating(root, program.module), torch.no_grad(), without_fused_layers():
         try:
-            expected = _run_first(root, program)
+            expected = run_alike(root, inputs)
         except Exception as error:
             raise ExampleInputError(
                 f"{type(root).__name__} does not run on the example inputs "
-                f"{describe((program.args, program.kwargs))}: {type(error).__name__}: "
+                f"{describe(inputs)}: {type(error).__name__}: "
                 f"{str(error).strip()}"
             ) from error
         try:
@@ -199,7 +189,7 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
                 f"{str(error).strip()}; leave arguments out of example_inputs that are not tensors"
             ) from error
         if twin is not None and not (
-            same(expected, _run_first(root, program)) and same(expected, _run_second(twin, program))
+            same(expected, run_alike(root, inputs)) and same(expected, _run_second(twin, inputs))
         ):
             raise TraceError(
                 f"{type(root).__name__} computes something else when it was run before: its "

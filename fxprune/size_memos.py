@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.cases import random_cases
-from fxprune.inputs import Inputs, copied, leading_size, same
-from fxprune.modules import copy_model, device_of, evaluating
-from fxprune.randomness import drawing_alike
+from fxprune.inputs import Inputs, leading_size, same
+from fxprune.modules import copy_model, evaluating, run_alike
 
 
 @dataclass
@@ -39,12 +38,11 @@ def may_hold_memos(model: nn.Module) -> bool:
 def find_size_memos(model: nn.Module, inputs: Inputs) -> SizeMemos:
     """Run a copy of a model on inputs of several sizes, and see what it replaces in itself."""
     found = SizeMemos()
-    more = (leading_size(inputs) or 0) + 1
+    twin, more = copy_model(model), (leading_size(inputs) or 0) + 1
     for others in random_cases(inputs, (more,), seed=0).values():
-        twin = copy_model(model)
         with evaluating(twin), torch.no_grad():
             try:
-                _run(twin, inputs)
+                run_alike(twin, inputs)
                 notes = _replaced_by(twin, inputs)
                 made = _replaced_by(twin, others) - notes
             except Exception:  # it takes no others like these
@@ -81,7 +79,7 @@ def agree(model: nn.Module, traced: nn.Module, inputs: Inputs) -> bool:
     model = copy_model(model)
     with evaluating(model, traced), torch.no_grad():
         try:
-            return same(_run(model, inputs), _run(traced, inputs))
+            return same(run_alike(model, inputs), run_alike(traced, inputs))
         except Exception:  # one of them does not take such inputs
             return False
 
@@ -89,16 +87,10 @@ def agree(model: nn.Module, traced: nn.Module, inputs: Inputs) -> bool:
 def _replaced_by(model: nn.Module, inputs: Inputs) -> set[tuple[str, str]]:
     """Run a model; return the attributes that are other objects then, or other values."""
     before = {path: dict(vars(module)) for path, module in model.named_modules()}
-    _run(model, inputs)
+    run_alike(model, inputs)
     return {
         (path, name)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if value is not before[path].get(name, before)
     }
-
-
-def _run(model: nn.Module, inputs: Inputs) -> Any:
-    args, kwargs = copied(inputs)
-    with drawing_alike(device_of(model)):
-        return model(*args, **kwargs)

@@ -187,9 +187,7 @@ class ModelTracer(AskedTracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Trace into `m`, or make it a leaf if that fails."""
-        if self.answering:
-            return forward(*args, **kwargs)
-        if self._is_made_on_the_way(m):
+        if self.answering or self._is_made_on_the_way(m):
             return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
         path, held = self.path_of_module(m), Held(m)

@@ -76,12 +76,8 @@ class ByNumbers(Net):
         return self.ramp
 
 
-class OfTheFirst(Net):
+class OfTheFirst(OfTheMap):
     """Not made again, but cut: what was made first counts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ramp: Any = None
 
     def made(self, x: Tensor) -> Tensor:
         if self.ramp is None or self.ramp.shape[-1] < x.shape[-1]:
