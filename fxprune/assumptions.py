@@ -233,12 +233,25 @@ class AskedTracer(fx.Tracer):
         text = expression(condition.node)
         if text in self.assumptions:
             return
-        message = (
-            f"{ASSUMES}{text} (at {condition.node.meta.get('source')}), as on its example inputs; "
-            "run it on inputs like these, or trace the original model on others"
-        )
+        message = _refusal(condition.node)
         guard = self.create_proxy("call_function", torch._assert, (condition, message), {})
         self.assumptions[text] = guard.node
+
+
+def assume_size(before: fx.Node, tensor: fx.Node, axis: int, size: int) -> None:
+    """Note, in front of a node, that a tensor is as long along an axis as on the example inputs."""
+    with before.graph.inserting_before(before):
+        length = before.graph.call_method("size", (tensor, axis))
+        condition = before.graph.call_function(operator.eq, (length, size))
+        length.meta["source"] = condition.meta["source"] = before.meta.get("source")
+        before.graph.call_function(torch._assert, (condition, _refusal(condition)))
+
+
+def _refusal(condition: fx.Node) -> str:
+    return (
+        f"{ASSUMES}{expression(condition)} (at {condition.meta.get('source')}), as on its example "
+        "inputs; run it on inputs like these, or trace the original model on others"
+    )
 
 
 def assumptions(graph: fx.Graph) -> dict[fx.Node, str]:

@@ -68,12 +68,15 @@ class Arguments:
 
     A tensor among them becomes a buffer of the program, this node's own.
     then: what is done to the result, so that it is what it was: a function and a number.
+    binds: axes of its first tensor that must be as long as in the example: along others it would
+    part the channels that remain from where they belong.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     function: Callable[..., Any] | None = None
     then: tuple[Callable[..., Any], float] | None = None
+    binds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
+from fxprune.assumptions import assume_size
 from fxprune.channels import Channels, analyse
 from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.errors import where
+from fxprune.fixed_sizes import is_fixed
 from fxprune.foresight import foreseen
 from fxprune.liveness import settle
 from fxprune.modules import device_of, free_name, submodule
-from fxprune.observation import observe
+from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program, narrowed
 from fxprune.rules import rule_for
@@ -57,7 +59,7 @@ def eliminate_dead_channels(
         if call.module is not None:
             rule_for(node, call.module).resize(call)
     for node, answer in plan.items():
-        _apply(program, node, answer)
+        _apply(program, node, answer, seen)
     changes += _erase(program, cut)
     program.seen = foreseen(program, channels, cut, plan, seen)
     return changes
@@ -155,10 +157,14 @@ def _replace(module: nn.Module, names: list[str], old: Tensor, new: Tensor) -> N
         setattr(submodule(module, owner), attribute, new)
 
 
-def _apply(program: Program, node: fx.Node, answer: Arguments | Literal) -> None:
+def _apply(program: Program, node: fx.Node, answer: Arguments | Literal, seen: Observation) -> None:
     if isinstance(answer, Literal):
         _freeze(node, answer.value)
         return
+    tensor = node.args[0] if answer.binds else None
+    for axis in answer.binds:
+        if isinstance(tensor, fx.Node) and not is_fixed(program.module, tensor, axis, seen):
+            assume_size(node, tensor, axis, seen.values[tensor].shape[axis])
     if answer.function is not None:
         node.op, node.target = "call_function", answer.function
 

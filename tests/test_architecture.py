@@ -68,7 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rules",),
     ("ops", "memories"),
     ("functional_layers",),
-    ("flattening", "lowering"),
+    ("flattening", "lowering", "fixed_sizes"),
     ("chains",),
     ("links",),
     ("pipeline",),

@@ -8,15 +8,25 @@ place is a `Barrier`.
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from fxprune.cuts import Arguments, Cut
-from fxprune.ops.execution import check, checked_arguments, movement_flow, node_values
-from fxprune.rules import Call
-from fxprune.values import Barrier, State, Value, flatten
+from fxprune.ops.execution import (
+    check,
+    checked_arguments,
+    movement_flow,
+    node_values,
+)
+from fxprune.rules import Call, execute
+from fxprune.values import Barrier, OfSizes, State, Value, flatten
+
+# By which a map is tried to be longer: of several, as half of the channels may be half of a row's.
+_GROWTHS = (1, 2, 4, 6)
 
 
 def rewrite_nothing(call: Call, cut: Cut) -> Arguments | None:
@@ -32,7 +42,70 @@ def rewrite_sizes(call: Call, cut: Cut) -> Arguments | None:
         return None
     output = _single_output(call)
     args, kwargs = with_sizes(call, 1, output.shape, cut.shape(output))
-    return checked_arguments(call, cut, args, kwargs)
+    answer = checked_arguments(call, cut, args, kwargs)
+    return replace(answer, binds=bound_axes(call, cut, answer))
+
+
+def bound_axes(call: Call, cut: Cut, answer: Arguments) -> tuple[int, ...]:
+    """Return the axes of a tensor that new sizes are right for as in the example only.
+
+    Of one pixel a channel, `view(-1, 512)` makes a row a sample; of more pixels, rows that end
+    amid channels, so that what remains of them is none of its rows. Sizes that the model computes
+    from the input's follow it; without a -1 among them no other tensor fits.
+    """
+    sizes = [one for one in flatten((call.args, call.kwargs)) if isinstance(one, int)]
+    computed = [one for one in sizes if isinstance(one, OfSizes) and not one.is_of_channels]
+    found = cut.indices(call.value())
+    if found is None or -1 not in sizes or any(axis for one in computed for _, axis in one.sizes):
+        return ()
+    axes = range(1 if computed else 0, len(call.value().shape))
+    return tuple(a for a in axes if a != found[0] and not _follows_growth(call, found, answer, a))
+
+
+def _follows_growth(call: Call, found: tuple[int, Tensor], answer: Arguments, axis: int) -> bool:
+    """Tell whether new sizes leave the right elements where the tensor is longer along an axis."""
+    shape = call.value().shape
+    for more in _GROWTHS:
+        longer = [size + more * (place == axis) for place, size in enumerate(shape)]
+        everything = torch.arange(math.prod(longer)).reshape(longer)
+        rest = everything.index_select(*found)
+        try:
+            whole = call.execute(lambda _, given=everything: given)
+        except RuntimeError:
+            continue  # the model does not take it
+        try:
+            part = _execute(call, answer, rest)
+        except RuntimeError:
+            return False
+        if not _is_rest(part, whole, torch.isin(whole, rest)):
+            return False
+    return True
+
+
+def _execute(call: Call, answer: Arguments, tensor: Tensor) -> Any:
+    """Run the rewritten operator on another tensor."""
+    known = node_values(call)
+
+    def given(argument: Any) -> Any:
+        found = known[argument] if isinstance(argument, fx.Node) else argument
+        return tensor if isinstance(found, (Value, State)) else found
+
+    args: Any = map_aggregate(answer.args, given)
+    kwargs: Any = map_aggregate(answer.kwargs, given)
+    return execute(call.node, call.module, args, kwargs)
+
+
+def _is_rest(part: Tensor, whole: Tensor, stays: Tensor) -> bool:
+    """Tell whether a tensor is what stays of another along one axis, in its order."""
+    if part.dim() != whole.dim():
+        return False
+    axes = [a for a in range(part.dim()) if part.shape[a] != whole.shape[a]]
+    if len(axes) != 1:
+        return not axes and torch.equal(part, whole)
+    part, whole, stays = (tensor.movedim(axes[0], -1) for tensor in (part, whole, stays))
+    if bool((stays.sum(-1) != part.shape[-1]).any()):
+        return False
+    return torch.equal(whole[stays].reshape(part.shape), part)
 
 
 def with_sizes(

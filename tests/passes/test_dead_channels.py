@@ -379,3 +379,52 @@ def test_a_concatenated_bias_stays_whole() -> None:
     small: Any = fxprune.finalize(model, x)
     assert small.report.verification.verdict == "equal"
     assert small.low.shape == small.middle.shape == small.high.shape == (3,)
+
+
+class Rows(nn.Module):
+    """A map laid out in rows of a literal length."""
+
+    def __init__(self, pool: nn.Module, rows: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.act, self.pool, self.rows = nn.Conv2d(3, 16, 3), nn.ReLU(), pool, rows
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rows(self.pool(self.act(self.conv(x)))))
+
+
+@pytest.mark.parametrize("dead", [range(8), range(4, 12), (3,), range(0, 16, 2)], ids=str)
+def test_rows_that_hold_a_sample_for_the_example_only_are_refused_elsewhere(dead: Any) -> None:
+    before = program(Rows(nn.AvgPool2d(4), lambda x: x.view(-1, 16)), 3, 3, 6, 6)
+    silent(at(before, "conv"), *dead)
+    expected, (x,) = before.run(), before.args
+    eliminate_dead_channels(before)
+    before.check()
+    assert torch.allclose(before.run(), expected, rtol=1e-12)
+    assert at(before, "conv").out_channels == 16 - len(dead)
+    before.module(torch.cat([x, x]))
+    before.module(torch.cat([x, x[..., :3]], 3))  # which still is one pixel
+    for longer in (F.pad(x, (0, 5)), F.pad(x, (0, 0, 0, 4)), F.pad(x, (9, 9, 9, 9))):
+        with pytest.raises(AssertionError, match=r"assumes pool\.size\(\d\) == 1"):
+            before.module(longer)
+
+
+ONE_PIXEL: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
+    "adaptive": (nn.AdaptiveAvgPool2d(1), lambda x: x.view(-1, 16)),
+    "then normed": (nn.AdaptiveMaxPool2d((1, 1)), lambda x: F.silu(x * 2).reshape(-1, 16)),
+    "mean": (nn.Identity(), lambda x: x.mean((2, 3), keepdim=True).view(-1, 16)),
+    "sizes": (nn.AvgPool2d(4), lambda x: x.view(x.size(0), -1)),
+    "its own batch": (nn.AvgPool2d(4), lambda x: x.view(x.size(0), 16, -1).mean(-1)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_PIXEL)
+def test_where_a_row_is_a_sample_of_any_map_nothing_is_assumed(name: str) -> None:
+    before = program(Rows(*ONE_PIXEL[name]), 3, 3, 6, 6)
+    silent(at(before, "conv"), 1, 2, 5)
+    expected = before.run()
+    eliminate_dead_channels(before)
+    before.check()
+    assert torch.allclose(before.run(), expected, rtol=1e-12)
+    assert at(before, "conv").out_channels == 13
+    assert not [node for node in before.graph.nodes if node.target is torch._assert]
