@@ -1,4 +1,4 @@
-"""Sizes of maps that no input changes: 1 behind a mean over space, 7 behind an adaptive pool to 7×7.
+"""Sizes of maps that no input changes: 1 behind a mean over space, 7 behind a pool to 7×7.
 
 Told from the operators that lead there; whatever is not known to keep a size may change it.
 """
