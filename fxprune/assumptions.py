@@ -6,11 +6,13 @@ the graph, which outlives all passes and refuses other inputs. Numbers of tensor
 """
 
 import inspect
+import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -29,6 +31,17 @@ PLAIN = (
     *(torch.dtype, torch.device, torch.layout, torch.Size),
 )
 _SIZES = (int, torch.Size)
+# What numpy's operators are in Python, of numbers to the bit.
+_ARITHMETIC: dict[Any, Callable[..., Any]] = {
+    np.add: operator.add,
+    np.subtract: operator.sub,
+    np.multiply: operator.mul,
+    np.true_divide: operator.truediv,
+    np.floor_divide: operator.floordiv,
+    np.remainder: operator.mod,
+    np.power: operator.pow,
+}
+_OF_NUMBERS: dict[Any, Callable[..., Any]] = {np.sqrt: math.sqrt}
 # Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
 # a traced size as it is, so that they are called by node at once.
 _C: Any = torch._C
@@ -44,6 +57,23 @@ class Askable(fx.Proxy):
     """A traced value that answers Python's questions for sizes."""
 
     tracer: "AskedTracer"
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Let numpy's numbers meet traced values: `np.sqrt(64) * x`, `x / np.sqrt(x.shape[1])`."""
+        plain = [one.item() if isinstance(one, np.generic) else one for one in inputs]
+        if method != "__call__" or options or any(isinstance(one, np.ndarray) for one in plain):
+            return NotImplemented
+        if ufunc in _ARITHMETIC:
+            return _ARITHMETIC[ufunc](*plain)
+        if ufunc in _OF_NUMBERS and type(self.tracer.example(self)) in (int, float):
+            return self.tracer.create_proxy("call_function", _OF_NUMBERS[ufunc], (self,), {})
+        return NotImplemented
+
+    def __array_function__(self, function: Any, _: Any, args: Any, options: Any) -> Any:
+        """Let numpy multiply a shape: `np.prod(x.shape[1:])`."""
+        if function is not np.prod or options or not isinstance(self.tracer.example(self), tuple):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", math.prod, args, {})
 
     def __getattr__(self, k: str) -> Attribute:
         return AskableAttribute(self, k)
@@ -96,6 +126,13 @@ class AskableAttribute(Askable, Attribute):
         return hash(self.tracer.example(self)) if self.attr == "ndim" else super().__hash__()
 
 
+class AskableNumber(Askable):
+    """A traced number that a dict may be asked for, which then asks whether it is that key."""
+
+    def __hash__(self) -> int:
+        return hash(self.tracer.example(self))
+
+
 class AskedTracer(fx.Tracer):
     """torch.fx's tracer, where its proxies know what they are on the example inputs."""
 
@@ -132,6 +169,11 @@ class AskedTracer(fx.Tracer):
             raise TypeError(f"a number is needed, not {type(value).__name__}")
         self._assume(self._call(operator.eq, obj, value))
         return value
+
+    def whole_number(self, obj: fx.Proxy) -> fx.Proxy:
+        """Return `int` of a traced number, which no question needs to be asked for."""
+        is_whole = type(self.example(obj)) is int
+        return AskableNumber(obj.node if is_whole else self._call(int, obj).node, self)
 
     def example(self, obj: fx.Proxy) -> Any:
         """Return what a value is on the example inputs, and note nothing; of a tensor its form."""
@@ -191,7 +233,7 @@ class AskedTracer(fx.Tracer):
         node, self.answering = obj.node, True
         refusal = "symbolically traced variables cannot be used as inputs to control flow"
         try:
-            self._values = self._values or ExampleValues(self.root, self.graph, self.examples)
+            self._values = self._values or self._example_values()
             value = self._values.of(node)
         except UnknownValueError as error:
             raise FxTraceError(f"{refusal}: {error}") from error
@@ -200,6 +242,10 @@ class AskedTracer(fx.Tracer):
         if isinstance(value, Tensor) and not tensors:
             raise FxTraceError(f"{refusal}: {node.name} is a tensor")
         return value
+
+    def _example_values(self) -> ExampleValues:
+        held = {name: tensor for tensor, name in self.tensor_attrs.items()}
+        return ExampleValues(self.root, self.graph, self.examples, held)
 
     def _compares_a_size_with_none(self, node: fx.Node) -> bool:
         """Tell whether an answer is the same for all inputs: no size is None."""

@@ -10,6 +10,7 @@ import builtins
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def of_their_classes(root: nn.Module, tracer: Any) -> Generator[None]:
         traced = issubclass(type(value), fx.Proxy)
         return is_instance(value, kinds) if traced else before[1](value, kinds)
 
-    users = _globals_of(root)
+    users = [vars(one) for one in modules_of(root) if "isinstance" not in vars(one)]
     torchs: Any = torch.jit
     before: tuple[Any, Any] = (torch.is_tensor, torchs.isinstance)
     torch.is_tensor, torchs.isinstance = is_tensor, is_scripted_instance
@@ -52,14 +53,12 @@ def of_their_classes(root: nn.Module, tracer: Any) -> Generator[None]:
             del names["isinstance"]
 
 
-def _globals_of(root: nn.Module) -> list[dict[str, Any]]:
-    """Return the names that the modules of packages see whose classes a model is made of."""
+def modules_of(root: nn.Module) -> list[ModuleType]:
+    """Return the modules of the packages whose classes a model is made of."""
     kinds = {kind for module in root.modules() for kind in type(module).__mro__}
     packages = {kind.__module__.partition(".")[0] for kind in kinds} - _NOT_THE_USERS
     return [
-        vars(module)
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] in packages and "isinstance" not in vars(module)
+        module for name, module in list(sys.modules.items()) if name.partition(".")[0] in packages
     ]
 
 

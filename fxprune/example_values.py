@@ -27,15 +27,22 @@ class UnknownValueError(Exception):
 class ExampleValues(fx.Interpreter):
     """The values of the nodes of `graph`, which is being made of `root`.
 
-    inputs: the example input of every placeholder.
+    inputs: the example input of every placeholder. held: by name, the tensors that the model held
+    before it was traced: a forward may have put something traced in the place of one.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, inputs: Mapping[fx.Node, Any]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        inputs: Mapping[fx.Node, Any],
+        held: Mapping[str, Any],
+    ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with FakeCopyMode(self.mode):
             fake_root = copy.deepcopy(root).eval()
         super().__init__(fake_root, garbage_collect_values=False, graph=graph)
-        self.growing, self.root, self.inputs = graph, root, inputs
+        self.growing, self.root, self.inputs, self.held = graph, root, inputs, held
         self.failures: dict[fx.Node, str] = {}
 
     def of(self, node: fx.Node) -> Any:
@@ -66,7 +73,8 @@ class ExampleValues(fx.Interpreter):
         """Read a parameter of the fake copy, or what the trace has added to the model since."""
         if hasattr(self.root, target) and not hasattr(self.module, target):
             return self._constant(getattr(self.root, target))
-        return super().get_attr(target, args, kwargs)
+        value = super().get_attr(target, args, kwargs)
+        return self._faked(self.held[target]) if isinstance(value, fx.Proxy) else value
 
     def _given(self, value: Any) -> Any:
         """Return an input to be written to at will: an object (a cache) takes in fakes."""

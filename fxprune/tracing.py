@@ -20,12 +20,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import PLAIN, AskedTracer
-from fxprune.classes import of_their_classes
+from fxprune.classes import modules_of, of_their_classes
 from fxprune.einops_backend import teach_einops
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
@@ -47,6 +48,7 @@ from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 from fxprune.scripts import inlined
 from fxprune.tables import sliced_by_name
+from fxprune.whole_numbers import kept_whole
 
 _TRANSFORMERS = (
     *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder),
@@ -130,6 +132,8 @@ class ModelTracer(AskedTracer):
 
     def create_arg(self, a: Any) -> Any:
         """Lower an argument; a dict that is a dataclass too (a ModelOutput) stays what it is."""
+        if isinstance(a, np.generic):
+            return a.item()  # a graph's code would name numpy
         if not isinstance(a, dict) or not is_dataclass(a):
             return self._lowered(a)
         entries = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
@@ -453,6 +457,7 @@ def _traced(
             tracer.refusing_autocast(),
             sliced_by_name(root, tracer),
             of_their_classes(root, tracer),
+            kept_whole(modules_of(root), tracer),
             inlined(tracer),
         ):
             graph = tracer.trace(root)

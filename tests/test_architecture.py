@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "einops_backend",
         "assignments",
     ),
-    ("classes", "keeping", "randomness", "scripts", "tables"),
+    ("classes", "keeping", "randomness", "scripts", "tables", "whole_numbers"),
     ("terms",),
     ("latency_tables",),
     ("chain_costs",),

@@ -1,0 +1,125 @@
+"""`int(…)` of a number that is computed from sizes stays in the graph, as the number it is there.
+
+    b = int(windows.shape[0] / (h * w / size / size))        side = int(n ** 0.5)
+
+Python lets an object only say which int it is, and what came of that would hold for the example's
+batch alone. So modules that call `int` get one of theirs while they are traced; those that do
+anything else with it (`type(x) is int`, `dtype=int`), other than ask for instances, do not.
+"""
+
+import builtins
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import fx
+from torch.fx.proxy import TraceError as FxTraceError
+
+_DEFINED = (type, FunctionType, type(functools.lru_cache(int)))
+_QUESTIONS = ("isinstance", "issubclass")
+_known: WeakKeyDictionary[ModuleType, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def kept_whole(modules: Sequence[ModuleType], tracer: Any) -> Generator[None]:
+    """Let modules' `int` be an operator of the graph where it is given a traced number.
+
+    tracer: says what a traced number is; while it is `answering` values are what they are.
+    """
+    whole = _Whole("int", (), {"tracer": tracer})
+    users = [vars(one) for one in modules if "int" not in vars(one) and _calls_int(one)]
+    for names in users:
+        names["int"] = whole
+    try:
+        yield
+    finally:
+        for names in users:
+            del names["int"]
+
+
+class _Whole(type):
+    """A class that passes for `int`, and makes a node of what is computed from sizes."""
+
+    tracer: Any
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and issubclass(type(args[0]), fx.Proxy) and not cls.tracer.answering:
+            try:
+                number = cls.tracer.example(args[0])
+            except FxTraceError:
+                number = None
+            if type(number) in (int, float):
+                return cls.tracer.whole_number(args[0])
+        return builtins.int(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, builtins.int)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, builtins.int)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is builtins.int or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(builtins.int)
+
+
+def _calls_int(module: ModuleType) -> bool:
+    """Tell whether functions of a module call `int`, and do with it nothing but that."""
+    if module not in _known or module.__name__ == "__main__":
+        uses = [use for code in _codes(module) if "int" in code.co_names for use in _uses(code)]
+        _known[module] = bool(uses) and all(uses)
+    return _known[module]
+
+
+def _uses(code: CodeType) -> Iterator[bool]:
+    """Yield for every time that code reads the global `int` whether it is called, or asked of."""
+    callee = ""
+    for one in dis.get_instructions(code):
+        if one.opname not in ("LOAD_GLOBAL", "LOAD_NAME"):
+            continue
+        called = "NULL" in one.argrepr
+        if one.argval == "int":
+            yield called or callee in _QUESTIONS
+        elif called:
+            callee = str(one.argval)
+
+
+def _codes(module: ModuleType) -> Iterator[CodeType]:
+    """Yield the code of the functions and classes that a module defines."""
+    pending: list[Any] = [
+        value for value in vars(module).values() if _is_of(value, module.__name__)
+    ]
+    met: set[int] = set()
+    while pending:
+        one = pending.pop()
+        if id(one) in met:
+            continue
+        met.add(id(one))
+        if isinstance(one, type):
+            pending.extend(vars(one).values())
+        elif isinstance(one, CodeType):
+            yield one
+            pending.extend(const for const in one.co_consts if isinstance(const, CodeType))
+        else:
+            pending.extend(_inside(one))
+
+
+def _inside(value: Any) -> list[Any]:
+    """Return what a function, or something around functions, is made of."""
+    functions: list[Callable[..., Any] | None] = [getattr(value, "__func__", None)]
+    if isinstance(value, property):
+        functions += [value.fget, value.fset]
+    functions.append(inspect.unwrap(value) if callable(value) else None)
+    codes = [getattr(function, "__code__", None) for function in functions]
+    return [code for code in codes if isinstance(code, CodeType)]
+
+
+def _is_of(value: Any, name: str) -> bool:
+    return isinstance(value, _DEFINED) and value.__module__ == name
