@@ -21,7 +21,7 @@ from fxprune.errors import where
 from fxprune.modules import device_of, tensors_in
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.program import Program
-from fxprune.rules import CPU, FILLED, Call, Flow, Read, barrier_flow, rule_for, rule_name
+from fxprune.rules import CPU, FILLED, Call, Flow, Read, barrier_flow, flow_of, rule_name
 from fxprune.tags import TagTable
 from fxprune.values import (
     Barrier,
@@ -186,7 +186,7 @@ class _Forward:
                 raise Barrier(self.forced[node])
             if node in self.seen.draws:
                 raise Barrier("it draws random numbers, others where there are fewer channels")
-            return rule_for(node, call.module).flow(call)
+            return flow_of(call)
         except Barrier as barrier:
             self.found.barriers[node] = str(barrier)
             self._keep_parameters(node)

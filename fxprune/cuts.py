@@ -80,6 +80,18 @@ class Arguments:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """Among `Arguments`: of a number that the model computes from sizes, the part that remains.
+
+    Of groups that stand among the samples, `b * groups`, as many as there are groups left.
+    """
+
+    number: fx.Node
+    remaining: int
+    whole: int
+
+
+@dataclass(frozen=True)
 class Literal:
     """What `OpRule.rewrite` answers for a node that must stay the number it was."""
 

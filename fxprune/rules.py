@@ -8,7 +8,9 @@ after its parameters were cut. An operator without a rule is a barrier: all chan
 and outputs stay.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +19,22 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.cuts import Arguments, Cut, Literal
+from fxprune.errors import one_line
 from fxprune.kinds import PASSES
 from fxprune.modules import is_hooked
 from fxprune.observation import TensorSpec
 from fxprune.plain_weights import computes_weights
-from fxprune.values import Barrier, State, Value, as_value, fixed, flatten, map_values, unknown
+from fxprune.values import (
+    Barrier,
+    ShapeOf,
+    State,
+    Value,
+    as_value,
+    fixed,
+    flatten,
+    map_values,
+    unknown,
+)
 
 
 @dataclass(frozen=True)
@@ -162,6 +175,8 @@ class OpRule:
 
 
 RULES: dict[Hashable, OpRule] = {}
+# Whether what goes wrong in a rule is raised, as our own tests want it.
+STRICT = ContextVar("STRICT", default=False)
 
 
 def register(rule: OpRule, *targets: Hashable) -> None:
@@ -203,6 +218,31 @@ def rule_for(node: fx.Node, module: nn.Module | None) -> OpRule:
     return rule
 
 
+def flow_of(call: Call) -> Flow:
+    """Ask the rule of an operator for its flow; `Barrier` if it has none, or cannot tell."""
+    with _answering():
+        return rule_for(call.node, call.module).flow(call)
+
+
+def rewritten(call: Call, cut: Cut) -> Arguments | Literal | None:
+    """Ask the rule of an operator how it follows a cut; `Barrier` if it cannot."""
+    with _answering():
+        return rule_for(call.node, call.module).rewrite(call, cut)
+
+
+@contextmanager
+def _answering() -> Generator[None]:
+    """Take what goes wrong in a rule for a barrier: nothing is known of that operator then."""
+    try:
+        yield
+    except (Barrier, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if STRICT.get():
+            raise
+        raise Barrier(f"its rule fails here, a bug in fxprune: {one_line(error)}") from error
+
+
 def execute(node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> Any:
     """Run a node's operator on other arguments."""
     if node.op == "call_method":
@@ -214,4 +254,6 @@ def execute(node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> 
 def barrier_flow(call: Call, reason: str) -> Flow:
     """Return the flow of an operator nothing is known of."""
     outputs = pytree.tree_map_only(TensorSpec, fixed, call.spec)
-    return Flow(outputs, keeps=[(value.tags, reason) for value in call.values()])
+    shapes = [leaf for leaf in flatten((call.args, call.kwargs)) if isinstance(leaf, ShapeOf)]
+    values = [*call.values(), *(shape.value for shape in shapes)]
+    return Flow(outputs, keeps=[(value.tags, reason) for value in values])

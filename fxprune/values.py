@@ -195,10 +195,11 @@ class OfSizes(int):
 
         Tokens may be told apart too, the first from the others; channels are all different.
         """
-        return all(_counts_channels(value.tags, axis) for value, axis in self.sizes)
+        return all(counts_channels(value.tags, axis) for value, axis in self.sizes)
 
 
-def _counts_channels(tags: Tensor, axis: int) -> bool:
+def counts_channels(tags: Tensor, axis: int) -> bool:
+    """Tell whether the size of an axis is a number of channels, whatever the input."""
     if varying_axes(tags) != [axis]:
         return False
     found = tags.unique()

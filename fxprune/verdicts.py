@@ -33,6 +33,8 @@ UNRESOLVED = 100.0
 SENSITIVE = 100.0
 # The same, where they move by as many ε of float32 as rounding may: ranks may be swapped.
 SWAPPED = 2.0
+# A reference whose outputs move by as many ε where its weights move by one is chaotic.
+CHAOS = 1e3
 
 # How large an error rounding alone may explain: up to there, what exceeds a tolerance is undecided.
 _Allowance = Callable[[Difference], float]
@@ -68,11 +70,13 @@ def judge_all(
     double: tuple[Runs, float],
     single: tuple[Runs, float],
     nudge: Callable[[str, float], Sequence[Run]],
+    rounded: float = 0.0,
 ) -> tuple[Check, ...]:
     """Judge every case in both dtypes, from its runs and the tolerance.
 
     nudge: runs the reference on a case in float64, every weight off by about an ε; it is asked only
-    where reference and candidate are too far apart.
+    where reference and candidate are too far apart. rounded: the ε of the dtype that the weights of
+    the candidate in float64 were rounded to, 0 if they were not.
     """
     checks: list[Check] = []
     spreads64, spreads32 = _spreads(cases, double[0]), _spreads(cases, single[0])
@@ -81,7 +85,7 @@ def judge_all(
         in64 = _Evidence(name, inputs, "float64", double[1], spreads64[name], runs64)
         in32 = _Evidence(name, inputs, "float32", single[1], spreads32[name], runs32)
         noise = _noise(runs32[0], runs64[0], partial(nudge, name))
-        allowed = _resolution(runs64[0], partial(nudge, name))
+        allowed = _resolution(runs64[0], partial(nudge, name), rounded)
         check = in64.judge(
             allowed, "the reference itself rounds to a shorter dtype, or is as sensitive"
         )
@@ -152,18 +156,24 @@ class _Evidence:
         )
 
 
-def _resolution(reference: Run, nudge: _Nudge) -> _Allowance:
+def _resolution(reference: Run, nudge: _Nudge, rounded: float) -> _Allowance:
     """Allow what float64 cannot resolve, as the reference rounds to a shorter dtype or is chaotic.
 
-    Deep networks that were never trained are chaotic on large inputs.
+    Deep networks that were never trained are chaotic on large inputs; there, weights that were
+    rounded move outputs as far as any others that are off by as much.
     """
     moved = _moved(reference, nudge, torch.finfo(torch.float64).eps)
+    moved_as_rounded = _moved(reference, nudge, rounded)
 
     def allowed(difference: Difference) -> float:
         move = moved(difference.output)
         if difference.exact:
             return FLIPS if reference.rounding or move else 0.0
-        return max(UNRESOLVED * reference.rounding, SENSITIVE * move)
+        resolved = max(UNRESOLVED * reference.rounding, SENSITIVE * move)
+        if not rounded or difference.error <= resolved:
+            return resolved
+        move = moved_as_rounded(difference.output)
+        return max(resolved, SWAPPED * move) if move > CHAOS * rounded else resolved
 
     return allowed
 

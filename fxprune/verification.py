@@ -147,8 +147,8 @@ def verify(
     dtypes = float_dtypes([*candidate.parameters()])
     rounding = MERGED * max((torch.finfo(d).eps for d in dtypes), default=0.0)
     float32_tolerance = max(float32_tolerance, rounding)
+    unrounded = exact is not None or dtypes <= {torch.float64}
     if float64_tolerance is None:
-        unrounded = exact is not None or dtypes <= {torch.float64}
         float64_tolerance = EXACT if unrounded else max(ROUNDED, rounding)
     given = {"example": normalised_inputs(example_inputs)}
     given |= {f"extra {i}": normalised_inputs(extra) for i, extra in enumerate(extra_inputs)}
@@ -166,7 +166,13 @@ def verify(
         return run_nudged(wide(), cases[name], seed, epsilon)
 
     return Verification(
-        judge_all(cases, (double, float64_tolerance), (single, float32_tolerance), nudge)
+        judge_all(
+            cases,
+            (double, float64_tolerance),
+            (single, float32_tolerance),
+            nudge,
+            0.0 if unrounded else rounding / MERGED,
+        )
     )
 
 

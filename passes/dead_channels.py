@@ -6,6 +6,8 @@ attributes and literal arguments follow (`resize`, `rewrite`). All rewrites are 
 first edit; an operator that cannot follow becomes a barrier and the plan is made anew.
 """
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from fxprune.assumptions import assume_size
 from fxprune.channels import Channels, analyse
-from fxprune.cuts import Arguments, Cut, Literal
+from fxprune.cuts import Arguments, Cut, Literal, Scaled
 from fxprune.errors import where
 from fxprune.fixed_sizes import is_fixed
 from fxprune.foresight import foreseen
@@ -23,7 +25,7 @@ from fxprune.modules import device_of, free_name, submodule
 from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program, narrowed
-from fxprune.rules import rule_for
+from fxprune.rules import rewritten, rule_for
 from fxprune.values import Barrier, State
 
 _Plan = dict[fx.Node, Arguments | Literal]
@@ -90,7 +92,7 @@ def _plan(
             if node in channels.barriers or node in cut.gone:
                 continue
             try:
-                answer = rule_for(node, call.module).rewrite(call, cut)
+                answer = rewritten(call, cut)
             except Barrier as barrier:
                 if node in barriers:
                     raise RuntimeError(
@@ -168,11 +170,13 @@ def _apply(program: Program, node: fx.Node, answer: Arguments | Literal, seen: O
     if answer.function is not None:
         node.op, node.target = "call_function", answer.function
 
-    def settle_tensor(argument: Any) -> Any:
+    def settle_argument(argument: Any) -> Any:
+        if isinstance(argument, Scaled):
+            return _scaled(node, argument)
         return _buffer(program, node, argument) if isinstance(argument, Tensor) else argument
 
-    node.args = map_aggregate(answer.args, settle_tensor)
-    node.kwargs = map_aggregate(answer.kwargs, settle_tensor)
+    node.args = map_aggregate(answer.args, settle_argument)
+    node.kwargs = map_aggregate(answer.kwargs, settle_argument)
     if answer.then is not None:
         _append(node, *answer.then)
 
@@ -183,6 +187,16 @@ def _buffer(program: Program, node: fx.Node, tensor: Tensor) -> fx.Node:
     program.module.register_buffer(name, tensor.to(device_of(program.module)))
     with program.graph.inserting_before(node):
         return program.graph.get_attr(name)
+
+
+def _scaled(node: fx.Node, part: Scaled) -> fx.Node:
+    """Compute what remains of a number of sizes, in front of the node that takes it."""
+    divisor = math.gcd(part.remaining, part.whole)
+    with node.graph.inserting_before(node):
+        number = part.number
+        if part.remaining > divisor:
+            number = node.graph.call_function(operator.mul, (number, part.remaining // divisor))
+        return node.graph.call_function(operator.floordiv, (number, part.whole // divisor))
 
 
 def _append(node: fx.Node, function: Callable[..., Any], number: float) -> None:

@@ -3,13 +3,15 @@
 import io
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+from fxprune.rules import STRICT
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -45,6 +47,14 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     module = Path(str(request.path)).stem
     path = GOLDEN / f"{module}-{request.node.name}.txt"
     return Golden(path, bool(request.config.getoption("--update-golden")))
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    """Raise what goes wrong in a rule; users are told of a barrier."""
+    token = STRICT.set(True)
+    yield
+    STRICT.reset(token)
 
 
 @pytest.fixture(autouse=True)

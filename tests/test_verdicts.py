@@ -116,3 +116,27 @@ def test_ranks_that_another_rounding_swaps_in_float32_are_left_open() -> None:
     # Where scores lie apart another rank is a mistake, also in float32; and so is another output.
     assert "different" in found(1e-2, 1e6)["float32"].values()
     assert set(found(1e-6, 0.0, 1.01)["float32"].values()) == {"different"}
+
+
+class _Scaled(nn.Module):
+    """A chaotic function of a weight."""
+
+    def __init__(self, weight: float, wrong: float = 1.0) -> None:
+        super().__init__()
+        self.weight, self.wrong = nn.Parameter(torch.tensor([weight])), wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.abs() > 8, (1e5 * self.weight * x).sin(), x * self.weight) * self.wrong
+
+
+def test_weights_rounded_to_float32_may_move_a_chaotic_model_as_far_as_others_would() -> None:
+    inputs = torch.randn(4, 5)
+    reference, rounded = _Scaled(1.7), _Scaled(1.7 * (1 + 2e-7))
+    found = verify(reference, rounded, inputs)
+    assert verdicts(found, "float64") == {
+        name: "inconclusive" if name == "×10" else "equal" for name in verdicts(found, "float64")
+    }
+    assert found.verdict != "different"
+    assert verify(reference, _Scaled(1.7, 0.9), inputs).verdict == "different"
+    # Weights that were not rounded have no such allowance.
+    assert verify(reference, rounded, inputs, exact=rounded).verdict == "different"

@@ -35,6 +35,7 @@ from fxprune.passes import stream_gathers
 from fxprune.penalties import gates_of
 from fxprune.permutation import exchange_units
 from fxprune.program import capture, quiet
+from fxprune.rules import STRICT
 from tools.cases import Surgery, draw, simpler
 from tools.networks import BATCH, Network, build, example, write
 
@@ -248,6 +249,7 @@ def fuzz(
 ) -> None:
     """Hunt, and print each failure as a network that can be pasted into a test."""
     torch.set_num_threads(1)
+    STRICT.set(True)
     console = Console()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about odd but legal networks

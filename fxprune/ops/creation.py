@@ -28,7 +28,7 @@ def like_flow(call: Call) -> Flow:
     """Give the channels of the tensor it is like, filled with what the operator fills them with."""
     value = as_value(call.argument(0, "input"))
     filled: Tensor = call.execute(_small)
-    constants = filled.detach().cpu().double().reshape(-1)[:1].expand(value.tags.shape)
+    constants = filled.detach().cpu().double().reshape(-1)[0].expand(value.tags.shape)
     return Flow(call.output(value.tags, constants))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.cuts import Arguments, Cut, Scaled
 from fxprune.observation import TensorSpec
 from fxprune.rules import Call, Flow, execute
 from fxprune.tags import align, compress, move, varying_axes
@@ -107,6 +107,8 @@ def check(
     known = node_values(call)
 
     def remaining(argument: Any) -> Any:
+        if isinstance(argument, Scaled):
+            return argument.remaining
         found = as_value(known[argument]) if isinstance(argument, fx.Node) else argument
         return _remaining(_numbers(found), found, cut) if isinstance(found, Value) else found
 

@@ -17,6 +17,7 @@ from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.ops.execution import checked_arguments, movement_flow
 from fxprune.ops.rewriting import (
     follows_as_is,
+    frozen_size,
     positions_that_remain,
     refuse_blocks,
     rewrite_nothing,
@@ -48,8 +49,7 @@ def rewrite_getitem(call: Call, cut: Cut) -> Arguments | Literal | None:
     container = as_value(call.args[0])
     if isinstance(container, ShapeOf):
         axis = call.args[1]
-        frozen = isinstance(axis, int) and cut.shrinks(container.value, axis)
-        return Literal(call.spec) if frozen else None
+        return frozen_size(call, cut, container.value, axis) if isinstance(axis, int) else None
     if not isinstance(container, Value) or not shrinks(call := _with_positions(call, 1, ""), cut):
         return None
     if follows_as_is(call, cut):

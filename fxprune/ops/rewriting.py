@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.cuts import Arguments, Cut, Literal, Scaled
 from fxprune.ops.execution import (
     check,
     checked_arguments,
@@ -23,7 +23,7 @@ from fxprune.ops.execution import (
     node_values,
 )
 from fxprune.rules import Call, execute
-from fxprune.values import Barrier, OfSizes, State, Value, flatten
+from fxprune.values import Barrier, OfSizes, State, Value, counts_channels, flatten
 
 # By which a map is tried to be longer: of several, as half of the channels may be half of a row's.
 _GROWTHS = (1, 2, 4, 6)
@@ -87,6 +87,8 @@ def _execute(call: Call, answer: Arguments, tensor: Tensor) -> Any:
     known = node_values(call)
 
     def given(argument: Any) -> Any:
+        if isinstance(argument, Scaled):
+            return argument.remaining
         found = known[argument] if isinstance(argument, fx.Node) else argument
         return tensor if isinstance(found, (Value, State)) else found
 
@@ -124,6 +126,15 @@ def with_sizes(
     else:
         args[place:] = _new_sizes(call.args[place:], args[place:], before, after)
     return args, kwargs
+
+
+def frozen_size(call: Call, cut: Cut, value: Value, axis: int) -> Literal | None:
+    """Freeze the size of an axis that shrinks at what it was; that of channels it must be."""
+    if not cut.shrinks(value, axis):
+        return None
+    if not counts_channels(value.tags, axis % len(value.shape)):
+        raise Barrier("it asks how many channels, and samples or places, an axis holds")
+    return Literal(call.spec)
 
 
 def rewrite_chunks(call: Call, cut: Cut) -> Arguments | None:
@@ -252,10 +263,13 @@ def _new_sizes(
     numbers: Sequence[Any], raw: Sequence[Any], before: Sequence[int], after: Sequence[int]
 ) -> Any:
     """Replace sizes of axes that shrink; -1 and the others stay as they are."""
-    new = [
-        node if number == -1 or old == size else size
-        for number, node, old, size in zip(numbers, raw, before, after, strict=True)
-    ]
+    new: list[Any] = []
+    for number, node, old, size in zip(numbers, raw, before, after, strict=True):
+        computed = isinstance(number, OfSizes) and not number.is_of_channels
+        if number == -1 or old == size:
+            new.append(node)
+        else:
+            new.append(Scaled(node, size, old) if computed else size)
     return tuple(new)
 
 

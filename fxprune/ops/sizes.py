@@ -15,7 +15,7 @@ from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.kinds import FORMS
 from fxprune.ops.creation import FILLERS
 from fxprune.ops.execution import movement_flow
-from fxprune.ops.rewriting import rewrite_nothing
+from fxprune.ops.rewriting import frozen_size, rewrite_nothing
 from fxprune.ops.transposition import rewrite_transposed, transposed_flow
 from fxprune.rules import Call, Flow, OpRule, register
 from fxprune.values import Barrier, ShapeOf, SizeOf, Value, as_value, fixed
@@ -81,11 +81,10 @@ def grid_flow(call: Call) -> Flow:
 
 
 def rewrite_size(call: Call, cut: Cut) -> Literal | None:
-    """Freeze the size of an axis that shrinks at what it was."""
+    """Freeze the size of an axis that shrinks."""
     if not isinstance(call.spec, int):
         return None
-    shrinks = cut.shrinks(call.value(), call.argument(1, "dim"))
-    return Literal(call.spec) if shrinks else None
+    return frozen_size(call, cut, call.value(), call.argument(1, "dim"))
 
 
 def structure_flow(call: Call) -> Flow:

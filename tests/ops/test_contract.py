@@ -544,6 +544,7 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
             "zeros_like": lambda x: torch.maximum(x, torch.zeros_like(x)),
             "ones_like": lambda x: x + torch.ones_like(x),
             "full_like": lambda x: x + torch.full_like(x, 0.5),
+            "ones_like a number": lambda x: x * (torch.ones_like(x.mean()) + x.sum().sin()),
             "new_zeros": lambda x: torch.maximum(x, x.new_zeros(6)),
             "new_ones": lambda x: x + x.new_ones(6),
             "empty": lambda x: torch.where(x == x, x, torch.empty(x.shape)),

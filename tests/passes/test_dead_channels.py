@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.program import Program, capture
+from fxprune.rules import RULES, STRICT, OpRule
 from fxprune.testing import check_rewrite
 from tests.conftest import Golden, randomise
 
@@ -428,3 +429,77 @@ def test_where_a_row_is_a_sample_of_any_map_nothing_is_assumed(name: str) -> Non
     assert torch.allclose(before.run(), expected, rtol=1e-12)
     assert at(before, "conv").out_channels == 13
     assert not [node for node in before.graph.nodes if node.target is torch._assert]
+
+
+class AmongSamples(nn.Module):
+    """Groups of channels that stand among the samples for a while, and a scale for each."""
+
+    def __init__(self, inside: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.act, self.inside = nn.Conv2d(3, 8, 3), nn.ReLU(), inside
+        self.scale, self.head = nn.Parameter(torch.randn(1, 4, 1, 1)), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        b, c, h, w = x.shape
+        groups = x.view(b * 4, -1, h, w)
+        score = self.inside(groups, b).view(b, 4, h, w) * self.scale
+        return self.head((groups * score.view(b * 4, 1, h, w).sigmoid()).view(b, c, h, w))
+
+
+GROUPS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "sizes": lambda x, b: x.sum(1).view(b * 4, -1).sin(),
+    "of itself": lambda x, b: x.sum(1).view(x.size(0), -1).sin(),
+    "of both": lambda x, b: x.sum(1).view(x.shape[0] * x.shape[2], x.shape[3]).cos(),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_among_the_samples_follow_at_every_batch(name: str) -> None:
+    before = program(AmongSamples(GROUPS[name]), 2, 3, 6, 6)
+    silent(at(before, "conv"), 2, 3, 6, 7)
+    inputs = [torch.randn(b, 3, s, s, dtype=torch.float64) for b in (1, 2, 5) for s in (6, 9)]
+    expected = [before.module(x) for x in inputs]
+    eliminate_dead_channels(before)
+    before.check()
+    for x, known in zip(inputs, expected, strict=True):
+        assert torch.allclose(before.module(x), known, rtol=1e-12)
+    assert at(before, "conv").out_channels == (4 if name == "sizes" else 8)
+
+
+def test_a_shape_of_a_cut_map_that_a_model_multiplies_follows_maps_of_any_size() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            b, c, h, w = x.shape
+            return self.head(x.view(b, c * h * w).relu().view(b, c, h, w))
+
+    before = program(Flat(), 2, 3, 6, 6)
+    unread(at(before, "head"), 1, 4, 5)
+    inputs = [torch.randn(b, 3, s, s + 1, dtype=torch.float64) for b in (1, 2, 5) for s in (6, 9)]
+    expected = [before.module(x) for x in inputs]
+    eliminate_dead_channels(before)
+    before.check()
+    assert at(before, "conv").out_channels == 5
+    for x, known in zip(inputs, expected, strict=True):
+        assert torch.allclose(before.module(x), known, rtol=1e-12)
+
+
+def test_what_goes_wrong_in_a_rule_is_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(call: Any) -> Any:
+        raise KeyError("nobody thought of this")
+
+    before = program(Read(lambda x: x.softmax(1)), 2, 3, 6, 6)
+    unread(at(before, "head"), *range(16))
+    rule = RULES["softmax"]
+    monkeypatch.setitem(RULES, "softmax", OpRule(rule.name, broken))
+    with pytest.raises(KeyError):
+        eliminate_dead_channels(before)
+    STRICT.set(False)
+    assert eliminate_dead_channels(before) == []
+    (reason,) = before.barriers.values()
+    assert "a bug in fxprune: KeyError" in reason
