@@ -1,10 +1,12 @@
-"""Activations written out as products: x·σ(1.7x), ½x·(1 + tanh(…)), a·σ(b).
+"""Activations written out as products: x·σ(1.7x), ½x·(1 + tanh(…)), a·σ(b), a·b of two halves.
 
 None of their operators is an activation with f(0) = 0, and yet their product is what a width gate
-would multiply.
+would multiply. Two halves of one tensor multiply to the only nonlinearity of some nets (the simple
+gate of NAFNet, Chen et al. 2022).
 """
 
-from collections.abc import Collection
+import operator
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx, nn
@@ -23,6 +25,8 @@ def is_handwritten(
 ) -> bool:
     """Tell whether a node multiplies two tensors of one shape, one of them bent by an activation.
 
+    Or both parts of one tensor, as it was split.
+
     known: activations that can be gated themselves; as a factor one gates the product.
     """
     if rule_name(node, _module(node, modules)) != "product" or len(node.all_input_nodes) != 2:
@@ -32,7 +36,21 @@ def is_handwritten(
         return False
     if any(factor in known or factor.op == "get_attr" for factor in node.all_input_nodes):
         return False
-    return any(_is_bent(factor, modules) for factor in node.all_input_nodes)
+    return _are_parts(node.all_input_nodes, modules) or any(
+        _is_bent(factor, modules) for factor in node.all_input_nodes
+    )
+
+
+def _are_parts(factors: Sequence[fx.Node], modules: dict[str, nn.Module]) -> bool:
+    """Tell whether factors were picked from what one tensor was split into."""
+    sources = {factor.args[0] for factor in factors if factor.target is operator.getitem}
+    return len(sources) == 1 and all(
+        factor.target is operator.getitem
+        and isinstance(source, fx.Node)
+        and rule_name(source, _module(source, modules)) == "parts"
+        for factor in factors
+        for source in sources
+    )
 
 
 def _is_bent(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -23,6 +23,11 @@ def gated_unit(x: Tensor) -> Tensor:
     return a * torch.sigmoid(b)
 
 
+def simple_gate(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=1)
+    return a * b
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu of tanh": gelu,
@@ -30,6 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish, in place": lambda x: x.mul(x.sigmoid()),
     "hard swish": lambda x: x * F.hardsigmoid(x),
     "gated unit": gated_unit,
+    "simple gate": simple_gate,
 }
 
 
@@ -37,7 +43,7 @@ class Network(nn.Module):
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.activation = activation
-        inner = 24 if activation is gated_unit else 12
+        inner = 24 if activation in (gated_unit, simple_gate) else 12
         self.conv, self.norm = nn.Conv2d(3, inner, 3, padding=1), nn.BatchNorm2d(inner)
         self.last = nn.Conv2d(12, 4, 3, padding=1)
 
@@ -71,4 +77,13 @@ def test_attention_over_channels_is_no_activation() -> None:
         return F.relu(x) * x.mean((2, 3), keepdim=True).sigmoid()
 
     gated: Any = fxprune.instrument(Network(attended), torch.randn(2, 3, 7, 7))
+    assert [site.name for site in gated.gates.width_sites] == ["relu"]
+
+
+def test_a_product_of_other_tensors_is_no_activation() -> None:
+    def multiplied(x: Tensor) -> Tensor:
+        parts = torch.relu(x).chunk(2, 1)
+        return torch.cat([parts[0] * x.chunk(2, 1)[0], parts[1]], 1)
+
+    gated: Any = fxprune.instrument(Network(multiplied), torch.randn(2, 3, 7, 7))
     assert [site.name for site in gated.gates.width_sites] == ["relu"]
