@@ -43,13 +43,11 @@ def is_handwritten(
 
 def _are_parts(factors: Sequence[fx.Node], modules: dict[str, nn.Module]) -> bool:
     """Tell whether factors were picked from what one tensor was split into."""
-    sources = {factor.args[0] for factor in factors if factor.target is operator.getitem}
+    if any(factor.target is not operator.getitem for factor in factors):
+        return False
+    sources = {source for factor in factors for source in factor.all_input_nodes}
     return len(sources) == 1 and all(
-        factor.target is operator.getitem
-        and isinstance(source, fx.Node)
-        and rule_name(source, _module(source, modules)) == "parts"
-        for factor in factors
-        for source in sources
+        rule_name(source, _module(source, modules)) == "parts" for source in sources
     )
 
 

@@ -129,11 +129,11 @@ def with_sizes(
 
 
 def frozen_size(call: Call, cut: Cut, value: Value, axis: int) -> Literal | None:
-    """Freeze the size of an axis that shrinks at what it was; that of channels it must be."""
+    """Freeze the size of an axis that shrinks at what it was; no samples may be counted in it."""
     if not cut.shrinks(value, axis):
         return None
-    if not counts_channels(value.tags, axis % len(value.shape)):
-        raise Barrier("it asks how many channels, and samples or places, an axis holds")
+    if axis % len(value.shape) == 0 and not counts_channels(value.tags, 0):
+        raise Barrier("it asks how many samples, and channels, an axis holds")
     return Literal(call.spec)
 
 
