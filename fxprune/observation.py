@@ -64,9 +64,10 @@ class Observation:
 
     def drop_dead_code(self, graph: fx.Graph) -> None:
         """Erase what nobody reads, but for what writes into memory, draws numbers or asserts."""
-        graph.eliminate_dead_code(
-            lambda node: node in self.mutated or node in self.draws or node.is_impure()
-        )
+        for node in reversed(graph.nodes):
+            needed = node.users or node.op in ("placeholder", "output")
+            if not (needed or node in self.mutated or node in self.draws or node.is_impure()):
+                graph.erase_node(node)
 
     @cached_property
     def _written(self) -> set[fx.Node]:

@@ -46,5 +46,6 @@ def _owner(node: fx.Node, called: set[str]) -> str | None:
             return None
         owners.add(owner)
     owner = owners.pop() if len(owners) == 1 else ""
-    inside = any(f"{owner}.".startswith(f"{path}.") for path in called)
+    parts = owner.split(".")
+    inside = any(".".join(parts[:depth]) in called for depth in range(1, len(parts) + 1))
     return None if not owner or inside else owner
