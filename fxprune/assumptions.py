@@ -75,6 +75,11 @@ class Askable(fx.Proxy):
             return NotImplemented
         return self.tracer.create_proxy("call_function", math.prod, args, {})
 
+    def __deepcopy__(self, _: Any) -> Any:
+        """Copy what a model copies; of one that a copied module holds there is nothing to copy."""
+        copied = not self.tracer.answering and issubclass(self.tracer.class_of(self), Tensor)
+        return self.tracer.create_proxy("call_method", "clone", (self,), {}) if copied else self
+
     def __getattr__(self, k: str) -> Attribute:
         return AskableAttribute(self, k)
 
@@ -127,10 +132,18 @@ class AskableAttribute(Askable, Attribute):
 
 
 class AskableNumber(Askable):
-    """A traced number that a dict may be asked for, which then asks whether it is that key."""
+    """A traced number that Python takes for one.
+
+    A dict may be asked for it, which then asks whether it is that key; a list repeated.
+    """
 
     def __hash__(self) -> int:
         return hash(self.tracer.example(self))
+
+    def __rmul__(self, other: Any) -> Any:
+        if isinstance(other, (list, tuple, str)):
+            return other * operator.index(self)
+        return self.tracer.create_proxy("call_function", operator.mul, (other, self), {})
 
 
 class AskedTracer(fx.Tracer):
@@ -174,6 +187,10 @@ class AskedTracer(fx.Tracer):
         """Return `int` of a traced number, which no question needs to be asked for."""
         is_whole = type(self.example(obj)) is int
         return AskableNumber(obj.node if is_whole else self._call(int, obj).node, self)
+
+    def first_size(self, tensor: fx.Proxy) -> fx.Proxy:
+        """Return `len` of a traced tensor."""
+        return AskableNumber(self.create_proxy("call_method", "size", (tensor, 0), {}).node, self)
 
     def example(self, obj: fx.Proxy) -> Any:
         """Return what a value is on the example inputs, and note nothing; of a tensor its form."""

@@ -1,6 +1,6 @@
-"""`int(…)` of a number that is computed from sizes stays in the graph, as the number it is there.
+"""`int(…)` of what is computed from sizes, and `len(…)` of a tensor, stay numbers of the graph.
 
-    b = int(windows.shape[0] / (h * w / size / size))        side = int(n ** 0.5)
+    b = int(windows.shape[0] / (h * w / size / size))        side = int(n ** 0.5)        b = len(x)
 
 Python lets an object only say which int it is, and what came of that would hold for the example's
 batch alone. So modules that call `int` get one of theirs while they are traced; those that do
@@ -17,7 +17,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.proxy import TraceError as FxTraceError
 
 _DEFINED = (type, FunctionType, type(functools.lru_cache(int)))
@@ -27,19 +27,27 @@ _known: WeakKeyDictionary[ModuleType, bool] = WeakKeyDictionary()
 
 @contextmanager
 def kept_whole(modules: Sequence[ModuleType], tracer: Any) -> Generator[None]:
-    """Let modules' `int` be an operator of the graph where it is given a traced number.
+    """Let modules' `int` and `len` be operators of the graph where they are given traced values.
 
     tracer: says what a traced number is; while it is `answering` values are what they are.
     """
+
+    def length(value: Any) -> Any:
+        traced = issubclass(type(value), fx.Proxy) and not tracer.answering
+        of_tensor = traced and issubclass(tracer.class_of(value), Tensor)
+        return tracer.first_size(value) if of_tensor else builtins.len(value)
+
     whole = _Whole("int", (), {"tracer": tracer})
-    users = [vars(one) for one in modules if "int" not in vars(one) and _calls_int(one)]
-    for names in users:
-        names["int"] = whole
+    users = [(vars(one), "int", whole) for one in modules if _calls_int(one)]
+    users += [(vars(one), "len", length) for one in modules]
+    users = [(names, name, ours) for names, name, ours in users if name not in names]
+    for names, name, ours in users:
+        names[name] = ours
     try:
         yield
     finally:
-        for names in users:
-            del names["int"]
+        for names, name, _ in users:
+            del names[name]
 
 
 class _Whole(type):

@@ -1,6 +1,7 @@
 """Write a shape that was put together as a tuple as the sizes it is made of.
 
     x.view(y.shape[:-1] + (8, 3))  →  x.view((y.shape[0], y.shape[1], 8, 3))
+    x.view(*y.shape[:2], 24)       →  x.view(y.shape[0], y.shape[1], 24)
 
 so that a size can follow when channels go, each by itself.
 """
@@ -22,6 +23,9 @@ def unpack_sizes(program: Program) -> list[Change]:
     seen = observe(program)
     changes: list[Change] = []
     for node in list(program.graph.nodes):
+        if _ask_itself(node, seen):
+            changes.append(Change(node.name, "is asked of the tensor itself"))
+            continue
         place = _computed_shape(node)
         sizes = None if place is None else _sizes(node, place, seen)
         if sizes is None:
@@ -31,6 +35,34 @@ def unpack_sizes(program: Program) -> list[Change]:
     if changes:
         seen.drop_dead_code(program.graph)
     return changes
+
+
+def _ask_itself(node: fx.Node, seen: Observation) -> bool:
+    """Let what is asked of a part of a shape be asked of the shape; tell whether it was."""
+    part: Any = node.args[0] if node.args else None
+    if not isinstance(part, fx.Node) or part.target is not operator.getitem:
+        return False
+    if not isinstance(part.args[1], slice):
+        return False
+    sizes = _parts(part, seen)
+    if sizes is None or not all(isinstance(one, tuple) for one in sizes):
+        return False
+    if node.target is operator.getitem and isinstance(node.args[1], int):
+        node.args = sizes[node.args[1]]
+        return True
+    whole = sizes[0][0] if sizes else None
+    return node.target is len and whole is not None and _compare_ranks(node, whole, seen)
+
+
+def _compare_ranks(length: fx.Node, shape: fx.Node, seen: Observation) -> bool:
+    """Compare a rank where the length of a part of the shape was; tell whether nothing else did."""
+    if not all(user.target is operator.eq and user.args[0] is length for user in length.users):
+        return False
+    rank = len(seen.values[shape])
+    for user in list(length.users):
+        user.args = (length, rank)
+    length.args, seen.values[length] = (shape,), rank
+    return True
 
 
 def _computed_shape(node: fx.Node) -> fx.Node | None:

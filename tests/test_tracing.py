@@ -791,3 +791,24 @@ def test_asking_what_a_part_gives_leaves_nothing_where_models_gather() -> None:
         GATHERED.reset(token)
     assert gathered and {type(tensor) for tensor in gathered} == {Tensor}
     assert close_half(gated) == 3
+
+
+def test_a_copy_of_a_traced_tensor_is_a_tensor_of_its_own(recwarn: pytest.WarningsRecorder) -> None:
+    class Copies(nn.Module):
+        """It also keeps what it computed, as detectors keep the sizes of their maps."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.kept = nn.Conv2d(3, 4, 3), [torch.zeros(1)]
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            self.kept[0] = x
+            other = copy.deepcopy(x.detach()).relu_()
+            return self.head(x.tanh() + other) if x.shape[1] == 4 else other
+
+    model, x = Copies(), torch.randn(2, 3, 6, 6)
+    gated = fxprune.instrument(model, x)
+    assert torch.equal(gated(x), model(x))
+    assert not recwarn.list

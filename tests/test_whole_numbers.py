@@ -51,12 +51,18 @@ def of_an_int(_: Any, x: Tensor) -> Tensor:
     return x[:, :, : int(x.shape[2]) // 2].sum((2, 3)) / int("3") / int(3.9)
 
 
-@pytest.mark.parametrize("layout", [windows, side, halved, of_an_int])
+def length(_: Any, x: Tensor) -> Tensor:
+    samples = len(x)
+    scale = 0.5 * len(x) if len("ab") == 2 and len(x[0]) == 8 else 0
+    return x.reshape(samples, 8, -1).mean(2) * scale
+
+
+@pytest.mark.parametrize("layout", [windows, side, halved, of_an_int, length])
 def test_a_number_that_int_makes_follows_the_input(layout: Any) -> None:
     torch.manual_seed(0)
     model = Between(layout)
     gated = fxprune.instrument(model, torch.randn(2, 3, 8, 8))
-    assert gated.report.assumptions == []
+    assert len(gated.report.assumptions) == (layout is length)  # as many channels as there are
     for shape in ((2, 3, 8, 8), (5, 3, 8, 8), (1, 3, 16, 16), (3, 3, 12, 12)):
         x = torch.randn(*shape)
         assert torch.equal(gated(x), model(x))
@@ -81,6 +87,22 @@ def test_python_that_needs_the_number_has_it_and_the_trace_says_so() -> None:
     }
     with pytest.raises(AssertionError, match="this model assumes"):
         gated(torch.randn(2, 3, 12, 8))
+
+
+def test_a_list_is_as_long_as_the_example() -> None:
+    torch.manual_seed(0)
+
+    def one_by_one(_: Any, x: Tensor) -> Tensor:
+        rows = [None] * len(x)
+        for place in range(len(x)):
+            rows[place] = x[place].mean((1, 2))  # type: ignore[call-overload]
+        return torch.stack(rows)  # type: ignore[arg-type]
+
+    model, x = Between(one_by_one), torch.randn(2, 3, 8, 8)
+    gated = fxprune.instrument(model, x)
+    assert torch.equal(gated(x), model(x))
+    (assumed,) = gated.report.assumptions
+    assert "relu.size(0) == 2" in assumed.what
 
 
 def test_an_int_of_data_is_no_number_of_sizes() -> None:

@@ -22,6 +22,10 @@ SPELLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "keyword": lambda x, n: x.reshape(shape=x.shape[:-1] + (n,)),
     "expand": lambda x, n: x.expand(x.shape[:-1] + (n,)),
     "split": lambda x, n: x.view(x.shape[:-1] + (2, n // 2)).flatten(2),
+    "a star": lambda x, n: x.view(*x.shape[:2], n),
+    "a list": lambda x, n: x.reshape([*x.size()[:-1], n]),
+    "a star of the last": lambda x, n: x.view(-1, *x.shape[1:]),
+    "unpacked": lambda x, n: x.view(x.shape[0], *x.shape[1:][:2]),
 }
 
 
