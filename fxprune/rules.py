@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.custom_functions import forward_of
 from fxprune.cuts import Arguments, Cut, Literal
 from fxprune.errors import one_line
 from fxprune.kinds import PASSES
@@ -175,6 +177,11 @@ class OpRule:
 
 
 RULES: dict[Hashable, OpRule] = {}
+# The rule of modules with a backward of their own that are activations.
+POINTWISE = "a function of numbers"
+_OF_NUMBERS = ("elementwise", "product", "cast")
+_EXCLUDED = ("rrelu", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "pow")))
+_pointwise: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 # Whether what goes wrong in a rule is raised, as our own tests want it.
 STRICT = ContextVar("STRICT", default=False)
 
@@ -194,7 +201,31 @@ def key_of(node: fx.Node, module: nn.Module | None) -> Hashable:
     """Return what a node's rule is registered under: its operator, or the full name of it."""
     operator: Any = type(module) if node.op == "call_module" else node.target
     name = f"{getattr(operator, '__module__', '')}.{getattr(operator, '__qualname__', '')}"
+    if module is not None and node.meta.get("leaf_because") and operator not in RULES:
+        takes_one = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+        return POINTWISE if takes_one and _is_pointwise(module) else operator
     return name if name in RULES else operator
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    """Tell whether a module that was kept whole applies a function of numbers to each number."""
+    if module not in _pointwise:
+        graphs = forward_of(module)
+        _pointwise[module] = graphs is not None and all(map(_applies_numbers, graphs))
+    return _pointwise[module]
+
+
+def _applies_numbers(graph: fx.Graph) -> bool:
+    """Tell whether a graph is made of operators that look at one place, and overwrite none."""
+    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    names = [getattr(node.target, "__name__", str(node.target)) for node in calls]
+    if any(
+        name.endswith("_") or name in _EXCLUDED or "inplace" in one.kwargs
+        for name, one in zip(names, calls, strict=True)
+    ):
+        return False
+    (result,) = next(iter(reversed(graph.nodes))).args
+    return result in calls and all(rule_name(node, None) in _OF_NUMBERS for node in calls)
 
 
 def rule_name(node: fx.Node, module: nn.Module | None) -> str:

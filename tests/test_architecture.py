@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gates",),
     ("inputs",),
     ("modules", "joint_terms", "cases"),
-    ("size_memos",),
+    ("size_memos", "custom_functions"),
     ("computed_layers", "naming"),
     ("plain_weights",),
     ("dispatch", "gated_reads"),

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from fxprune.randomness import drawing_alike
-from fxprune.rules import CPU, Call, Flow, OpRule, Read, execute, key_of, register
+from fxprune.rules import CPU, POINTWISE, Call, Flow, OpRule, Read, execute, key_of, register
 from fxprune.tags import FIXED, align, varying_axes
 from fxprune.values import Barrier, State, Value, as_value, broadcast_to, flatten, unknown, zeros_of
 
@@ -266,7 +266,7 @@ PRODUCTS = ("mul", "multiply")
 
 NONLINEARITIES = frozenset(
     {
-        *(nn.PReLU, F.prelu, torch.prelu, "prelu", *ACTIVATION_MODULES),
+        *(nn.PReLU, F.prelu, torch.prelu, "prelu", POINTWISE, *ACTIVATION_MODULES),
         *(f for space in (torch, F) for f in _functions(space, *ACTIVATIONS, *CLAMPS)),
         *(n for name in (*ACTIVATIONS, *CLAMPS) for n in (name, name + "_") if hasattr(Tensor, n)),
     }
@@ -295,7 +295,7 @@ _PRELUS = (nn.PReLU, F.prelu, torch.prelu, "prelu")
 _tensor_names = {name for name in (*UNARY, *ACTIVATIONS, *BINARY, *COMPARISONS, *TERNARY)}
 register(
     OpRule("elementwise", elementwise_flow),
-    *ACTIVATION_MODULES,
+    *(POINTWISE, *ACTIVATION_MODULES),
     *dict.fromkeys(
         [
             *_functions(torch, *_tensor_names),
