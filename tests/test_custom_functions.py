@@ -22,8 +22,8 @@ class Swish(torch.autograd.Function):
         return x * torch.sigmoid(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 3 * grad * ctx.saved_tensors[0].sigmoid()
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 3 * grads[0] * ctx.saved_tensors[0].sigmoid()
 
 
 class NewStyle(torch.autograd.Function):
@@ -38,8 +38,8 @@ class NewStyle(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad * ctx.saved_tensors[0].cos()
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0] * ctx.saved_tensors[0].cos()
 
 
 def function(forward: Callable[[Any, Tensor], Tensor]) -> Any:
@@ -86,6 +86,7 @@ def test_an_activation_with_a_backward_of_its_own_is_gated_and_keeps_it(act: nn.
     for one in outputs:
         (one**2).sum().backward()
     for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
         assert torch.equal(gated.get_parameter(name).grad, parameter.grad)
     close_half(gated)
     small: Any = fxprune.finalize(gated.eval())
