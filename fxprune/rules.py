@@ -219,10 +219,9 @@ def _applies_numbers(graph: fx.Graph) -> bool:
     """Tell whether a graph is made of operators that look at one place, and overwrite none."""
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     names = [getattr(node.target, "__name__", str(node.target)) for node in calls]
-    if any(
-        name.endswith("_") or name in _EXCLUDED or "inplace" in one.kwargs
-        for name, one in zip(names, calls, strict=True)
-    ):
+    settings = [value for node in calls for value in (*node.args, *node.kwargs.values())]
+    overwrites = any(value is True for value in settings)  # F.relu(x, True)
+    if overwrites or any(name.endswith("_") or name in _EXCLUDED for name in names):
         return False
     (result,) = next(iter(reversed(graph.nodes))).args
     return result in calls and all(rule_name(node, None) in _OF_NUMBERS for node in calls)

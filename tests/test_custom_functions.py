@@ -98,6 +98,7 @@ OTHERS: dict[str, nn.Module] = {
     "reversed channels": Applies(function(lambda ctx, x: x.flip(1) * x)),
     "a mean": Applies(function(lambda ctx, x: x * (x - x.mean()))),
     "in place": Applies(function(lambda ctx, x: x.mul_(2).tanh())),
+    "in place, by a flag": Applies(function(lambda ctx, x: F.relu(x, True).tanh())),
     "its shape": Applies(function(lambda ctx, x: x.tanh() * x.shape[1])),
     "a parameter": Applies(Swish, scale=True),
     "another tensor": Applies(function(lambda ctx, x: x * torch.linspace(0, 1, 7))),
