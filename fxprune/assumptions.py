@@ -127,8 +127,9 @@ class AskableAttribute(Askable, Attribute):
         return super().node
 
     def __hash__(self) -> int:
-        """Let a rank be looked up in a dict, which then asks whether it is that key."""
-        return hash(self.tracer.example(self)) if self.attr == "ndim" else super().__hash__()
+        """Let a rank or dtype be looked up in a dict or set, which then asks if it is that one."""
+        asked = self.attr in ("ndim", "dtype")
+        return hash(self.tracer.example(self)) if asked else super().__hash__()
 
 
 class AskableNumber(Askable):

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.observation import TensorSpec
 from fxprune.rules import Call, Flow, OpRule, register
+from fxprune.tags import varying_axes
 from fxprune.values import Barrier, State, Value, flatten, unknown, zeros_of
 
 _NORMALISES = "it normalises over channels, where a removed one would still count"
@@ -34,11 +35,19 @@ def softmax2d_flow(call: Call) -> Flow:
 
 
 def layer_norm_flow(call: Call) -> Flow:
-    """Pass channels beside the last axes, which are normalised."""
+    """Pass channels beside the last axes, which are normalised.
+
+    Learnt tokens (queries, latents) are rows (T, C), of which none may go; that of heads, (T, H, C)
+    and more, may.
+    """
     shape: Any = call.argument(1, "normalized_shape")
     if call.module is not None:
         shape = call.module.normalized_shape
     rank = len(shape) if isinstance(shape, (tuple, list)) else 1
+    varying = varying_axes(call.value().tags)
+    first = len(call.value().shape) - rank
+    if first <= 2 and min(varying, default=first) < first <= max(varying, default=0):
+        raise Barrier(_NORMALISES)
     return _beside(call, range(-rank, 0), _NORMALISES)
 
 

@@ -596,3 +596,40 @@ def test_instance_norms_without_parameters_follow() -> None:
     assert (small.get_submodule("3").in_channels, small.get_submodule("6").in_channels) == (4, 3)
     again: Any = fxprune.finalize(small, x)
     assert error(again(x), gated(x)) < 1e-12
+
+
+class Latents(nn.Module):
+    """Learnt tokens that attend to an input, and an MLP on them (Perceiver, Jaegle et al. 2021)."""
+
+    def __init__(self, norm: type[nn.Module], heads: int) -> None:
+        super().__init__()
+        self.latents, self.heads = nn.Parameter(torch.randn(5, 8)), heads
+        self.norm, self.query, self.both = norm(8), nn.Linear(8, 8, bias=False), nn.Linear(6, 16)
+        self.out, self.second = nn.Linear(8, 8), norm(8)
+        self.inner, self.outer, self.head = nn.Linear(8, 24), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.latents.unsqueeze(0).expand(len(x), -1, -1)
+        parts = (self.query(self.norm(tokens)), *self.both(x).chunk(2, -1))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1) for t in parts)
+        scores = torch.einsum("bid,bjd->bij", q, k).softmax(-1)
+        found = torch.einsum("bij,bjd->bid", scores, v)
+        found = found.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
+        tokens = self.out(found) + tokens
+        first, second = self.inner(self.second(tokens)).chunk(2, -1)
+        return self.head(tokens + self.outer(first * F.gelu(second))).mean(1)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_what_learnt_tokens_pass_through_has_units(norm: type[nn.Module], heads: int) -> None:
+    model = randomise(Latents(norm, heads)).double().eval()
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    gated: Any = fxprune.instrument(model, x)
+    (site,) = gated.gates.width_sites
+    assert len(site.units) == 12
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    for inputs in (x, torch.randn(3, 4, 6, dtype=torch.float64)):
+        assert error(gated(inputs), small(inputs)) < 1e-12 < spread(gated(inputs))
+    assert small.outer.in_features == 6 and small.latents.shape == (5, 8)
