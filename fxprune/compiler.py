@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fxprune.assumptions import assumptions
 from fxprune.comparison import differences, output_leaves
+from fxprune.copying import require_copyable
 from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
@@ -110,6 +111,7 @@ def instrument(
     if gate_owners(model):
         raise GateError(f"{type(model).__name__} is instrumented already; finalize it first")
     inputs = inputs_for(model, example_inputs)
+    require_copyable(model, inputs)
     name = type(model).__name__
     reports: dict[str, Report] = {}
 
@@ -173,6 +175,7 @@ def finalize(
     original = gated_model(model)
     reference = with_plain_weights(original)
     inputs = inputs_for(reference, example_inputs)
+    require_copyable(original, inputs)
     parts = parts_in_evaluation(reference, inputs, check=check)
     if check and reference is not original:
         _require_plain(original, reference, inputs)
@@ -349,8 +352,15 @@ def _casts_to_float32(exact: Program) -> bool:
 def _assembled(
     verb: str, model: str, inputs: Inputs, parts: Parts, reports: dict[str, Report]
 ) -> Any:
-    """Put every part in its place, and give the model what a user asks of it."""
-    for region in parts.regions:
+    """Put every part in its place, and give the model what a user asks of it.
+
+    What was inside of a part that nobody calls any more went with it.
+    """
+    for region in list(parts.regions):
+        if not parts.holds(region.path):
+            parts.regions.remove(region)
+            del reports[region.path]
+            continue
         program, report = region.program, reports[region.path]
         assumed = assumptions(program.graph)
         report.assumptions = [Change(node.name, text) for node, text in assumed.items()]

@@ -58,6 +58,10 @@ class Parts:
         """Tell whether the whole is a program; other parts are inside of what it holds untraced."""
         return any(not region.path for region in self.regions)
 
+    def holds(self, path: str) -> bool:
+        """Tell whether the copy still has the submodule at `path`."""
+        return any(name == path for name, _ in self.root.named_modules(remove_duplicate=False))
+
     def put(self, path: str, module: nn.Module) -> None:
         """Replace a part of the copy."""
         if path:

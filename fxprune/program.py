@@ -156,12 +156,33 @@ def _run_second(model: nn.Module, inputs: Inputs) -> Any:
     """Return what a model makes of inputs once it has seen others."""
     with evaluating(model):
         with suppress(Exception):  # it may not take any others
-            run_alike(model, pytree.tree_map_only(Tensor, _another, inputs))
+            run_alike(model, pytree.tree_map_only(Tensor, another, inputs))
         return run_alike(model, inputs)
 
 
-def _another(tensor: Tensor) -> Tensor:
+def another(tensor: Tensor) -> Tensor:
+    """Return other numbers than a tensor's."""
     return tensor * 0.5 + 0.25 if tensor.is_floating_point() else tensor
+
+
+def _check_on_others(root: nn.Module, program: Program) -> None:
+    """Run model and trace on other inputs too, if both take them.
+
+    What an earlier run left where the trace found it (in a dict that hooks fill) is right for the
+    example alone.
+    """
+    others = pytree.tree_map_only(Tensor, another, (program.args, program.kwargs))
+    with evaluating(root, program.module), torch.no_grad(), without_fused_layers(), quiet():
+        try:
+            expected, actual = (run_alike(one, others) for one in (root, program.module))
+        except Exception:  # one of them may refuse what is like no example
+            return
+    if not same(expected, actual):
+        raise TraceError(
+            f"{type(root).__name__} computes something else when traced, on other inputs than the "
+            "example's: its forward reads what an earlier call left (in a dict that hooks fill, in "
+            "a global); let it pass such tensors on as values"
+        )
 
 
 def _check_faithful(root: nn.Module, program: Program) -> None:
@@ -196,6 +217,7 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
                 f"forward keeps something in self.{written[0]}; a trace forgets that, so pass what "
                 "is kept as an argument, and return it"
             )
+    _check_on_others(root, program)
     if not same(expected, actual):
         raise TraceError(
             f"{type(root).__name__} computes something else when traced (random numbers, global "

@@ -9,6 +9,7 @@ first edit; an operator that cannot follow becomes a barrier and the plan is mad
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -61,7 +62,7 @@ def eliminate_dead_channels(
         if call.module is not None:
             rule_for(node, call.module).resize(call)
     for node, answer in plan.items():
-        _apply(program, node, answer, seen)
+        _apply(program, node, _settled(answer, plan), seen)
     changes += _erase(program, cut)
     program.seen = foreseen(program, channels, cut, plan, seen)
     return changes
@@ -157,6 +158,20 @@ def _replace(module: nn.Module, names: list[str], old: Tensor, new: Tensor) -> N
     for name in names:
         owner, _, attribute = name.rpartition(".")
         setattr(submodule(module, owner), attribute, new)
+
+
+def _settled(answer: Arguments | Literal, plan: _Plan) -> Arguments | Literal:
+    """Take the part of a number that is frozen itself for a number."""
+    if isinstance(answer, Literal):
+        return answer
+
+    def settled(argument: Any) -> Any:
+        is_frozen = isinstance(argument, Scaled) and isinstance(plan.get(argument.number), Literal)
+        return argument.remaining if is_frozen else argument
+
+    args: Any = map_aggregate(answer.args, settled)
+    kwargs: Any = map_aggregate(answer.kwargs, settled)
+    return replace(answer, args=args, kwargs=kwargs)
 
 
 def _apply(program: Program, node: fx.Node, answer: Arguments | Literal, seen: Observation) -> None:

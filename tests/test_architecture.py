@@ -54,7 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("retracing",),
     ("tracing",),
     ("program",),
-    ("sharing", "out_of_place"),
+    ("sharing", "out_of_place", "copying"),
     ("observation",),
     ("affine_maps", "convolutions"),
     ("average_pools", "transposed_convolutions", "whole_maps"),

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError as FxTraceError
 
 import fxprune
-from fxprune.errors import ExampleInputError, TraceError, where
+from fxprune.errors import ExampleInputError, ModelError, TraceError, where
 from fxprune.testing import close_half, error
 from fxprune.tracing import bound_arguments, trace
 from tests.conftest import randomise
@@ -812,3 +812,58 @@ def test_a_copy_of_a_traced_tensor_is_a_tensor_of_its_own(recwarn: pytest.Warnin
     gated = fxprune.instrument(model, x)
     assert torch.equal(gated(x), model(x))
     assert not recwarn.list
+
+
+def test_what_hooks_left_from_the_last_call_is_no_part_of_a_model() -> None:
+    found: dict[str, Tensor] = {}
+
+    class Hooked(nn.Module):
+        """Reads maps that a hook keeps, as depth models do with their backbones'."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+            self.body[1].register_forward_hook(lambda m, i, out: found.update(map=out))
+            self.head = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.body(x)
+            return self.head(found["map"])
+
+    torch.manual_seed(0)
+    model, x = Hooked(), torch.randn(2, 3, 9, 9)
+    model(x)  # which leaves something
+    gated: Any = fxprune.instrument(model, x)
+    assert gated.report.passes["insert_gates"]
+    for inputs in (x, torch.randn(2, 3, 9, 9)):
+        assert torch.equal(gated(inputs), model(inputs))
+
+
+def test_a_model_whose_copy_is_another_model_is_refused() -> None:
+    class Backbone(nn.Sequential):
+        found: dict[str, Tensor]
+
+    class Depth(nn.Module):
+        """Reads maps in a dict of its backbone's that hooks of the first one fill."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Backbone(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+            found: dict[str, Tensor] = {}
+            self.body.found = found
+            self.body[1].register_forward_hook(lambda m, i, out: found.update(map=out))
+            self.register_buffer("calls", torch.zeros(1))
+            self.head = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.body(x)
+            return self.head(self.body.found["map"])
+
+    model, x = Depth().eval(), torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        model(x)  # which leaves something
+    with pytest.raises(ModelError, match="a copy of Depth computes something else"):
+        fxprune.instrument(model, x)
+    with pytest.raises(ModelError, match="a copy of Depth computes something else"):
+        fxprune.finalize(model, x)

@@ -489,6 +489,20 @@ def test_a_shape_of_a_cut_map_that_a_model_multiplies_follows_maps_of_any_size()
         assert torch.allclose(before.module(x), known, rtol=1e-12)
 
 
+def test_a_part_of_a_number_that_is_frozen_is_a_number() -> None:
+    def fields(x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        return flat.view(flat.size(0), flat.size(1)).relu()
+
+    before = program(Read(fields), 2, 3, 6, 6)
+    silent(at(before, "conv"), 1, 5)
+    expected = before.run()
+    eliminate_dead_channels(before)
+    before.check()
+    assert at(before, "conv").out_channels == 6
+    assert torch.allclose(before.run(), expected, rtol=1e-12)
+
+
 def test_what_goes_wrong_in_a_rule_is_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(call: Any) -> Any:
         raise KeyError("nobody thought of this")
