@@ -823,7 +823,7 @@ def test_what_hooks_left_from_the_last_call_is_no_part_of_a_model() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
-            self.body[1].register_forward_hook(lambda m, i, out: found.update(map=out))
+            self.body[1].register_forward_hook(lambda *call: found.update(map=call[2]))
             self.head = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -851,7 +851,7 @@ def test_a_model_whose_copy_is_another_model_is_refused() -> None:
             self.body = Backbone(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
             found: dict[str, Tensor] = {}
             self.body.found = found
-            self.body[1].register_forward_hook(lambda m, i, out: found.update(map=out))
+            self.body[1].register_forward_hook(lambda *call: found.update(map=call[2]))
             self.register_buffer("calls", torch.zeros(1))
             self.head = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
 
