@@ -171,7 +171,7 @@ class _Accountant:
 
     def _parameter(self, tensor: Tensor) -> Term:
         state = self.states.get(id(tensor))
-        if state is None:
+        if state is None or not tensor.numel():
             return Term(tensor.numel(), ())
         if state.whole is not None:
             along = _varying(self.channels.classes[state.whole])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -121,4 +122,6 @@ def _same_leaf(left: Any, right: Any) -> bool:
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, Tensor) or isinstance(right, Tensor):
         return False
+    if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
+        return type(left) is type(right) and np.array_equal(left, right)
     return bool(left == right)

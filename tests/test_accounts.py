@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -307,3 +308,20 @@ def test_units_that_died_can_be_left_out() -> None:
 def test_unknown_costs_are_refused(kind: str) -> None:
     with pytest.raises(GateError, match="take one of neurons, parameters, macs, latency"):
         Cost(1.0, kind)
+
+
+def test_a_parameter_without_numbers_costs_nothing() -> None:
+    class Continuous(nn.Module):
+        """Has no categories, and an embedding for each of none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.none = nn.Parameter(torch.zeros(0, 6))
+            self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([x, self.none.expand(0, 6)])
+            return self.down(torch.relu(self.up(x)))
+
+    gated: Any = fxprune.instrument(Continuous(), torch.randn(4, 6))
+    assert len(gated.gates.width_sites[0].units) == 10

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -705,3 +706,12 @@ def test_complex_constants_are_kept_as_they_are(buffer: bool) -> None:
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
     assert small.third.in_features == 4
+
+
+def test_arrays_of_numpy_are_compared_by_their_numbers() -> None:
+    left, right = {"boxes": np.zeros((2, 3))}, {"boxes": np.zeros((2, 3))}
+    assert same(left, right)
+    right["boxes"][1, 2] = 1
+    assert not same(left, right)
+    assert not same(left, {"boxes": torch.zeros(2, 3)})
+    assert not same(left, {"boxes": 0.0})
