@@ -50,7 +50,7 @@ def of_their_classes(root: nn.Module, tracer: Any) -> Generator[None]:
     finally:
         torch.is_tensor, torchs.isinstance = before
         for names in users:
-            del names["isinstance"]
+            names.pop("isinstance", None)  # a module may stand under two names
 
 
 def modules_of(root: nn.Module) -> list[ModuleType]:

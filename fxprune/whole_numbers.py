@@ -47,7 +47,7 @@ def kept_whole(modules: Sequence[ModuleType], tracer: Any) -> Generator[None]:
         yield
     finally:
         for names, name, _ in users:
-            del names[name]
+            names.pop(name, None)  # a module may stand under two names
 
 
 class _Whole(type):

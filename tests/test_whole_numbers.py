@@ -151,6 +151,13 @@ def test_a_module_has_its_names_again_afterwards() -> None:
     assert set(vars(here)) == before
 
 
+def test_a_module_may_stand_under_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tests.another_name_of_this", sys.modules[__name__])
+    before = set(vars(sys.modules[__name__]))
+    fxprune.instrument(Between(side), torch.randn(2, 3, 8, 8))
+    assert set(vars(sys.modules[__name__])) == before
+
+
 def test_a_tensor_that_a_forward_casts_for_itself_does_not_hide_sizes() -> None:
     class Normalises(nn.Module):
         def __init__(self) -> None:
