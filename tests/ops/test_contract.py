@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 
 from fxprune.gates import linear_gate, width_gate
 from fxprune.ops.gather import pick_channels
-from fxprune.rules import RULES
+from fxprune.rules import POINTWISE, RULES
 from fxprune.testing import check_rule
+from tests.test_custom_functions import Applies, Swish
 
 IMAGE = (3, 8, 6, 6)
 
@@ -556,6 +557,7 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
             "full": lambda x: x * torch.full(size=(x.size(1), 1, x.size(3)), fill_value=0.5),
         }.items()
     },
+    POINTWISE: (Applies(Swish), Sample()),
     "where": (Expression(lambda x, y: torch.where(x > 0, x, y)), Sample(operands=2)),
     "addcmul": (Expression(lambda x, y: torch.addcmul(x, y, y)), Sample(operands=2)),
     "cat": (Expression(lambda x, y: torch.cat([x, y], 1)), Sample(operands=2)),
