@@ -95,16 +95,17 @@ def describe(inputs: Any) -> str:
     return "(" + ", ".join(parts) + ")"
 
 
-def same(left: Any, right: Any) -> bool:
+def same(left: Any, right: Any, *, nan: bool = False) -> bool:
     """Tell whether two output structures hold bit-equal tensors in the same places.
 
-    Structures are compared by keys and positions: a dict may stand for an OrderedDict.
+    Structures are compared by keys and positions: a dict may stand for an OrderedDict. nan: NaN is
+    the same as NaN.
     """
     flat_left, flat_right = _leaves(left), _leaves(right)
     return (
         _dataclasses(left) == _dataclasses(right)
         and flat_left.keys() == flat_right.keys()
-        and all(_same_leaf(leaf, flat_right[path]) for path, leaf in flat_left.items())
+        and all(_same_leaf(leaf, flat_right[path], nan) for path, leaf in flat_left.items())
     )
 
 
@@ -117,8 +118,10 @@ def _leaves(structure: Any) -> dict[str, Any]:
     return {pytree.keystr(path): leaf for path, leaf in leaves}
 
 
-def _same_leaf(left: Any, right: Any) -> bool:
+def _same_leaf(left: Any, right: Any, nan: bool) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
+        if nan and left.dtype == right.dtype and left.shape == right.shape:
+            return bool(((left == right) | (left.isnan() & right.isnan())).all())
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, Tensor) or isinstance(right, Tensor):
         return False

@@ -177,7 +177,7 @@ def _check_on_others(root: nn.Module, program: Program) -> None:
             expected, actual = (run_alike(one, others) for one in (root, program.module))
         except Exception:  # one of them may refuse what is like no example
             return
-    if not same(expected, actual):
+    if not same(expected, actual, nan=True):
         raise TraceError(
             f"{type(root).__name__} computes something else when traced, on other inputs than the "
             "example's: its forward reads what an earlier call left (in a dict that hooks fill, in "

@@ -708,6 +708,19 @@ def test_complex_constants_are_kept_as_they_are(buffer: bool) -> None:
     assert small.third.in_features == 4
 
 
+def test_nan_is_the_same_only_if_asked_for() -> None:
+    left, right = torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.nan])
+    assert same([left], [right], nan=True) and not same([left], [right])
+    for other in (torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 2.0]), right.double()):
+        assert not same(left, other, nan=True)
+    assert same(torch.tensor([True]), torch.tensor([True]), nan=True)
+
+
+def test_a_model_that_is_nan_elsewhere_is_traced() -> None:
+    model = Model(lambda m, x: (m.layer(x) * 0 + x - 0.9).log())
+    assert captured(model, batch().abs() + 1).run().isfinite().all()
+
+
 def test_arrays_of_numpy_are_compared_by_their_numbers() -> None:
     left, right = {"boxes": np.zeros((2, 3))}, {"boxes": np.zeros((2, 3))}
     assert same(left, right)
