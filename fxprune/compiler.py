@@ -103,7 +103,8 @@ def instrument(
     outputs near the border, which the report states, so train afterwards. It also counts on half of
     the channels around such convolutions to go when it asks whether merging could pay. check: run
     model, trace and gated model on the example inputs and require the same bits (with hoist_padding
-    those of the model so changed); without it nothing but shapes is looked at.
+    those of the model so changed), model and trace on other numbers, too; without it nothing but
+    shapes is looked at. A model with forward hooks is run, once beside its copy, whatever is asked.
 
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `NothingToDoError` with the reasons
     if no gate can go anywhere. After Srinivas & Babu, BMVC 2016.
