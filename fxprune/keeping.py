@@ -40,6 +40,17 @@ class Held:
             if name not in _TORCHS and type(value) in (dict, list)
         ]
 
+    def kept(self) -> dict[str, Any]:
+        """Return the attributes that something traced was put in, which the next call may read."""
+        return {
+            name: value
+            for name, value in vars(self.module).items()
+            if value is not self.attributes.get(name, self)
+            and name not in _TORCHS
+            and not name.startswith(_MADE_BY_TRACING)
+            and _has_proxies(value)
+        }
+
     def put_back(self) -> Written:
         """Take proxies out of the module again, and say what was written."""
         written = Written()

@@ -169,20 +169,23 @@ def another(tensor: Tensor) -> Tensor:
 def _check_on_others(root: nn.Module, program: Program) -> None:
     """Run model and trace on other inputs too, if both take them.
 
-    What an earlier run left where the trace found it (in a dict that hooks fill) is right for the
-    example alone.
+    What an earlier run left where the trace found it (in a dict that hooks fill, in a module that
+    is called again) is right for the example alone. The model, whose parts the trace shares, sees
+    the example last.
     """
-    others = pytree.tree_map_only(Tensor, another, (program.args, program.kwargs))
+    example = program.args, program.kwargs
+    others = pytree.tree_map_only(Tensor, another, example)
     with evaluating(root, program.module), torch.no_grad(), without_fused_layers(), quiet():
         try:
-            expected, actual = (run_alike(one, others) for one in (root, program.module))
+            expected, _ = (run_alike(root, case) for case in (others, example))
+            actual = run_alike(program.module, others)
         except Exception:  # one of them may refuse what is like no example
             return
     if not same(expected, actual, nan=True):
         raise TraceError(
             f"{type(root).__name__} computes something else when traced, on other inputs than the "
             "example's: its forward reads what an earlier call left (in a dict that hooks fill, in "
-            "a global); let it pass such tensors on as values"
+            "a global, in a module that is called again); let it pass such tensors on as values"
         )
 
 

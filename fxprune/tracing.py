@@ -79,6 +79,7 @@ class ModelTracer(AskedTracer):
         self.masked: set[str] = set()
         self.evaluation_only = False
         self._parameter_proxies: dict[str, fx.Proxy] = {}
+        self.keeping: list[Held] = []
 
     def create_args_for_root(
         self,
@@ -194,7 +195,7 @@ class ModelTracer(AskedTracer):
         if self.answering or self._is_made_on_the_way(m):
             return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
-        path, held = self.path_of_module(m), Held(m)
+        path, held, mark = self.path_of_module(m), Held(m), len(self.keeping)
         generators = Generators() if self.watching else None
         if isinstance(m, nn.TransformerEncoder) and _has_masks(args, kwargs):
             self.masked.add(path)
@@ -206,12 +207,17 @@ class ModelTracer(AskedTracer):
             if has_hooks(m) and not is_leaf:
                 raise TraceError(_HOOKED)
             result = super().call_module(m, forward, args, kwargs)
+            kept = held.kept()
             self.note(held.put_back(), path)
+            if kept:  # in evaluation as in training a module may be called again, and read it
+                vars(m).update(kept)
+                self.keeping.append(held)
             _require_drawn_nothing(generators)
             passes = self._last_node() is last and len(args) == 1 and result is args[0]
             self.passes[path] = passes and self.passes.get(path, True)
             return result
         except Exception as error:
+            self.put_back(mark)
             held.put_back()
             if generators is not None:
                 generators.put_back()
@@ -220,6 +226,11 @@ class ModelTracer(AskedTracer):
                 self.module_stack.popitem()
             self._erase_after(last)
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def put_back(self, mark: int = 0) -> None:
+        """Take what is traced out of the modules that have kept it, since there were `mark`."""
+        while len(self.keeping) > mark:
+            self.keeping.pop().put_back()
 
     def _is_made_on_the_way(self, m: nn.Module) -> bool:
         """Tell whether a forward made a module, of the model's own parts or of none."""
@@ -462,6 +473,7 @@ def _traced(
         ):
             graph = tracer.trace(root)
     finally:
+        tracer.put_back()
         written = held.put_back()
     tracer.note(written)
     return tracer, graph

@@ -867,3 +867,36 @@ def test_a_model_whose_copy_is_another_model_is_refused() -> None:
         fxprune.instrument(model, x)
     with pytest.raises(ModelError, match="a copy of Depth computes something else"):
         fxprune.finalize(model, x)
+
+
+def test_what_a_module_keeps_from_one_call_to_the_next_is_not_the_examples() -> None:
+    class Reversible(nn.Module):
+        """Takes a mean away, and adds it again (RevIN, Kim et al. 2022)."""
+
+        def forward(self, x: Tensor, mode: str) -> Tensor:
+            if mode == "norm":
+                self.mean = x.mean(1, keepdim=True)
+                return x - self.mean
+            return x + self.mean
+
+    class Forecast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = Reversible()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x, "norm")
+            return self.norm(self.down(torch.relu(self.up(x))), "denorm")
+
+    torch.manual_seed(0)
+    model, x = Forecast().eval(), torch.randn(2, 5, 6)
+    model(x)
+    gated: Any = fxprune.instrument(model, x)
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    for inputs in (torch.randn(2, 5, 6), torch.randn(3, 7, 6) + 4):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(gated.get_parameter(name), parameter)
+        assert (gated(inputs) - small(inputs)).abs().max() < 1e-5
+        assert (gated(inputs).mean() - inputs.mean()).abs() < 1
