@@ -58,7 +58,7 @@ def bound_axes(call: Call, cut: Cut, answer: Arguments) -> tuple[int, ...]:
     found = cut.indices(call.value())
     if found is None or -1 not in sizes or any(axis for one in computed for _, axis in one.sizes):
         return ()
-    axes = range(1 if computed else 0, len(call.value().shape))
+    axes = range(1, len(call.value().shape))  # more samples are more rows alike
     return tuple(a for a in axes if a != found[0] and not _follows_growth(call, found, answer, a))
 
 

@@ -489,6 +489,26 @@ def test_a_shape_of_a_cut_map_that_a_model_multiplies_follows_maps_of_any_size()
         assert torch.allclose(before.module(x), known, rtol=1e-12)
 
 
+def test_rows_of_several_samples_are_refused_nowhere() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 6), nn.Linear(24, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).relu().view(3, -1))
+
+    before = program(Pairs(), 3, 4, 6)
+    silent(at(before, "up"), 1, 4)
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4, 6), (6, 2, 6))]
+    expected = [before.module(x) for x in inputs]
+    eliminate_dead_channels(before)
+    before.check()
+    assert at(before, "up").out_features == 4
+    for x, known in zip(inputs, expected, strict=True):
+        assert torch.allclose(before.module(x), known, rtol=1e-12)
+
+
 def test_a_part_of_a_number_that_is_frozen_is_a_number() -> None:
     def fields(x: Tensor) -> Tensor:
         flat = x.flatten(1)
