@@ -8,7 +8,7 @@ get an `isinstance` of theirs while they are traced.
 
 import builtins
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 
 @contextmanager
-def of_their_classes(root: nn.Module, tracer: Any) -> Generator[None]:
-    """Let the code of the packages that `root` is made of see what traced values will be.
+def of_their_classes(modules: Sequence[ModuleType], tracer: Any) -> Generator[None]:
+    """Let the code of the modules that a model is made of see what traced values will be.
 
     tracer: says of what class a value is; while it is `answering` values are what they are.
     """
@@ -39,7 +39,7 @@ def of_their_classes(root: nn.Module, tracer: Any) -> Generator[None]:
         traced = issubclass(type(value), fx.Proxy)
         return is_instance(value, kinds) if traced else before[1](value, kinds)
 
-    users = [vars(one) for one in modules_of(root) if "isinstance" not in vars(one)]
+    users = [vars(one) for one in modules if "isinstance" not in vars(one)]
     torchs: Any = torch.jit
     before: tuple[Any, Any] = (torch.is_tensor, torchs.isinstance)
     torch.is_tensor, torchs.isinstance = is_tensor, is_scripted_instance

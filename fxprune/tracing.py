@@ -461,14 +461,15 @@ def _traced(
     teach_einops()
     tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
     tracer.watching = watching
+    users = modules_of(root)
     try:
         with (
             torch.enable_grad(),
             without_fused_layers(),
             tracer.refusing_autocast(),
             sliced_by_name(root, tracer),
-            of_their_classes(root, tracer),
-            kept_whole(modules_of(root), tracer),
+            of_their_classes(users, tracer),
+            kept_whole(users, tracer),
             inlined(tracer),
         ):
             graph = tracer.trace(root)

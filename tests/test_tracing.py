@@ -893,6 +893,8 @@ def test_what_a_module_keeps_from_one_call_to_the_next_is_not_the_examples() -> 
     model, x = Forecast().eval(), torch.randn(2, 5, 6)
     model(x)
     gated: Any = fxprune.instrument(model, x)
+    for inputs in (torch.randn(2, 5, 6), torch.randn(3, 7, 6) + 4):
+        assert torch.equal(gated(inputs), model(inputs))
     close_half(gated)
     small: Any = fxprune.finalize(gated)
     for inputs in (torch.randn(2, 5, 6), torch.randn(3, 7, 6) + 4):

@@ -431,6 +431,15 @@ def test_where_a_row_is_a_sample_of_any_map_nothing_is_assumed(name: str) -> Non
     assert not [node for node in before.graph.nodes if node.target is torch._assert]
 
 
+def require_equal_on(inputs: list[Tensor], before: Program) -> None:
+    """Remove the dead channels; the outputs stay what they were on every input."""
+    expected = [before.module(x) for x in inputs]
+    eliminate_dead_channels(before)
+    before.check()
+    for x, known in zip(inputs, expected, strict=True):
+        assert torch.allclose(before.module(x), known, rtol=1e-12)
+
+
 class AmongSamples(nn.Module):
     """Groups of channels that stand among the samples for a while, and a scale for each."""
 
@@ -459,11 +468,7 @@ def test_groups_among_the_samples_follow_at_every_batch(name: str) -> None:
     before = program(AmongSamples(GROUPS[name]), 2, 3, 6, 6)
     silent(at(before, "conv"), 2, 3, 6, 7)
     inputs = [torch.randn(b, 3, s, s, dtype=torch.float64) for b in (1, 2, 5) for s in (6, 9)]
-    expected = [before.module(x) for x in inputs]
-    eliminate_dead_channels(before)
-    before.check()
-    for x, known in zip(inputs, expected, strict=True):
-        assert torch.allclose(before.module(x), known, rtol=1e-12)
+    require_equal_on(inputs, before)
     assert at(before, "conv").out_channels == (4 if name == "sizes" else 8)
 
 
@@ -481,12 +486,8 @@ def test_a_shape_of_a_cut_map_that_a_model_multiplies_follows_maps_of_any_size()
     before = program(Flat(), 2, 3, 6, 6)
     unread(at(before, "head"), 1, 4, 5)
     inputs = [torch.randn(b, 3, s, s + 1, dtype=torch.float64) for b in (1, 2, 5) for s in (6, 9)]
-    expected = [before.module(x) for x in inputs]
-    eliminate_dead_channels(before)
-    before.check()
+    require_equal_on(inputs, before)
     assert at(before, "conv").out_channels == 5
-    for x, known in zip(inputs, expected, strict=True):
-        assert torch.allclose(before.module(x), known, rtol=1e-12)
 
 
 def test_rows_of_several_samples_are_refused_nowhere() -> None:
@@ -501,12 +502,8 @@ def test_rows_of_several_samples_are_refused_nowhere() -> None:
     before = program(Pairs(), 3, 4, 6)
     silent(at(before, "up"), 1, 4)
     inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4, 6), (6, 2, 6))]
-    expected = [before.module(x) for x in inputs]
-    eliminate_dead_channels(before)
-    before.check()
+    require_equal_on(inputs, before)
     assert at(before, "up").out_features == 4
-    for x, known in zip(inputs, expected, strict=True):
-        assert torch.allclose(before.module(x), known, rtol=1e-12)
 
 
 def test_a_part_of_a_number_that_is_frozen_is_a_number() -> None:
