@@ -22,9 +22,15 @@ def require_copyable(model: nn.Module, inputs: Inputs) -> None:
     """
     if not any(map(is_hooked, model.modules())):
         return
-    twin = copy_model(model)
     held = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    given = to_device(inputs, device_of(model))
+    try:
+        _require_same(model, copy_model(model), to_device(inputs, device_of(model)))
+    finally:
+        for buffer, before in held:
+            buffer.copy_(before)
+
+
+def _require_same(model: nn.Module, twin: nn.Module, given: Inputs) -> None:
     cases = (given, pytree.tree_map_only(torch.Tensor, another, given))
     with evaluating(model, twin), torch.no_grad(), quiet():
         for case in cases:
@@ -38,5 +44,3 @@ def require_copyable(model: nn.Module, inputs: Inputs) -> None:
                     "into what is no part of it (a dict of their own); let them keep what they "
                     "find in an attribute of the module they are called with, or return it"
                 )
-    for buffer, before in held:
-        buffer.copy_(before)

@@ -39,8 +39,10 @@ def _makes_size(node: fx.Node, called: Any, axis: int, seen: Observation) -> boo
     """Tell whether an operator gives all its outputs one size along an axis."""
     target: Any = type(called) if called is not None else node.target
     if "adaptive" in getattr(target, "__name__", "").lower():
-        sizes = called.output_size if called is not None else node.args[1:2]
-        return _rank(node, seen) > axis > 1 and None not in _flat(sizes)
+        given = node.args[1:2] or node.kwargs.get("output_size", ())
+        sizes = _flat(given if called is None else called.output_size)
+        written = bool(sizes) and all(isinstance(one, int) for one in sizes)  # not computed
+        return _rank(node, seen) > axis > 1 and written
     if target not in _REDUCTIONS:
         return False
     given = [*node.args[1:], node.kwargs.get("dim", ()), node.kwargs.get("keepdim", False)]

@@ -867,6 +867,7 @@ def test_a_model_whose_copy_is_another_model_is_refused() -> None:
         fxprune.instrument(model, x)
     with pytest.raises(ModelError, match="a copy of Depth computes something else"):
         fxprune.finalize(model, x)
+    assert model.calls == 1
 
 
 def test_what_a_module_keeps_from_one_call_to_the_next_is_not_the_examples() -> None:

@@ -16,12 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from fxprune.cuts import Arguments, Cut, Literal, Scaled
-from fxprune.ops.execution import (
-    check,
-    checked_arguments,
-    movement_flow,
-    node_values,
-)
+from fxprune.ops.execution import check, checked_arguments, movement_flow, node_values
 from fxprune.rules import Call, execute
 from fxprune.values import Barrier, OfSizes, State, Value, counts_channels, flatten
 

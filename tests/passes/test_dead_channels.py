@@ -431,6 +431,24 @@ def test_where_a_row_is_a_sample_of_any_map_nothing_is_assumed(name: str) -> Non
     assert not [node for node in before.graph.nodes if node.target is torch._assert]
 
 
+COMPUTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "by position": lambda x: F.adaptive_avg_pool2d(x, (x.shape[2] // 4, 1)),
+    "by keyword": lambda x: F.adaptive_avg_pool2d(x, output_size=(x.shape[2] // 4, 1)),
+    "left alone": lambda x: F.adaptive_avg_pool2d(x[:, :, ::4], output_size=(None, 1)),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_pool_to_a_size_that_follows_the_input_fixes_none(name: str) -> None:
+    pooled = COMPUTED[name]
+    before = program(Rows(nn.Identity(), lambda x: pooled(x).view(-1, 16)), 3, 3, 6, 6)
+    silent(at(before, "conv"), 1, 2, 5)
+    (x,) = before.args
+    require_equal_on([x], before)
+    with pytest.raises(AssertionError, match=r"assumes \w+\.size\(2\) == 1"):
+        before.module(F.pad(x, (0, 0, 0, 9)))
+
+
 def require_equal_on(inputs: list[Tensor], before: Program) -> None:
     """Remove the dead channels; the outputs stay what they were on every input."""
     expected = [before.module(x) for x in inputs]
