@@ -5,14 +5,16 @@
 FOLDER holds the four gzipped files of Fashion-MNIST (torchvision leaves them in FashionMNIST/raw).
 Every method gets the same epochs, batches, rates and seeds, no pretraining and no
 augmentation; what is pruned is fixed at half the steps. Accuracy is that of the last epoch on the
-test images, in float32. Seconds are of one processor, on a GPU those of a clock. Runs are appended
-to a JSON-lines file; those in it are not repeated, and all in it enter the table: give each
-protocol a file of its own.
+test images, in float32. Seconds are of one processor, on a GPU those of a clock, which other runs
+beside it make longer. Runs are appended to a JSON-lines file; those in it are not repeated, and all
+in it enter the table: give each protocol a file of its own.
 """
 
 import json
 import statistics
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,28 +47,31 @@ def experiment(
     shrunk: Annotated[int, typer.Option(min=1, help="sides of images are divided by this")] = 1,
     bfloat16: Annotated[bool, typer.Option(help="train under autocast")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    workers: Annotated[int, typer.Option(min=1, help="runs at a time, a process each")] = 1,
     runs: Annotated[Path, typer.Option(help="JSON lines")] = Path("out/fashion_resnet.jsonl"),
     table: Annotated[Path, typer.Option(help="Markdown")] = Path("out/fashion_resnet.md"),
 ) -> None:
     """Run every method with every seed."""
-    torch.set_num_threads(1)
     console = Console(stderr=True)
-    training, test = _images(data, shrunk, device)
+    recipe = Recipe(epochs=epochs, batch=batch, lr=lr, bfloat16=bfloat16)
+    done = {(row["method"], row["seed"], row["epochs"]) for row in _rows(runs)}
+    wanted = [(name, seed, epochs) for seed in range(seeds) for name in methods.split(",")]
     runs.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(seeds):
-        for name in methods.split(","):
-            rows = _rows(runs)
-            if any(
-                (row["method"], row["seed"], row["epochs"]) == (name, seed, epochs) for row in rows
-            ):
+    # Spawned, not forked: a GPU that was used before the fork is of no use after it.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        started = [
+            pool.submit(_run, name, replace(recipe, seed=seed), macs, data, shrunk, device)
+            for name, seed, _ in (run for run in wanted if run not in done)
+        ]
+        for finished in as_completed(started):
+            if finished.exception():  # told when the others are done: they took long
                 continue
-            console.print(f"{name}, seed {seed}")
-            recipe = Recipe(epochs=epochs, batch=batch, lr=lr, seed=seed, bfloat16=bfloat16)
-            row = _run(name, training, test, recipe, macs, console)
             with runs.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(finished.result()) + "\n")
             table.write_text(show(_rows(runs)), encoding="utf-8")
     console.print(show(_rows(runs)), markup=False)
+    for finished in started:
+        finished.result()
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -91,9 +96,13 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def _run(
-    name: str, training: Data, test: Data, recipe: Recipe, macs: float, console: Console
+    name: str, recipe: Recipe, macs: float, data: Path, shrunk: int, device: str
 ) -> dict[str, Any]:
     """Train once, and return what came of it."""
+    torch.set_num_threads(1)
+    console = Console(stderr=True)
+    console.print(f"{name}, seed {recipe.seed}")
+    training, test = _images(data, shrunk, device)
     torch.manual_seed(recipe.seed)
     x = training[0][:2]
     model = ResNet20().to(x.device).to(memory_format=torch.channels_last)
