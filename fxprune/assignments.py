@@ -77,7 +77,10 @@ def _filling(part: Any, example: Tensor, value: Any, examples: Any) -> Any:
         return _full(part, value)
     if given.dtype != example.dtype:
         value = value.type_as(part)
-    return value if given.shape == example.shape else value.expand_as(part)
+    # A size that depends on data is no number, and compares to none.
+    sizes = [*given.shape, *example.shape]
+    same = all(type(size) is int for size in sizes) and given.shape == example.shape
+    return value if same else value.expand_as(part)
 
 
 def _at_positions(

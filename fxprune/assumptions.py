@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import Attribute
 from torch.fx.proxy import TraceError as FxTraceError
 
@@ -31,6 +32,21 @@ PLAIN = (
     *(torch.dtype, torch.device, torch.layout, torch.Size),
 )
 _SIZES = (int, torch.Size)
+# What comparisons of a size say where there is something, by what it is compared to.
+_OF_SOMETHING: dict[tuple[Any, int], bool] = {
+    (operator.eq, 0): False,
+    (operator.ne, 0): True,
+    (operator.gt, 0): True,
+    (operator.le, 0): False,
+    (operator.lt, 1): False,
+    (operator.ge, 1): True,
+}
+# What sizes are that depend on data (of what a mask picks): numbers nobody knows before it runs.
+_DATA_DEPENDENT: dict[type, type] = {
+    torch.SymInt: int,
+    torch.SymFloat: float,
+    torch.SymBool: bool,
+}
 # What numpy's operators are in Python, of numbers to the bit.
 _ARITHMETIC: dict[Any, Callable[..., Any]] = {
     np.add: operator.add,
@@ -42,6 +58,8 @@ _ARITHMETIC: dict[Any, Callable[..., Any]] = {
     np.power: operator.pow,
 }
 _OF_NUMBERS: dict[Any, Callable[..., Any]] = {np.sqrt: math.sqrt}
+_is_tensor = torch.is_tensor  # while a model is traced it has another
+_REFUSAL = "symbolically traced variables cannot be used as inputs to control flow"
 # Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
 # a traced size as it is, so that they are called by node at once.
 _C: Any = torch._C
@@ -65,7 +83,7 @@ class Askable(fx.Proxy):
             return NotImplemented
         if ufunc in _ARITHMETIC:
             return _ARITHMETIC[ufunc](*plain)
-        if ufunc in _OF_NUMBERS and type(self.tracer.example(self)) in (int, float):
+        if ufunc in _OF_NUMBERS and self.tracer.class_of(self) in (int, float):
             return self.tracer.create_proxy("call_function", _OF_NUMBERS[ufunc], (self,), {})
         return NotImplemented
 
@@ -164,6 +182,10 @@ class AskedTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer `if`, `assert`, `and`, `not`."""
+        something = self._of_something(obj.node)
+        if something is not None:
+            self._assume(obj if something else self._call(operator.not_, obj))
+            return something
         value = self._value(obj)
         if self._compares_a_size_with_none(obj.node):
             self._drop_unread(obj.node)
@@ -186,8 +208,14 @@ class AskedTracer(fx.Tracer):
 
     def whole_number(self, obj: fx.Proxy) -> fx.Proxy:
         """Return `int` of a traced number, which no question needs to be asked for."""
-        is_whole = type(self.example(obj)) is int
+        is_whole = self.class_of(obj) is int
         return AskableNumber(obj.node if is_whole else self._call(int, obj).node, self)
+
+    def whole_element(self, tensor: fx.Proxy) -> fx.Proxy:
+        """Return `int` of a traced tensor of whole numbers that has but one."""
+        item = self.create_proxy("call_method", "item", (tensor,), {})
+        is_bool = self.example(tensor).dtype == torch.bool
+        return AskableNumber(self._call(int, item).node if is_bool else item.node, self)
 
     def first_size(self, tensor: fx.Proxy) -> fx.Proxy:
         """Return `len` of a traced tensor."""
@@ -203,16 +231,15 @@ class AskedTracer(fx.Tracer):
             value = self.example(obj)
         except FxTraceError:
             return type(obj)
-        return Tensor if isinstance(value, Tensor) else type(value)
+        kind = Tensor if isinstance(value, Tensor) else type(value)
+        return _DATA_DEPENDENT.get(kind, kind)
 
     def length(self, obj: fx.Proxy) -> int:
         """Answer `len`, which is a tensor's first size."""
         value = self._value(obj, tensors=True)
         if isinstance(value, Tensor):
-            size = self.create_proxy("call_method", "size", (obj, 0), {})
-        else:
-            size = self._call(len, obj)
-        self._assume(self._call(operator.eq, size, len(value)))
+            return int(self.number(self.create_proxy("call_method", "size", (obj, 0), {})))
+        self._assume(self._call(operator.eq, self._call(len, obj), len(value)))
         return len(value)
 
     def iter(self, obj: Any) -> Iterator[Any]:
@@ -235,6 +262,10 @@ class AskedTracer(fx.Tracer):
         """Note that an input is not None, which Python can ask of a proxy without its knowing."""
         self._assume(self._call(operator.is_not, obj, None))
 
+    def assume_tensor(self, obj: fx.Proxy) -> None:
+        """Note that something of which nothing is known is a tensor."""
+        self._assume(self._call(_is_tensor, obj))
+
     def assume_structure(self, obj: fx.Proxy, value: Any) -> None:
         """Note that an input has the entries that the example has."""
         if isinstance(value, Mapping):
@@ -249,16 +280,17 @@ class AskedTracer(fx.Tracer):
     def _value(self, obj: fx.Proxy, *, tensors: bool = False) -> Any:
         """Return what a node is on the example inputs; a tensor only where its shape is asked."""
         node, self.answering = obj.node, True
-        refusal = "symbolically traced variables cannot be used as inputs to control flow"
         try:
             self._values = self._values or self._example_values()
             value = self._values.of(node)
         except UnknownValueError as error:
-            raise FxTraceError(f"{refusal}: {error}") from error
+            raise FxTraceError(f"{_REFUSAL}: {error}") from error
         finally:
             self.answering = False
         if isinstance(value, Tensor) and not tensors:
-            raise FxTraceError(f"{refusal}: {node.name} is a tensor")
+            raise FxTraceError(f"{_REFUSAL}: {node.name} is a tensor")
+        if type(value) in _DATA_DEPENDENT and not tensors:
+            raise FxTraceError(f"{_REFUSAL}: {node.name} depends on the numbers in the inputs")
         return value
 
     def _example_values(self) -> ExampleValues:
@@ -270,7 +302,20 @@ class AskedTracer(fx.Tracer):
         if node.target not in (operator.eq, operator.ne) or None not in node.args:
             return False
         others = [self.proxy(one) for one in node.args if isinstance(one, fx.Node)]
-        return any(type(self.example(one)) in _SIZES for one in others)
+        return any(self.class_of(one) in _SIZES for one in others)
+
+    def _of_something(self, node: fx.Node) -> bool | None:
+        """Return what a question for emptiness is answered: that what data decide is not empty.
+
+        None where it is no such question. It is noted like any other answer.
+        """
+        size, number = node.args if len(node.args) == 2 else (None, None)
+        answer = _OF_SOMETHING.get((node.target, number)) if type(number) is int else None
+        if answer is None or not isinstance(size, fx.Node):
+            return None
+        count = self.example(self.proxy(size))
+        counted = isinstance(count, torch.SymInt) and statically_known_true(count >= 0)
+        return answer if counted else None
 
     def _drop_unread(self, node: fx.Node) -> None:
         """Erase the last node, asked a question that all inputs answer alike, if it is one."""
@@ -308,6 +353,15 @@ def assume_size(before: fx.Node, tensor: fx.Node, axis: int, size: int) -> None:
         length = before.graph.call_method("size", (tensor, axis))
         condition = before.graph.call_function(operator.eq, (length, size))
         length.meta["source"] = condition.meta["source"] = before.meta.get("source")
+        before.graph.call_function(torch._assert, (condition, _refusal(condition)))
+
+
+def assume_rank(before: fx.Node, tensor: fx.Node, rank: int) -> None:
+    """Note, in front of a node, that a tensor has as many axes as on the example inputs."""
+    with before.graph.inserting_before(before):
+        axes = before.graph.call_method("dim", (tensor,))
+        condition = before.graph.call_function(operator.eq, (axes, rank))
+        axes.meta["source"] = condition.meta["source"] = before.meta.get("source")
         before.graph.call_function(torch._assert, (condition, _refusal(condition)))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import one_line
@@ -38,7 +39,10 @@ class ExampleValues(fx.Interpreter):
         inputs: Mapping[fx.Node, Any],
         held: Mapping[str, Any],
     ) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # With an environment of shapes what depends on data has a rank, and sizes nobody knows.
+        self.mode = FakeTensorMode(
+            allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
+        )
         with FakeCopyMode(self.mode):
             fake_root = copy.deepcopy(root).eval()
         super().__init__(fake_root, garbage_collect_values=False, graph=graph)

@@ -18,7 +18,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx
-from torch.fx.proxy import TraceError as FxTraceError
 
 _DEFINED = (type, FunctionType, type(functools.lru_cache(int)))
 _QUESTIONS = ("isinstance", "issubclass")
@@ -57,12 +56,11 @@ class _Whole(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and issubclass(type(args[0]), fx.Proxy) and not cls.tracer.answering:
-            try:
-                number = cls.tracer.example(args[0])
-            except FxTraceError:
-                number = None
-            if type(number) in (int, float):
+            kind = cls.tracer.class_of(args[0])
+            if kind in (int, float):
                 return cls.tracer.whole_number(args[0])
+            if issubclass(kind, Tensor) and _is_whole(cls.tracer.example(args[0])):
+                return cls.tracer.whole_element(args[0])
         return builtins.int(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -76,6 +74,11 @@ class _Whole(type):
 
     def __hash__(cls) -> int:
         return hash(builtins.int)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one whole number."""
+    return not tensor.dim() and not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
 
 
 def _calls_int(module: ModuleType) -> bool:

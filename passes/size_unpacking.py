@@ -11,26 +11,28 @@ from typing import Any
 
 from torch import fx
 
+from fxprune.assumptions import assume_rank
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
-from fxprune.rules import rule_name
+from fxprune.rules import FILLED, rule_name
 
 
 @keeps_shapes
 def unpack_sizes(program: Program) -> list[Change]:
-    """Give views, reshapes and expansions a tuple of sizes in the place of a computed one."""
+    """Give views, expansions and new tensors a tuple of sizes in the place of a computed one."""
     seen = observe(program)
     changes: list[Change] = []
     for node in list(program.graph.nodes):
         if _ask_itself(node, seen):
             changes.append(Change(node.name, "is asked of the tensor itself"))
             continue
-        place = _computed_shape(node)
+        place = _place_of_sizes(node)
         sizes = None if place is None else _sizes(node, place, seen)
-        if sizes is None:
+        if place is None or sizes is None:
             continue
-        node.args, node.kwargs = (node.args[0], sizes), {}
+        _fix_ranks(node, _given(node, place), seen)
+        _put(node, place, sizes)
         changes.append(Change(node.name, "its sizes are taken one by one"))
     if changes:
         seen.drop_dead_code(program.graph)
@@ -65,17 +67,37 @@ def _compare_ranks(length: fx.Node, shape: fx.Node, seen: Observation) -> bool:
     return True
 
 
-def _computed_shape(node: fx.Node) -> fx.Node | None:
-    """Return the one node that gives an operator its sizes, if there is one."""
-    if node.op not in ("call_function", "call_method") or rule_name(node, None) != "sizes":
+def _place_of_sizes(node: fx.Node) -> int | str | None:
+    """Return which argument gives an operator its sizes, if it is one that is computed."""
+    kind = rule_name(node, None) if node.op in ("call_function", "call_method") else None
+    if kind in ("sizes", "expanded"):
+        given: Any = {**dict(enumerate(node.args[1:], 1)), **node.kwargs}
+        return next(iter(given)) if len(given) == 1 and _is_computed(*given.values()) else None
+    if kind != FILLED:
         return None
-    given = [*node.args[1:], *node.kwargs.values()]
-    return given[0] if len(given) == 1 and isinstance(given[0], fx.Node) else None
+    place = int(node.op == "call_method")
+    if len(node.args) > place:
+        return place if _is_computed(node.args[place]) else None
+    return "size" if _is_computed(node.kwargs.get("size")) else None
 
 
-def _sizes(node: fx.Node, shape: fx.Node, seen: Observation) -> tuple[Any, ...] | None:
+def _given(node: fx.Node, place: int | str) -> Any:
+    return node.args[place] if isinstance(place, int) else node.kwargs[place]
+
+
+def _put(node: fx.Node, place: int | str, sizes: tuple[Any, ...]) -> None:
+    """Give a node its sizes as a tuple: by position where views take theirs."""
+    if rule_name(node, None) != FILLED:
+        node.args, node.kwargs = (node.args[0], sizes), {}
+    elif isinstance(place, int):
+        node.update_arg(place, sizes)
+    else:
+        node.update_kwarg(place, sizes)
+
+
+def _sizes(node: fx.Node, place: int | str, seen: Observation) -> tuple[Any, ...] | None:
     """Return what a shape is made of, each size of a tensor asked for where it is needed."""
-    parts = _parts(shape, seen)
+    parts = _parts(_given(node, place), seen)
     if parts is None:
         return None
     sizes: list[Any] = []
@@ -103,8 +125,52 @@ def _parts(shape: Any, seen: Observation) -> list[Any] | None:
         return None if left is None or right is None else left + right
     if shape.target is operator.getitem and isinstance(shape.args[1], slice):
         source = _parts(shape.args[0], seen)
-        return None if source is None or _is_computed(shape.args[1]) else source[shape.args[1]]
+        bounds = [_bound(one, seen) for one in _ends(shape.args[1])]
+        known = source is not None and not _is_computed(*bounds)
+        return source[slice(*bounds)] if source is not None and known else None
     return None
+
+
+def _bound(end: Any, seen: Observation) -> Any:
+    """Return one end of a slice as a number, if it is one or computed from ranks alone."""
+    return seen.values[end] if isinstance(end, fx.Node) and _ranks_of(end) is not None else end
+
+
+def _ends(cut: slice) -> tuple[Any, ...]:
+    return cut.start, cut.stop, cut.step
+
+
+def _ranks_of(number: fx.Node) -> list[fx.Node] | None:
+    """Return the tensors from whose ranks a number is computed; None if from other things, too."""
+    pending, found = [number], list[fx.Node]()
+    while pending:
+        node = pending.pop()
+        asked = node.target in ("dim", "ndimension") and len(node.args) == 1
+        if asked or (node.target is getattr and node.args[1] == "ndim"):
+            found += node.all_input_nodes
+        elif node.target in (operator.add, operator.sub, operator.neg):
+            pending += node.all_input_nodes
+        else:
+            return None
+    return found
+
+
+def _fix_ranks(node: fx.Node, shape: Any, seen: Observation) -> None:
+    """Assert in front of a node the ranks that the ends of slices of a shape were taken from."""
+    pending, tensors = [shape], dict[fx.Node, None]()
+    while pending:
+        part = pending.pop()
+        if not isinstance(part, fx.Node):
+            continue
+        if part.target is operator.add:
+            pending += part.args
+        elif part.target is operator.getitem and isinstance(part.args[1], slice):
+            pending.append(part.args[0])
+            for end in _ends(part.args[1]):
+                found = _ranks_of(end) if isinstance(end, fx.Node) else None
+                tensors |= dict.fromkeys(found or ())
+    for tensor in tensors:
+        assume_rank(node, tensor, len(seen.values[tensor].shape))
 
 
 def _is_whole_shape(node: fx.Node, seen: Observation) -> bool:
@@ -115,5 +181,5 @@ def _is_whole_shape(node: fx.Node, seen: Observation) -> bool:
     return (asked or named) and of_tensor
 
 
-def _is_computed(index: slice) -> bool:
-    return any(isinstance(end, fx.Node) for end in (index.start, index.stop, index.step))
+def _is_computed(*arguments: Any) -> bool:
+    return any(isinstance(argument, fx.Node) for argument in arguments)

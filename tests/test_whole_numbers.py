@@ -105,8 +105,16 @@ def test_a_list_is_as_long_as_the_example() -> None:
     assert "relu.size(0) == 2" in assumed.what
 
 
-def test_an_int_of_data_is_no_number_of_sizes() -> None:
-    model = Between(lambda _, x: x.mean((2, 3)) * int(x.sum() > 0))
+def test_an_int_of_data_follows_the_data() -> None:
+    torch.manual_seed(0)
+    model = Between(lambda _, x: x.mean((2, 3)) * (int(x.sum() > 0) + int(x.argmax())))
+    traced = capture(model, ((torch.randn(2, 3, 8, 8),), {})).module
+    for x in (torch.randn(2, 3, 8, 8), torch.zeros(1, 3, 8, 8), torch.full((3, 3, 4, 4), -9.0)):
+        assert torch.equal(traced(x), model(x))
+
+
+def test_python_cannot_be_told_what_data_are() -> None:
+    model = Between(lambda _, x: torch.stack([x] * int(x.argmax() + 1)).sum((0, 3, 4)))
     with pytest.raises(fxprune.TraceError, match="cannot be used as inputs to control flow"):
         capture(model, ((torch.randn(2, 3, 8, 8),), {}))
 

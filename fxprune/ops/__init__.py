@@ -8,6 +8,7 @@ from fxprune.ops import contraction as contraction
 from fxprune.ops import creation as creation
 from fxprune.ops import elementwise as elementwise
 from fxprune.ops import embedding as embedding
+from fxprune.ops import expansion as expansion
 from fxprune.ops import gates as gates
 from fxprune.ops import gather as gather
 from fxprune.ops import glu as glu
@@ -23,6 +24,7 @@ from fxprune.ops import pool as pool
 from fxprune.ops import recurrence as recurrence
 from fxprune.ops import reductions as reductions
 from fxprune.ops import resampling as resampling
+from fxprune.ops import scattering as scattering
 from fxprune.ops import sizes as sizes
 from fxprune.ops import statistics as statistics
 from fxprune.ops import transposition as transposition

@@ -4,7 +4,8 @@ A channel of the output is the same channel of every operand that is not broadca
 axis; those operands' tags are tied. An operand broadcast along a channel axis is one channel that
 all of the output's channels read. Where operands have channels along different axes (an outer
 product), those along one axis stay what they are, and the others may not go. A result is constant
-where all operands are; a product also where one factor is 0.
+where all operands are; a product also where one factor is 0, a quotient where 0 is divided by what
+is never 0.
 """
 
 import operator
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from fxprune.ops.divisors import is_never_zero
 from fxprune.randomness import drawing_alike
 from fxprune.rules import CPU, POINTWISE, Call, Flow, OpRule, Read, execute, key_of, register
 from fxprune.tags import FIXED, align, varying_axes
@@ -33,6 +35,11 @@ def elementwise_flow(call: Call) -> Flow:
 def product_flow(call: Call) -> Flow:
     """Do as `elementwise_flow`, but a constant 0 makes the product 0 whatever else comes."""
     return _flow(call, _product_constants)
+
+
+def quotient_flow(call: Call) -> Flow:
+    """Do as `elementwise_flow`, but of a constant 0 nothing is left, if its divisor is never 0."""
+    return _flow(call, _quotient_constants)
 
 
 def passing_flow(call: Call) -> Flow:
@@ -197,6 +204,15 @@ def _product_constants(call: Call, operands: list[Value], tags: Tensor) -> Tenso
     return constants
 
 
+def _quotient_constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
+    constants = _constants(call, operands, tags)
+    divided = as_value(call.args[0]) if call.args else None
+    rest = call.node.args[1:]
+    if not isinstance(divided, Value) or not rest or not is_never_zero(rest[0]):
+        return constants
+    return torch.where(_fit(zeros_of(divided.constants), tags) == 0, 0.0, constants)
+
+
 def _fit(constants: Tensor, tags: Tensor) -> Tensor:
     constants = broadcast_to([constants], tags.dim())[0]
     return align(constants, tags).expand(tags.shape)
@@ -244,7 +260,7 @@ ACTIVATION_MODULES = (
     *(nn.LogSigmoid, nn.Softshrink, nn.Hardshrink, nn.Threshold, nn.Sigmoid, nn.Tanh, nn.RReLU),
 )
 BINARY = (
-    *("add", "sub", "subtract", "rsub", "div", "divide", "true_divide", "floor_divide", "pow"),
+    *("add", "sub", "subtract", "rsub", "floor_divide", "pow"),
     *("float_power", "remainder", "fmod", "maximum", "minimum", "fmax", "fmin", "hypot", "atan2"),
     *("arctan2", "copysign", "heaviside", "xlogy", "logaddexp", "logaddexp2"),
     *("logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor"),
@@ -255,14 +271,15 @@ COMPARISONS = (
 )
 TERNARY = ("where", "addcmul", "addcdiv", "lerp", "masked_fill")
 OPERATORS = (
-    *(operator.add, operator.sub, operator.truediv, operator.floordiv, operator.mod, operator.pow),
+    *(operator.add, operator.sub, operator.floordiv, operator.mod, operator.pow),
     *(operator.neg, operator.pos, operator.abs, operator.invert),
     *(operator.and_, operator.or_, operator.xor),
-    *(operator.iadd, operator.isub, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.iadd, operator.isub, operator.ifloordiv, operator.imod),
     *(operator.ipow, operator.iand, operator.ior, operator.ixor),
     *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
 )
 PRODUCTS = ("mul", "multiply")
+QUOTIENTS = ("div", "divide", "true_divide")
 
 NONLINEARITIES = frozenset(
     {
@@ -311,6 +328,12 @@ register(
     *(operator.mul, operator.imul),
     *_functions(torch, *PRODUCTS),
     *(n for name in PRODUCTS for n in (name, name + "_")),
+)
+register(
+    OpRule("elementwise", quotient_flow),
+    *(operator.truediv, operator.itruediv),
+    *_functions(torch, *QUOTIENTS),
+    *(n for name in QUOTIENTS for n in (name, name + "_")),
 )
 register(
     OpRule("identity", passing_flow),

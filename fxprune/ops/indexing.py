@@ -80,25 +80,6 @@ def gather_flow(call: Call) -> Flow:
     return movement_flow(_with_positions(call, 2, "index"))
 
 
-def scattered_flow(call: Call) -> Flow:
-    """Add, or put, what has the same channels at other positions of an axis beside them."""
-    value, dim = call.value(), int(call.argument(1, "dim"))
-    index, source = call.value(2, "index"), call.value(3, "source")
-    axis = dim % len(value.shape)
-    if axis in (*varying_axes(value.tags), *varying_axes(source.tags)):
-        raise Barrier("it works along the channels")
-    across = {*varying_axes(value.tags)} ^ {*varying_axes(source.tags)}
-    if across and value.tags.numel() > 1 < source.tags.numel():
-        raise Barrier("its operands have their channels along different axes")
-    lead = max(value.tags, source.tags, key=Tensor.numel)
-    zero = (value.constants == 0) & (source.constants == 0)
-    constants = torch.where(zero, 0.0, torch.nan).double().expand(lead.shape)
-    ties = [(value.tags, lead), (source.tags, lead)]
-    flow = Flow(call.output(lead, constants), ties=ties)
-    flow.keeps.append((index.tags, "it is an index"))
-    return flow
-
-
 def _picking_flow(call: Call, place: int, index: Any) -> Flow:
     """Move what an index picks; where it is computed it must leave the channels beside alone."""
     value = call.value()
@@ -208,9 +189,5 @@ register(OpRule("select", movement_flow, rewrite=rewrite_select), torch.select, 
 register(
     OpRule("index_select", index_select_flow, rewrite=rewrite_index_select),
     *(torch.index_select, "index_select"),
-)
-register(
-    OpRule("scattered", scattered_flow),
-    *(torch.index_add, "index_add", "index_add_", torch.index_copy, "index_copy", "index_copy_"),
 )
 register(OpRule("gather", gather_flow, rewrite=rewrite_index_select), torch.gather, "gather")

@@ -53,14 +53,14 @@ register(
     *("unbind", "narrow", "diagonal", "tile", "repeat", "repeat_interleave", "unfold"),
     *("squeeze_", "unsqueeze_"),
 )
-register(OpRule("like", like_flow, rewrite=rewrite_nothing), "expand_as", "view_as", "reshape_as")
+register(OpRule("like", like_flow, rewrite=rewrite_nothing), "view_as", "reshape_as")
 register(
     OpRule("shuffle", shuffle_flow, rewrite=rewrite_nothing),
     *dict.fromkeys((nn.ChannelShuffle, F.channel_shuffle, torch.channel_shuffle)),
 )
 register(
     OpRule("sizes", movement_flow, rewrite=rewrite_sizes),
-    *(torch.reshape, torch.broadcast_to, "view", "reshape", "expand", "broadcast_to"),
+    *(torch.reshape, "view", "reshape"),
 )
 register(
     OpRule("unflatten", movement_flow, rewrite=rewrite_unflatten),

@@ -526,6 +526,35 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
         )
         for name in ("index_add", "index_add_", "index_copy", "index_copy_")
     },
+    **{
+        name: (
+            Expression(
+                lambda x, y, name=name: getattr(torch.relu(x), name)(
+                    2, torch.arange(y.shape[2]) // 2, y, "amax"
+                )
+            ),
+            Sample(operands=2),
+        )
+        for name in ("index_reduce", "index_reduce_")
+    },
+    **{
+        name: (
+            Expression(
+                lambda x, y, name=name, size=size, more=more: getattr(torch.relu(x), name)(
+                    2, (torch.arange(y.shape[2]) // size).expand_as(y), y, *more
+                )
+            ),
+            Sample(operands=2),
+        )
+        for name, size, more in (
+            ("scatter", 1, ()),
+            ("scatter_", 1, ()),
+            ("scatter_add", 2, ()),
+            ("scatter_add_", 2, ()),
+            ("scatter_reduce", 2, ("mean",)),
+            ("scatter_reduce_", 2, ("mean",)),
+        )
+    },
     "gather": (
         Indexed(lambda x, index: x.gather(1, index), [[4, 1, 6], [4, 1, 6], [4, 1, 6]]),
         Sample(shape=(3, 8)),
@@ -611,6 +640,7 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
     "len": (Expression(lambda x: x * len(x.shape)), Sample()),
     "list": (Expression(listed), Sample()),
     "is_floating_point": (Expression(lambda x: x * x.is_floating_point()), Sample()),
+    "is_tensor": (Expression(lambda x: x * torch.is_tensor(x)), Sample()),
 }
 
 
@@ -814,6 +844,7 @@ def test_statistics(form: str) -> None:
         assert silent.after < silent.before
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")  # is in beta, it says
 @pytest.mark.parametrize("zero_inputs", [False, True], ids=["unread", "silent"])
 @pytest.mark.parametrize("key", RULES, ids=label)
 def test_rule(key: Hashable, zero_inputs: bool) -> None:
