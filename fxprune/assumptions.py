@@ -8,6 +8,7 @@ the graph, which outlives all passes and refuses other inputs. Numbers of tensor
 import inspect
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import Attribute
 from torch.fx.proxy import TraceError as FxTraceError
 
@@ -24,12 +24,13 @@ from fxprune.assignments import CannotAssign, assigned
 from fxprune.example_values import ExampleValues, UnknownValueError
 from fxprune.expressions import expression
 from fxprune.kinds import OVERWROTE
+from fxprune.lookups import is_lookup
 
 ASSUMES = "this model assumes "
 # What an argument may be to have its value, rather than its shape, in the trace.
 PLAIN = (
     *(type(None), bool, int, float, complex, str, Enum),
-    *(torch.dtype, torch.device, torch.layout, torch.Size),
+    *(torch.dtype, torch.device, torch.layout, torch.Size, slice, np.generic),
 )
 _SIZES = (int, torch.Size)
 # What comparisons of a size say where there is something, by what it is compared to.
@@ -59,6 +60,7 @@ _ARITHMETIC: dict[Any, Callable[..., Any]] = {
 }
 _OF_NUMBERS: dict[Any, Callable[..., Any]] = {np.sqrt: math.sqrt}
 _is_tensor = torch.is_tensor  # while a model is traced it has another
+_WRITABLE = frozenset({"data", "grad", "requires_grad"})
 _REFUSAL = "symbolically traced variables cannot be used as inputs to control flow"
 # Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
 # a traced size as it is, so that they are called by node at once.
@@ -76,6 +78,11 @@ class Askable(fx.Proxy):
 
     tracer: "AskedTracer"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _WRITABLE:
+            raise FxTraceError(f"it sets {name} of a tensor, which no graph does: use copy_")
+        super().__setattr__(name, value)
+
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Let numpy's numbers meet traced values: `np.sqrt(64) * x`, `x / np.sqrt(x.shape[1])`."""
         plain = [one.item() if isinstance(one, np.generic) else one for one in inputs]
@@ -92,6 +99,12 @@ class Askable(fx.Proxy):
         if function is not np.prod or options or not isinstance(self.tracer.example(self), tuple):
             return NotImplemented
         return self.tracer.create_proxy("call_function", math.prod, args, {})
+
+    def __hash__(self) -> int:
+        """Let what is looked up in a table be what the example has, if that is plain."""
+        if self.tracer.answering or not is_lookup(sys._getframe(1)):
+            return super().__hash__()
+        return self.tracer.looked_up(self, super().__hash__())
 
     def __deepcopy__(self, _: Any) -> Any:
         """Copy what a model copies; of one that a copied module holds there is nothing to copy."""
@@ -144,10 +157,7 @@ class AskableAttribute(Askable, Attribute):
             self._node = None
         return super().node
 
-    def __hash__(self) -> int:
-        """Let a rank or dtype be looked up in a dict or set, which then asks if it is that one."""
-        asked = self.attr in ("ndim", "dtype")
-        return hash(self.tracer.example(self)) if asked else super().__hash__()
+    __hash__ = Askable.__hash__
 
 
 class AskableNumber(Askable):
@@ -156,8 +166,7 @@ class AskableNumber(Askable):
     A dict may be asked for it, which then asks whether it is that key; a list repeated.
     """
 
-    def __hash__(self) -> int:
-        return hash(self.tracer.example(self))
+    __hash__ = Askable.__hash__
 
     def __rmul__(self, other: Any) -> Any:
         if isinstance(other, (list, tuple, str)):
@@ -253,9 +262,21 @@ class AskedTracer(fx.Tracer):
             return self._entries(self.proxy(obj.node.args[0]), obj.node.target)
         return super().iter(obj)
 
+    def looked_up(self, obj: fx.Proxy, otherwise: int) -> int:
+        """Return the hash of a plain value, noted as what it is on the example inputs."""
+        try:
+            value = self.example(obj)
+        except FxTraceError:
+            return otherwise
+        if not isinstance(value, PLAIN) or isinstance(value, (slice, np.generic)):
+            return otherwise
+        self.assume_value(obj, value)
+        return hash(value)
+
     def assume_value(self, obj: fx.Proxy, value: Any) -> None:
         """Note that an input is what the example has."""
-        same = operator.is_ if value is None else operator.eq
+        # True is equal to 1, which a model may tell apart.
+        same = operator.is_ if value is None or isinstance(value, bool) else operator.eq
         self._assume(self._call(same, obj, value))
 
     def assume_given(self, obj: fx.Proxy) -> None:
@@ -311,11 +332,9 @@ class AskedTracer(fx.Tracer):
         """
         size, number = node.args if len(node.args) == 2 else (None, None)
         answer = _OF_SOMETHING.get((node.target, number)) if type(number) is int else None
-        if answer is None or not isinstance(size, fx.Node):
+        if answer is None or not isinstance(size, fx.Node) or not _is_size(size):
             return None
-        count = self.example(self.proxy(size))
-        counted = isinstance(count, torch.SymInt) and statically_known_true(count >= 0)
-        return answer if counted else None
+        return answer if isinstance(self.example(self.proxy(size)), torch.SymInt) else None
 
     def _drop_unread(self, node: fx.Node) -> None:
         """Erase the last node, asked a question that all inputs answer alike, if it is one."""
@@ -345,6 +364,14 @@ class AskedTracer(fx.Tracer):
         message = _refusal(condition.node)
         guard = self.create_proxy("call_function", torch._assert, (condition, message), {})
         self.assumptions[text] = guard.node
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Tell whether a node asks a tensor for a size, or for the number of its elements."""
+    if node.target is operator.getitem:
+        shape: Any = node.args[0]
+        return shape.target == "size" or (shape.target is getattr and shape.args[1] == "shape")
+    return node.target in ("size", "numel", "nelement", torch.numel)
 
 
 def assume_size(before: fx.Node, tensor: fx.Node, axis: int, size: int) -> None:

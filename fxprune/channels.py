@@ -20,6 +20,7 @@ from fxprune.cuts import Cut
 from fxprune.errors import where
 from fxprune.modules import device_of, tensors_in
 from fxprune.observation import Observation, TensorSpec, observe
+from fxprune.ops.settled import require_settled
 from fxprune.program import Program
 from fxprune.rules import CPU, FILLED, Call, Flow, Read, barrier_flow, flow_of, rule_name
 from fxprune.tags import TagTable
@@ -186,6 +187,7 @@ class _Forward:
                 raise Barrier(self.forced[node])
             if node in self.seen.draws:
                 raise Barrier("it draws random numbers, others where there are fewer channels")
+            require_settled(call)
             return flow_of(call)
         except Barrier as barrier:
             self.found.barriers[node] = str(barrier)

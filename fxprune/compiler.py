@@ -3,12 +3,12 @@
 Both work on a copy: what the user holds is never modified.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxprune.assumptions import assumptions
 from fxprune.comparison import differences, output_leaves
@@ -21,6 +21,7 @@ from fxprune.example_inputs import infer_example_inputs
 from fxprune.gates import Gates, gate_owners
 from fxprune.graph_modules import own_
 from fxprune.inputs import Inputs, model_inputs, same, to_device
+from fxprune.keeping import put_back_plain
 from fxprune.lowering import lower_
 from fxprune.memories import memory_of_run
 from fxprune.modules import (
@@ -141,9 +142,10 @@ def instrument(
             )
 
     parts = parts_in_training(model, inputs, gate, check=check)
-    _restore_buffers(model, parts.root)
     _count_insides_once(parts)
-    return cast(GatedModel, _assembled("instrument", name, inputs, parts, reports))
+    gated = _assembled("instrument", name, inputs, parts, reports)
+    _restore_state(model, gated)
+    return cast(GatedModel, gated)
 
 
 @uncompiled
@@ -245,16 +247,44 @@ def _require_plain(model: nn.Module, plain: nn.Module, inputs: Inputs) -> None:
         )
 
 
-def _restore_buffers(model: nn.Module, gated: nn.Module) -> None:
-    """Let what a model counts while it runs be what it was before it was run here."""
-    own = dict(gated.named_buffers())
+@torch.no_grad()
+def _restore_state(model: nn.Module, gated: nn.Module) -> None:
+    """Let what a model keeps from call to call be what it was before it was run here.
+
+    That is what it counts in buffers, and what its own parts, which are kept whole, put into
+    attributes and parameters at their first call.
+    """
     renamed = renamed_in(gated)
     for name, buffer in model.named_buffers():
-        for old, new in renamed.items():
-            if name == old or name.startswith(f"{old}."):
-                name = new + name[len(old) :]
-        if name in own and not torch.equal(own[name], buffer):
-            own[name].data.copy_(buffer)
+        _set_back(gated, _renamed(name, renamed), buffer)
+    parts = dict(gated.named_modules())
+    for path, part in model.named_modules():
+        twin = parts.get(_renamed(path, renamed))
+        is_torchs = type(part).__module__.startswith("torch.nn.")  # they keep numbers in buffers
+        if twin is None or type(twin) is not type(part) or is_torchs:
+            continue
+        put_back_plain(part, twin)
+        for name, parameter in part.named_parameters(recurse=False):
+            _set_back(twin, name, parameter)
+
+
+def _set_back(gated: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give a tensor of a gated model the numbers of the original's, if it has others."""
+    owner, _, last = name.rpartition(".")
+    try:
+        own = getattr(gated.get_submodule(owner), last)
+    except AttributeError:  # it is used nowhere
+        return
+    if not isinstance(own, Tensor) or own.shape != tensor.shape or not torch.equal(own, tensor):
+        with suppress(AttributeError, RuntimeError):
+            own.data = tensor.detach().clone()
+
+
+def _renamed(name: str, renamed: Mapping[str, str]) -> str:
+    for old, new in renamed.items():
+        if name == old or name.startswith(f"{old}."):
+            name = new + name[len(old) :]
+    return name
 
 
 def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, check: bool) -> Report:

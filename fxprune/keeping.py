@@ -5,7 +5,7 @@ mostly notes of what was last seen (attention maps); whether they are more, a se
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 _MADE_BY_TRACING = "_tensor_constant"
+_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype)
 _TORCHS = frozenset(vars(nn.Module()))
 
 
@@ -81,6 +82,85 @@ class Held:
         return written
 
 
+class Parts:
+    """What the modules of a model hold before it is traced, whoever writes it: a rate of a part."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root, self.held = root, {part: dict(vars(part)) for part in root.modules()}
+        self.registered: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+            (path, held, dict(held))
+            for path, part in root.named_modules()
+            if not isinstance(part, torch.jit.ScriptModule)
+            for held in (part._parameters, part._buffers)
+        ]
+
+    def changed(self) -> set[str]:
+        """Return the attributes that are others now, as "part.name"."""
+        paths = {part: path for path, part in self.root.named_modules()}
+        return {
+            f"{paths[part]}.{name}" if paths.get(part) else name
+            for part, before in self.held.items()
+            for name in _changed(before, vars(part))
+        }
+
+    def replaced(self) -> str:
+        """Return the name of a parameter or buffer that is another object now, "" if none is."""
+        return next(
+            (
+                f"{path}.{name}" if path else name
+                for path, held, before in self.registered
+                for name in {*held, *before}
+                if held.get(name) is not before.get(name) and not name.startswith(_MADE_BY_TRACING)
+            ),
+            "",
+        )
+
+    def put_back(self) -> None:
+        """Give all modules the attributes, parameters and buffers they had."""
+        for _, held, before in self.registered:
+            made = {n: t for n, t in held.items() if n.startswith(_MADE_BY_TRACING)}
+            held.clear()
+            held.update(before | made)
+        for part, before in self.held.items():
+            now = vars(part)
+            for name in _changed(before, now):
+                if name in before:
+                    now[name] = before[name]
+                else:
+                    del now[name]
+
+
+def count_on_(root: nn.Module, names: Iterable[str]) -> None:
+    """Let numbers that a forward counts up be what they are after a million calls more."""
+    for name in names:
+        path, _, last = name.rpartition(".")
+        held = vars(root.get_submodule(path))
+        if type(held.get(last)) in (int, float):
+            held[last] += 1_000_000
+
+
+def put_back_plain(part: nn.Module, twin: nn.Module) -> None:
+    """Give a copy of a part, which has run, the plain values and tensors that the part has."""
+    before, now = vars(part), vars(twin)
+    for name in _changed(before, now):
+        value = before.get(name)
+        if isinstance(value, torch.Tensor):
+            now[name] = value.detach().clone()
+        elif name in before and (value is None or isinstance(value, _PLAIN)):
+            now[name] = value
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the names of attributes that came, went, or are other objects now."""
+    return [
+        name
+        for name in {*before, *now}
+        if now.get(name, now) is not before.get(name, now)
+        and name not in _TORCHS
+        and not name.startswith(_MADE_BY_TRACING)
+    ]
+
+
 def _has_proxies(value: Any) -> bool:
     return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value))
 
@@ -94,4 +174,5 @@ def values_in(held: Any) -> Iterator[Any]:
             yield value
         elif id(value) not in met:
             met.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
+            # By iterators: a user's tuple may have no length.
+            waiting.extend(iter(value.values() if isinstance(value, dict) else value))

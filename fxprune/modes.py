@@ -7,13 +7,16 @@ module's flag. Any other difference means that one graph cannot serve both.
 
 import functools
 import operator
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+_CONSTANT = "_tensor_constant"
 
 
 def forget_counts(root: nn.Module, graph: fx.Graph) -> None:
@@ -95,6 +98,14 @@ def _follow(module: nn.Module, flags: tuple[bool, bool], mode: bool = True) -> n
     return module
 
 
+def steady_flags(after: Sequence[dict[str, bool]]) -> set[str]:
+    """Return the paths of the modules whose flag is the same in training and in evaluation.
+
+    after: what `flags_after` said of either mode, nothing if all modules follow their model.
+    """
+    return {path for path in after[0] if after[0][path] == after[1][path]} if after else set()
+
+
 def same_structure(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bool:
     """Tell whether both graphs run the same operators on the same arguments, rates apart."""
     if len(training.nodes) != len(evaluation.nodes):
@@ -152,7 +163,7 @@ def _same_target(root: nn.Module, yes: fx.Node, no: fx.Node) -> bool:
     """Compare targets; torch.fx gives a constant tensor another name in every trace."""
     if yes.target == no.target:
         return True
-    if yes.op != "get_attr":
+    if yes.op != "get_attr" or not str(yes.target).startswith(_CONSTANT):
         return False
     left, right = (getattr(root, str(node.target), None) for node in (yes, no))
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
@@ -180,12 +191,29 @@ def _follows_mode(yes: Any, no: Any) -> bool:
     return (types == {bool} or (float in types and types <= {int, float})) and yes != no
 
 
-def thaw_modes(training: fx.Graph, evaluation: fx.Graph) -> None:
-    """Turn flags and rates that differ between the modes into reads of the training flag."""
+def differ_in_numbers(one: fx.Graph, other: fx.Graph) -> bool:
+    """Tell whether two graphs of one structure have numbers, rather than flags, that differ."""
+    return any(
+        type(a) is not bool and _follows_mode(a, b)
+        for left, right in zip(one.nodes, other.nodes, strict=True)
+        for a, b in zip(_plain(left), _plain(right), strict=True)
+    )
+
+
+def _plain(node: fx.Node) -> list[Any]:
+    return pytree.tree_leaves((node.args, node.kwargs))
+
+
+def thaw_modes(training: fx.Graph, evaluation: fx.Graph, steady: Collection[str] = ()) -> None:
+    """Turn flags and rates that differ between the modes into reads of the training flag.
+
+    It is that of the module in whose forward they are, but of the model where that flag, one of
+    `steady`, is the same in both modes: somebody else's was handed on.
+    """
     for in_training, node in list(zip(training.nodes, evaluation.nodes, strict=True)):
         stack = node.meta.get("nn_module_stack") or {"": ("", None)}
         owner = list(stack.values())[-1][0]
-        flag_name = f"{owner}.training" if owner else "training"
+        flag_name = f"{owner}.training" if owner and owner not in steady else "training"
 
         def thaw(yes: Any, no: Any, at: fx.Node = node, name: str = flag_name) -> Any:
             if _follows_mode(yes, no):

@@ -56,7 +56,8 @@ def renamed_in(module: nn.Module) -> dict[str, str]:
     """Return the new paths of what was renamed in a traced model or its regions, by the old."""
     found: dict[str, str] = {}
     for path, part in module.named_modules():
-        names: dict[str, str] = getattr(part, "meta", {}).get("renamed", {})
+        meta: Any = vars(part).get("meta")  # a class of the user's may have another
+        names: dict[str, str] = meta.get("renamed", {}) if isinstance(meta, dict) else {}
         prefix = f"{path}." if path else ""
         found |= {prefix + old: prefix + new for old, new in names.items()}
     return found

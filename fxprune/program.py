@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxprune.assumptions import assumptions
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.inputs import Inputs, copied, describe, same, to_device
+from fxprune.keeping import count_on_
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating, run_alike
 from fxprune.naming import free_names_
 from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
@@ -160,6 +161,13 @@ def _run_second(model: nn.Module, inputs: Inputs) -> Any:
         return run_alike(model, inputs)
 
 
+def _run_late(model: nn.Module, inputs: Inputs, written: Sequence[str]) -> Any:
+    """Return what a model makes of inputs once what it counts is far on."""
+    count_on_(model, written)
+    with evaluating(model):
+        return run_alike(model, inputs)
+
+
 def another(tensor: Tensor) -> Tensor:
     """Return other numbers than a tensor's."""
     dense = tensor.is_floating_point() and tensor.layout == torch.strided
@@ -214,7 +222,9 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
                 f"{str(error).strip()}; leave arguments out of example_inputs that are not tensors"
             ) from error
         if twin is not None and not (
-            same(expected, run_alike(root, inputs)) and same(expected, _run_second(twin, inputs))
+            same(expected, run_alike(root, inputs))
+            and same(expected, _run_second(twin, inputs))
+            and same(expected, _run_late(twin, inputs, written))
         ):
             raise TraceError(
                 f"{type(root).__name__} computes something else when it was run before: its "

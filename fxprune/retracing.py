@@ -8,6 +8,7 @@ no state dict and no device reaches.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.assumptions import IN_C
@@ -16,6 +17,7 @@ from fxprune.modules import free_name
 
 # Modules of Python's own functions, which do not dispatch on proxies.
 _PYTHONS = ("builtins", "_operator")
+_FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn)
 _MARKS = (PASSES, "leaf_because")
 
 
@@ -26,8 +28,14 @@ class BufferTracer(fx.Tracer):
 
 
 def wrap_functions_(graph: fx.Graph) -> None:
-    """Let the code of a graph say which functions are to be traced as calls."""
+    """Let the code of a graph say which functions are to be traced as calls.
+
+    What makes tensors takes a proxy as one of its sizes in a tuple only.
+    """
     for node in graph.nodes:
+        several = node.op == "call_function" and node.target in _FACTORIES and len(node.args) > 1
+        if several and node.all_input_nodes:
+            node.args = (node.args,)
         node.meta["is_wrapped"] = _is_wrapped(node)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import PLAIN, AskedTracer
@@ -31,16 +31,18 @@ from fxprune.einops_backend import teach_einops
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
-from fxprune.keeping import Held, Written
+from fxprune.keeping import Held, Parts, Written, count_on_
 from fxprune.kinds import PASSES
 from fxprune.modes import (
     copy_alike,
+    differ_in_numbers,
     flags_after,
     forget_counts,
     keep_flags_,
     mode_questions,
     overrides_train,
     same_structure,
+    steady_flags,
     thaw_modes,
 )
 from fxprune.modules import has_hooks, tensors_in
@@ -48,6 +50,7 @@ from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 from fxprune.scripts import inlined
 from fxprune.tables import sliced_by_name
+from fxprune.watching import OwnTensors, left_alone
 from fxprune.whole_numbers import kept_whole
 
 _TRANSFORMERS = (
@@ -55,6 +58,10 @@ _TRANSFORMERS = (
     nn.Transformer,
 )
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
+_CHANGES = (
+    "what it computes in training changes from call to call, as it counts, draws or keeps "
+    "something in Python, which a trace would do once for all; pass such numbers as arguments"
+)
 _HOOKED = "it has hooks, which a trace would call once; remove them first, and add them again then"
 
 
@@ -79,6 +86,7 @@ class ModelTracer(AskedTracer):
         self.masked: set[str] = set()
         self.evaluation_only = False
         self._parameter_proxies: dict[str, fx.Proxy] = {}
+        self.own: OwnTensors | None = None
         self.keeping: list[Held] = []
 
     def create_args_for_root(
@@ -135,6 +143,13 @@ class ModelTracer(AskedTracer):
         """Lower an argument; a dict that is a dataclass too (a ModelOutput) stays what it is."""
         if isinstance(a, np.generic):
             return a.item()  # a graph's code would name numpy
+        if isinstance(a, Tensor) and self.own is not None:
+            name = self.own.name_of(a)
+            if name and a not in self.tensor_attrs and not isinstance(a, nn.Parameter):
+                raise TraceError(
+                    f"it reads {name!r} under a second name (.data, a list), as no graph does: use "
+                    f"self.{name}"
+                )
         if not isinstance(a, dict) or not is_dataclass(a):
             return self._lowered(a)
         entries = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
@@ -311,7 +326,7 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     different operators (auxiliary heads), it is the graph of evaluation and
     `meta["evaluation_only"]` says so. Raises `TraceError`.
     """
-    flags = {module: module.training for module in root.modules()}
+    flags, parts = {module: module.training for module in root.modules()}, Parts(root)
     try:
         training, evaluation, tracer = _trace_in_both_modes(
             root, given, inside=inside, trained=root.training
@@ -321,9 +336,10 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     finally:
         for module, flag in flags.items():
             module.training = flag
+        parts.put_back()
     same_in_both_modes = training is evaluation or same_structure(root, training, evaluation)
     if same_in_both_modes and training is not evaluation:
-        thaw_modes(training, evaluation)
+        thaw_modes(training, evaluation, steady_flags(after))
     module = without_code(root, evaluation, type(root).__name__)
     module.meta["written"] = sorted(tracer.written)
     if after:
@@ -386,6 +402,11 @@ def _trace_in_both_modes(
     idle -= {path for path, passes in other.passes.items() if passes}
     copy_alike(training, evaluation)
     if same_structure(root, training, evaluation):
+        if not _repeats(root, in_mode, training, other.written):
+            if trained:
+                raise TraceError(_CHANGES)
+            tracer.evaluation_only = True
+            return evaluation, evaluation, tracer
         return training, evaluation, tracer
     busy_ones = [set[str]()] if idle else []
     if trained:  # in evaluation its graph will do, in which nothing is kept whole for this
@@ -399,6 +420,20 @@ def _trace_in_both_modes(
                 keeping.leaves |= dict.fromkeys(busy, "it runs other operators in training")
                 return wanted, found, keeping
     return training, evaluation, tracer
+
+
+def _repeats(
+    root: nn.Module,
+    in_mode: Callable[..., tuple[fx.Graph, ModelTracer]],
+    training: fx.Graph,
+    written: Collection[str],
+) -> bool:
+    """Tell whether a later call in training does what the first did: nobody counts, or draws."""
+    count_on_(root, written)
+    with uncollected():
+        again, _ = in_mode(training=True)
+    copy_alike(again, training)
+    return same_structure(root, again, training) and not differ_in_numbers(again, training)
 
 
 def _innermost(root: nn.Module, asked: Collection[nn.Module]) -> set[str]:
@@ -460,11 +495,12 @@ def _traced(
         raise TraceError(_HOOKED)
     teach_einops()
     tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
-    tracer.watching = watching
-    users = modules_of(root)
+    tracer.watching, tracer.own = watching, OwnTensors(root)
+    parts, users = Parts(root), modules_of(root)
     try:
         with (
             torch.enable_grad(),
+            left_alone(tracer.own, tracer),
             without_fused_layers(),
             tracer.refusing_autocast(),
             sliced_by_name(root, tracer),
@@ -477,6 +513,15 @@ def _traced(
         tracer.put_back()
         written = held.put_back()
     tracer.note(written)
+    replaced = parts.replaced()
+    if replaced:
+        raise TraceError(f"its forward replaces its tensor {replaced!r}, which no graph does")
+    others = sorted(parts.changed() - tracer.written)
+    if others:
+        raise TraceError(
+            f"its forward sets {others[0]!r}, an attribute of a part, which a trace would do once "
+            "for all; do so in the training loop"
+        )
     return tracer, graph
 
 

@@ -28,8 +28,8 @@ class Layer(nn.Module):
         return F.dropout(x, 0.5, vars(self)["asks"] and self.training)
 
 
-@pytest.mark.parametrize(("asks", "traces"), [(False, 1), (True, 2)])
-def test_only_a_model_that_asks_for_its_mode_is_traced_in_both(
+@pytest.mark.parametrize(("asks", "traces"), [(False, 1), (True, 3)])
+def test_only_a_model_that_asks_for_its_mode_is_traced_in_both_and_again_in_training(
     asks: bool, traces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[ModelTracer] = []

@@ -68,6 +68,11 @@ def _asks_for_truth(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
     return x * 2 if kept and not x.shape[1] % 2 and tuple(x.shape) else x
 
 
+def _makes_tensors_of_sizes(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
+    rows = x.shape[0]
+    return torch.tril(torch.ones(rows, rows)) @ x + torch.zeros(rows, 1)
+
+
 def _calls_a_wrapped_function(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
     return wrapped_by_a_user(x)
 
@@ -78,6 +83,7 @@ ASKS = (
     _computes_with_a_buffer,
     _calls_a_method_of_a_buffer,
     _asks_for_truth,
+    _makes_tensors_of_sizes,
     _calls_a_wrapped_function,
 )
 

@@ -1,0 +1,30 @@
+"""Whether code that hashes a traced value looks it up in a table, or keeps a memo by it.
+
+    scale = {224: 7}.get(x.shape[-1], 9)        if size not in self.masks: self.masks[size] = …
+
+Whatever is looked up in a table has to be known; what a memo has not, is made, for any size.
+"""
+
+import dis
+import functools
+import os
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+
+_NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
+_STORING = ("STORE_SUBSCR", "setdefault")
+
+
+def is_lookup(frame: FrameType) -> bool:
+    """Tell whether a frame is of code of the user's that stores nothing by a key."""
+    code = frame.f_code
+    return not code.co_filename.startswith(_NOT_THE_USERS) and not _stores(code)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stores(code: CodeType) -> bool:
+    return any(
+        one.opname in _STORING or one.argval in _STORING for one in dis.get_instructions(code)
+    )
