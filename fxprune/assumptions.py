@@ -60,6 +60,7 @@ _ARITHMETIC: dict[Any, Callable[..., Any]] = {
 }
 _OF_NUMBERS: dict[Any, Callable[..., Any]] = {np.sqrt: math.sqrt}
 _is_tensor = torch.is_tensor  # while a model is traced it has another
+_OF_GRADIENTS = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "retains_grad"})
 _WRITABLE = frozenset({"data", "grad", "requires_grad"})
 _REFUSAL = "symbolically traced variables cannot be used as inputs to control flow"
 # Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
@@ -301,6 +302,12 @@ class AskedTracer(fx.Tracer):
     def _value(self, obj: fx.Proxy, *, tensors: bool = False) -> Any:
         """Return what a node is on the example inputs; a tensor only where its shape is asked."""
         node, self.answering = obj.node, True
+        if node.target is getattr and node.args[1] in _OF_GRADIENTS:
+            self.answering = False
+            raise FxTraceError(
+                f"it asks for {node.args[1]}, which is one thing in training and another where "
+                "gradients are off"
+            )
         try:
             self._values = self._values or self._example_values()
             value = self._values.of(node)

@@ -7,6 +7,7 @@ A copy has a dict of its own, and hooks that fill the model's: what it reads the
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError
@@ -20,7 +21,8 @@ def require_copyable(model: nn.Module, inputs: Inputs) -> None:
 
     Models without hooks are not run. Buffers that the run changes get their numbers back.
     """
-    if not any(map(is_hooked, model.modules())):
+    lazy = any(map(is_lazy, (*model.parameters(), *model.buffers())))  # is refused elsewhere
+    if lazy or not any(map(is_hooked, model.modules())):
         return
     held = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:

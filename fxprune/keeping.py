@@ -91,8 +91,10 @@ class Parts:
             (path, held, dict(held))
             for path, part in root.named_modules()
             if not isinstance(part, torch.jit.ScriptModule)
-            for held in (part._parameters, part._buffers)
+            for held in (part._parameters, part._buffers, part._modules)
         ]
+        kinds = {kind for part in root.modules() for kind in type(part).__mro__}
+        self.classes = {kind: dict(vars(kind)) for kind in kinds if not _is_torchs(kind)}
 
     def changed(self) -> set[str]:
         """Return the attributes that are others now, as "part.name"."""
@@ -103,8 +105,24 @@ class Parts:
             for name in _changed(before, vars(part))
         }
 
+    def shared(self) -> str:
+        """Return the name of an attribute of a class that something traced was put in, "" if none.
+
+        The classes are the user's: theirs are put back at once.
+        """
+        found = ""
+        for kind, before in self.classes.items():
+            for name, value in list(vars(kind).items()):
+                if value is not before.get(name, before) and _has_proxies(value):
+                    found = f"{kind.__name__}.{name}"
+                    if name in before:
+                        setattr(kind, name, before[name])
+                    else:
+                        delattr(kind, name)
+        return found
+
     def replaced(self) -> str:
-        """Return the name of a parameter or buffer that is another object now, "" if none is."""
+        """Return the name of a tensor or part that is another object now, "" if none is."""
         return next(
             (
                 f"{path}.{name}" if path else name
@@ -159,6 +177,10 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         and name not in _TORCHS
         and not name.startswith(_MADE_BY_TRACING)
     ]
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("torch", "builtins")
 
 
 def _has_proxies(value: Any) -> bool:

@@ -54,7 +54,11 @@ class Uses:
 
 
 def record(root: nn.Module, inputs: Inputs, paths: Iterable[str]) -> Recording:
-    """Run `root` once and write down every call of the submodules at `paths`."""
+    """Run `root` once and write down every call of the submodules at `paths`.
+
+    What is called under `torch.func.vmap` is given tensors that are none outside of it: such calls
+    are not written down.
+    """
     found = Recording(calls={path: [] for path in paths})
     handles: list[Any] = []
     arguments: list[Inputs] = []
@@ -65,7 +69,9 @@ def record(root: nn.Module, inputs: Inputs, paths: Iterable[str]) -> Recording:
     for path in found.calls:
 
         def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
-            found.calls[path].append(Call(arguments.pop(), copies(output)))
+            call = Call(arguments.pop(), copies(output))
+            if not any(map(_is_wrapped, tensors_of((call.inputs, output)))):
+                found.calls[path].append(call)
 
         module = root.get_submodule(path)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -73,6 +79,11 @@ def record(root: nn.Module, inputs: Inputs, paths: Iterable[str]) -> Recording:
     with _removing(handles):
         found.outputs = _run(root, inputs, nullcontext())
     return found
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    in_c: Any = torch._C
+    return in_c._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def uses_in(root: nn.Module, inputs: Inputs) -> Uses:

@@ -87,6 +87,7 @@ class ModelTracer(AskedTracer):
         self.evaluation_only = False
         self._parameter_proxies: dict[str, fx.Proxy] = {}
         self.own: OwnTensors | None = None
+        self._registered: dict[int, tuple[str, Tensor]] | None = None
         self.keeping: list[Held] = []
 
     def create_args_for_root(
@@ -179,11 +180,19 @@ class ModelTracer(AskedTracer):
         )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Read a parameter, and remember where torch.fx remembers the node that does."""
-        if self.answering:
+        """Read a parameter or buffer; torch.fx goes through all of them to find each name."""
+        if self.answering or not isinstance(attr_val, Tensor):
             return attr_val
         self._parameter_proxies = parameter_proxy_cache
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if self._registered is None:
+            named: Any = (*self.root.named_buffers(), *self.root.named_parameters())
+            self._registered = {id(tensor): (name, tensor) for name, tensor in reversed(named)}
+        name, tensor = self._registered.get(id(attr_val), ("", None))
+        if tensor is not attr_val:  # it was registered since
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node that remembers which line of the user's code asked for it.
@@ -512,10 +521,19 @@ def _traced(
     finally:
         tracer.put_back()
         written = held.put_back()
+        shared = parts.shared()
+    if shared:
+        raise TraceError(
+            f"its forward keeps a tensor in {shared}, which all models of the class share; keep it "
+            "in a buffer"
+        )
     tracer.note(written)
     replaced = parts.replaced()
     if replaced:
-        raise TraceError(f"its forward replaces its tensor {replaced!r}, which no graph does")
+        raise TraceError(
+            f"its forward replaces or adds {replaced!r}, a tensor or part of it, which no graph "
+            "does; make it in __init__, and write into tensors (copy_)"
+        )
     others = sorted(parts.changed() - tracer.written)
     if others:
         raise TraceError(

@@ -64,7 +64,7 @@ def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -
         source = _source(node)
         if node in overwritten or node in seen.draws or source is None:
             continue
-        if seen.values[node] != seen.values[source] or not is_neutral(node):
+        if not _are_alike(seen.values[node], seen.values[source]) or not is_neutral(node):
             continue
         if seen.alias[node] is not seen.alias[source] and seen.written(node, source):
             continue  # a copy, of which one is written into
@@ -75,6 +75,11 @@ def _bypass(program: Program, is_neutral: Callable[[fx.Node], bool], why: str) -
     changes += _drop_settled_assertions(program)
     seen.drop_dead_code(program.graph)
     return changes
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    same = one == other
+    return same if isinstance(same, bool) else False  # arrays compare number by number
 
 
 def _source(node: fx.Node) -> fx.Node | None:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import FxpruneError
+from fxprune.testing import close_half
 from tests.conftest import randomise
 
 
@@ -257,3 +259,74 @@ def test_a_flag_that_is_handed_on_is_that_of_the_model() -> None:
         expected = model(x)
         torch.manual_seed(1)
         assert torch.equal(gated(x), expected)
+
+
+class Tabled(Net):
+    """A class keeps a table for all its models."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if Tabled.table is None:
+            Tabled.table = torch.arange(x.shape[1]).float()
+        return self.outputs(x * Tabled.table)
+
+
+def test_a_class_keeps_nothing_of_a_trace() -> None:
+    model, x = randomise(Tabled(fade)).eval(), torch.randn(5, 8)
+    with pytest.raises(FxpruneError, match=r"Tabled\.table"):
+        fxprune.instrument(model, x)
+    assert isinstance(model(x), Tensor) and type(Tabled.table) is Tensor
+
+
+def added_later(net: Any, x: Tensor) -> Tensor:
+    if not hasattr(net, "late"):
+        net.late = nn.Linear(4, 3)
+    return net.late(net.outputs(x))
+
+
+def asking_for_gradients(net: Any, x: Tensor) -> Tensor:
+    hidden = net.hidden(x)
+    if hidden.requires_grad:
+        hidden.retain_grad()
+    return net.second(hidden)
+
+
+def mapped(net: Any, x: Tensor) -> Tensor:
+    return torch.func.vmap(net.first)(x) @ net.second.weight.t()
+
+
+@pytest.mark.parametrize("deed", [added_later, asking_for_gradients, mapped])
+def test_what_cannot_be_traced_is_refused_or_left_alone(deed: Callable[[Any, Tensor], Any]) -> None:
+    model, x = randomise(Net(deed)), torch.randn(5, 8)
+    try:
+        gated: Any = fxprune.instrument(model, x)
+    except FxpruneError:
+        return
+    assert type(gated.train()(x)) is Tensor
+
+
+def test_lazy_layers_are_asked_to_be_made() -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(4))
+    with pytest.raises(FxpruneError, match="not initialised yet"):
+        fxprune.instrument(model, torch.randn(4, 8))
+
+
+class Scaled(nn.Module):
+    """An array of numpy's is an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, scale: Any) -> Tensor:
+        return self.second(torch.relu(self.first(x))) * torch.from_numpy(scale)
+
+
+def test_arrays_may_be_arguments() -> None:
+    scale, x = np.full(4, 2.0, np.float32), torch.randn(4, 8)
+    gated: Any = fxprune.instrument(randomise(Scaled()), (x, scale))
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.first.out_features == 8
+    torch.testing.assert_close(small(x, 3 * scale), gated.eval()(x, 3 * scale))

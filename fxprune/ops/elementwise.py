@@ -80,7 +80,17 @@ def _flow(call: Call, constants: Callable[[Call, list[Value], Tensor], Tensor]) 
         flow.ties.append((broadcast_to([operand.tags], len(shape))[0], tags))
     for part in parts:
         flow.reads.append(_broadcast_read(part, tags))
+        flow.ties += [(tags.narrow(axis, 0, 1), tags) for axis in _filled(part, tags, shape)]
     return flow
+
+
+def _filled(part: Value, tags: Tensor, shape: tuple[int, ...]) -> list[int]:
+    """Return the axes with channels along which an operand without any is as long as they are.
+
+    It stays so long; only its whole lines, along the axes where it is broadcast, may go.
+    """
+    (sizes,) = broadcast_to([torch.empty(part.shape, device="meta")], len(shape))
+    return [axis for axis in varying_axes(tags) if sizes.shape[axis] == shape[axis]]
 
 
 def _along_the_same_axes(

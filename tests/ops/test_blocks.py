@@ -633,3 +633,36 @@ def test_what_learnt_tokens_pass_through_has_units(norm: type[nn.Module], heads:
     for inputs in (x, torch.randn(3, 4, 6, dtype=torch.float64)):
         assert error(gated(inputs), small(inputs)) < 1e-12 < spread(gated(inputs))
     assert small.outer.in_features == 6 and small.latents.shape == (5, 8)
+
+
+class Weighed(nn.Module):
+    """Channels in rows and columns, and a weight for each column that is no channel."""
+
+    def __init__(self, weigh: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.weights, self.last = nn.Linear(8, 20), nn.Linear(8, 5), nn.Linear(5, 3)
+        self.weigh = weigh
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.first(x).relu().view(-1, 4, 5) * self.weigh(self.weights(x))[:, None]
+        return self.last(rows.sum(1))
+
+
+WEIGHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda w: w.softmax(-1),
+    "layer norm": lambda w: F.layer_norm(w, (5,)),
+    "cumsum": lambda w: w.cumsum(-1),
+    "sigmoid": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHS)
+@pytest.mark.parametrize("seed", range(3))
+def test_columns_stay_that_something_else_is_as_long_as(name: str, seed: int) -> None:
+    model: Any = randomise(Weighed(WEIGHS[name])).double()
+    gated: Any = fxprune.instrument(model, torch.randn(4, 8, dtype=torch.float64))
+    close_half(gated, seed)
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    x = torch.randn(7, 8, dtype=torch.float64)
+    assert error(gated(x), small(x)) < 1e-12 < spread(gated(x))
