@@ -11,6 +11,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from fxprune.assignments import CannotAssign, assigned
 from fxprune.example_values import ExampleValues, UnknownValueError
 from fxprune.expressions import expression
 from fxprune.kinds import OVERWROTE
-from fxprune.lookups import is_lookup
+from fxprune.lookups import is_lookup, is_name
 
 ASSUMES = "this model assumes "
 # What an argument may be to have its value, rather than its shape, in the trace.
@@ -105,7 +106,8 @@ class Askable(fx.Proxy):
         """Let what is looked up in a table be what the example has, if that is plain."""
         if self.tracer.answering or not is_lookup(sys._getframe(1)):
             return super().__hash__()
-        return self.tracer.looked_up(self, super().__hash__())
+        plain = self.tracer.known(self)
+        return super().__hash__() if plain is None else hash(plain)
 
     def __deepcopy__(self, _: Any) -> Any:
         """Copy what a model copies; of one that a copied module holds there is nothing to copy."""
@@ -132,7 +134,15 @@ class Askable(fx.Proxy):
         return self.tracer.create_proxy("call_function", round, (self, *digits), {})
 
     def __format__(self, format_spec: str) -> str:
-        return repr(self)
+        plain = self.tracer.known(self) if self._is_name(sys._getframe(1)) else None
+        return repr(self) if plain is None else format(plain, format_spec)
+
+    def __str__(self) -> str:
+        plain = self.tracer.known(self) if self._is_name(sys._getframe(1)) else None
+        return repr(self) if plain is None else str(plain)
+
+    def _is_name(self, frame: FrameType) -> bool:
+        return not self.tracer.answering and is_name(frame)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Assign out of place, and go by the new tensor's name from here on."""
@@ -263,16 +273,16 @@ class AskedTracer(fx.Tracer):
             return self._entries(self.proxy(obj.node.args[0]), obj.node.target)
         return super().iter(obj)
 
-    def looked_up(self, obj: fx.Proxy, otherwise: int) -> int:
-        """Return the hash of a plain value, noted as what it is on the example inputs."""
+    def known(self, obj: fx.Proxy) -> Any:
+        """Return a plain value, noted as what it is on the example inputs; None if it is none."""
         try:
             value = self.example(obj)
         except FxTraceError:
-            return otherwise
-        if not isinstance(value, PLAIN) or isinstance(value, (slice, np.generic)):
-            return otherwise
+            return None
+        if not isinstance(value, PLAIN) or isinstance(value, (slice, np.generic, type(None))):
+            return None
         self.assume_value(obj, value)
-        return hash(value)
+        return value
 
     def assume_value(self, obj: fx.Proxy, value: Any) -> None:
         """Note that an input is what the example has."""

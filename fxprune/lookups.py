@@ -1,8 +1,10 @@
-"""Whether code that hashes a traced value looks it up in a table, or keeps a memo by it.
+"""Whether code that hashes or spells a traced value looks something up by it.
 
     scale = {224: 7}.get(x.shape[-1], 9)        if size not in self.masks: self.masks[size] = …
+    head = getattr(self, f"head_{x.shape[1]}")        print(f"features of {x.shape}")
 
-Whatever is looked up in a table has to be known; what a memo has not, is made, for any size.
+Whatever is looked up in a table has to be known; what a memo has not, is made, for any size. What
+is spelled is mostly a name; where code prints, logs or asserts it may be for people.
 """
 
 import dis
@@ -15,12 +17,21 @@ import torch
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 _STORING = ("STORE_SUBSCR", "setdefault")
+_TELLING = frozenset(
+    {"print", "_assert", "_check", "warn", "warning", "info", "debug", "error", "log", "logger"}
+)
 
 
 def is_lookup(frame: FrameType) -> bool:
     """Tell whether a frame is of code of the user's that stores nothing by a key."""
     code = frame.f_code
     return not code.co_filename.startswith(_NOT_THE_USERS) and not _stores(code)
+
+
+def is_name(frame: FrameType) -> bool:
+    """Tell whether a frame is of code of the user's that tells people nothing."""
+    code = frame.f_code
+    return not code.co_filename.startswith(_NOT_THE_USERS) and _TELLING.isdisjoint(code.co_names)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,6 +17,7 @@ class Scaled(nn.Module):
         super().__init__()
         self.first, self.second, self.look_up = nn.Linear(8, 16), nn.Linear(16, 4), look_up
         self.memo: dict[int, float] = {}
+        self.scale_3 = 5.0
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(torch.relu(self.first(x))) * self.look_up(self, x)
@@ -32,6 +33,11 @@ LOOKUPS: dict[str, Callable[[Any, Tensor], float]] = {
     "a shape": lambda _, x: {torch.Size([3, 8]): 5.0}.get(x.shape, 1.0),
     "a rank": lambda _, x: {3: 5.0}.get(x.ndim, 1.0),
     "a rank in a set": lambda _, x: 5.0 if x.dim() in {3} else 1.0,
+    "a string": lambda _, x: 5.0 if str(x.shape[0]) == "3" else 1.0,
+    "a format": lambda _, x: {"3": 5.0}.get(f"{x.shape[0]}", 1.0),
+    "an old format": lambda _, x: {"3": 5.0}.get("%s" % x.shape[0], 1.0),  # noqa: UP031
+    "a name": lambda net, x: getattr(net, f"scale_{x.shape[0]}", 1.0),
+    "a type's name": lambda _, x: 5.0 if str(x.dtype) == "torch.float64" else 1.0,
     "a type": lambda _, x: {torch.float64: 5.0}.get(x.dtype, 1.0),
 }
 
@@ -41,7 +47,7 @@ def test_what_a_table_has_not_is_assumed(name: str) -> None:
     model = Scaled(LOOKUPS[name]).eval()
     gated = fxprune.instrument(model, torch.randn(4, 8)).eval()
     x = torch.randn(3, 5, 8) if "rank" in name else torch.randn(3, 8)
-    if name == "a type":
+    if name.startswith("a type"):
         x, gated = x.double(), gated.double()
     with pytest.raises(AssertionError, match="assumes"):
         gated(x)
@@ -60,3 +66,16 @@ def test_what_a_memo_has_not_is_made_for_any_size() -> None:
     for rows in (4, 3, 7):
         x = torch.randn(rows, 8)
         assert torch.equal(gated(x), model(x))
+
+
+def told(net: Any, x: Tensor) -> float:
+    print(f"a batch of {x.shape[0]}, {x.shape}")
+    return 2.0
+
+
+def test_what_is_told_to_people_binds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Scaled(told).eval()
+    gated = fxprune.instrument(model, torch.randn(4, 8)).eval()
+    assert not gated.report.assumptions and "a batch of" in capsys.readouterr().out
+    x = torch.randn(3, 8)
+    assert torch.equal(gated(x), model(x))
