@@ -36,6 +36,7 @@ from fxprune.penalties import gates_of
 from fxprune.permutation import exchange_units
 from fxprune.program import capture, quiet
 from fxprune.rules import STRICT
+from fxprune.tracing import without_fused_layers
 from tools.cases import Surgery, draw, simpler
 from tools.networks import BATCH, Network, build, example, write
 
@@ -120,14 +121,17 @@ def gate(model: nn.Module, inputs: tuple[Tensor, ...], surgery: Surgery) -> nn.M
 
 
 def compare_modes(model: nn.Module, gated: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Hold the outputs of the gated model against the original's, to the bit, in both modes."""
+    """Hold the outputs of the gated model against the original's, to the bit, in both modes.
+
+    torch's transformer layers run the operators that a trace has; fused, they round otherwise.
+    """
     for training in (False, True):
         left, right = copy.deepcopy(model).train(training), copy.deepcopy(gated).train(training)
         outputs: list[Any] = []
         for one in (left, right):
             torch.manual_seed(0)
             try:
-                with torch.no_grad():
+                with torch.no_grad(), without_fused_layers():
                     outputs.append(one(*(x.clone() for x in inputs)))
             except ValueError:  # too few elements for the statistics of a batch
                 return
