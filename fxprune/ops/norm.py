@@ -78,6 +78,8 @@ def _epsilon(call: Call) -> float:
 def instance_norm_flow(call: Call) -> Flow:
     """Follow γ·(x − mean)/√(var + ε) + β with a map's own statistics: a constant becomes β."""
     if isinstance(call.module, nn.modules.instancenorm._InstanceNorm):
+        if len(call.value().shape) == call.module._get_no_batch_dim():
+            raise Barrier("it takes its input for one sample, without a batch")
         if call.module.track_running_stats:
             return batch_norm_flow(call)  # stored statistics: in evaluation the same affine map
     states = _states(call)

@@ -666,3 +666,14 @@ def test_columns_stay_that_something_else_is_as_long_as(name: str, seed: int) ->
     assert small.report.verification.verdict == "equal"
     x = torch.randn(7, 8, dtype=torch.float64)
     assert error(gated(x), small(x)) < 1e-12 < spread(gated(x))
+
+
+def test_an_instance_norm_over_one_sample_keeps_what_it_normalises_over() -> None:
+    layers = nn.Linear(5, 8), nn.InstanceNorm1d(8), nn.Linear(8, 4)
+    model: Any = randomise(nn.Sequential(*layers)).double()
+    with torch.no_grad():
+        layers[2].weight[:, :4] = 0
+    x = torch.randn(8, 5, dtype=torch.float64)
+    small: Any = fxprune.finalize(model, x)
+    assert small.report.verification.verdict == "equal"
+    assert error(model(x), small(x)) < 1e-12
