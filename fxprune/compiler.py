@@ -4,7 +4,7 @@ Both work on a copy: what the user holds is never modified.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -254,30 +254,25 @@ def _restore_state(model: nn.Module, gated: nn.Module) -> None:
     That is what it counts in buffers, and what its own parts, which are kept whole, put into
     attributes and parameters at their first call.
     """
-    renamed = renamed_in(gated)
+    renamed, buffers = renamed_in(gated), dict(gated.named_buffers())
     for name, buffer in model.named_buffers():
-        _set_back(gated, _renamed(name, renamed), buffer)
+        _set_back(buffers.get(_renamed(name, renamed)), buffer)
     parts = dict(gated.named_modules())
     for path, part in model.named_modules():
         twin = parts.get(_renamed(path, renamed))
-        is_torchs = type(part).__module__.startswith("torch.nn.")  # they keep numbers in buffers
+        # Torch's own keep what they keep in buffers.
+        is_torchs = type(part).__module__.startswith(("torch.nn.", "torch.jit."))
         if twin is None or type(twin) is not type(part) or is_torchs:
             continue
         put_back_plain(part, twin)
         for name, parameter in part.named_parameters(recurse=False):
-            _set_back(twin, name, parameter)
+            _set_back(twin._parameters.get(name), parameter)
 
 
-def _set_back(gated: nn.Module, name: str, tensor: Tensor) -> None:
+def _set_back(own: Tensor | None, tensor: Tensor) -> None:
     """Give a tensor of a gated model the numbers of the original's, if it has others."""
-    owner, _, last = name.rpartition(".")
-    try:
-        own = getattr(gated.get_submodule(owner), last)
-    except AttributeError:  # it is used nowhere
-        return
-    if not isinstance(own, Tensor) or own.shape != tensor.shape or not torch.equal(own, tensor):
-        with suppress(AttributeError, RuntimeError):
-            own.data = tensor.detach().clone()
+    if own is not None and (own.shape != tensor.shape or not torch.equal(own, tensor)):
+        own.data = tensor.detach().clone()
 
 
 def _renamed(name: str, renamed: Mapping[str, str]) -> str:

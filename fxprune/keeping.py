@@ -86,11 +86,13 @@ class Parts:
     """What the modules of a model hold before it is traced, whoever writes it: a rate of a part."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.root, self.held = root, {part: dict(vars(part)) for part in root.modules()}
+        # A script makes attributes of its own as they are asked for.
+        parts = [one for one in root.modules() if not isinstance(one, torch.jit.ScriptModule)]
+        self.root, self.held = root, {part: dict(vars(part)) for part in parts}
         self.registered: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             (path, held, dict(held))
             for path, part in root.named_modules()
-            if not isinstance(part, torch.jit.ScriptModule)
+            if part in self.held
             for held in (part._parameters, part._buffers, part._modules)
         ]
         kinds = {kind for part in root.modules() for kind in type(part).__mro__}
