@@ -311,13 +311,13 @@ class AskedTracer(fx.Tracer):
 
     def _value(self, obj: fx.Proxy, *, tensors: bool = False) -> Any:
         """Return what a node is on the example inputs; a tensor only where its shape is asked."""
-        node, self.answering = obj.node, True
+        node = obj.node
         if node.target is getattr and node.args[1] in _OF_GRADIENTS:
-            self.answering = False
             raise FxTraceError(
                 f"it asks for {node.args[1]}, which is one thing in training and another where "
                 "gradients are off"
             )
+        self.answering = True
         try:
             self._values = self._values or self._example_values()
             value = self._values.of(node)
@@ -393,19 +393,19 @@ def _is_size(node: fx.Node) -> bool:
 
 def assume_size(before: fx.Node, tensor: fx.Node, axis: int, size: int) -> None:
     """Note, in front of a node, that a tensor is as long along an axis as on the example inputs."""
-    with before.graph.inserting_before(before):
-        length = before.graph.call_method("size", (tensor, axis))
-        condition = before.graph.call_function(operator.eq, (length, size))
-        length.meta["source"] = condition.meta["source"] = before.meta.get("source")
-        before.graph.call_function(torch._assert, (condition, _refusal(condition)))
+    _assume_asked(before, "size", (tensor, axis), size)
 
 
 def assume_rank(before: fx.Node, tensor: fx.Node, rank: int) -> None:
     """Note, in front of a node, that a tensor has as many axes as on the example inputs."""
+    _assume_asked(before, "dim", (tensor,), rank)
+
+
+def _assume_asked(before: fx.Node, question: str, args: tuple[Any, ...], answer: int) -> None:
     with before.graph.inserting_before(before):
-        axes = before.graph.call_method("dim", (tensor,))
-        condition = before.graph.call_function(operator.eq, (axes, rank))
-        axes.meta["source"] = condition.meta["source"] = before.meta.get("source")
+        asked = before.graph.call_method(question, args)
+        condition = before.graph.call_function(operator.eq, (asked, answer))
+        asked.meta["source"] = condition.meta["source"] = before.meta.get("source")
         before.graph.call_function(torch._assert, (condition, _refusal(condition)))
 
 

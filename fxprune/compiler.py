@@ -271,8 +271,12 @@ def _restore_state(model: nn.Module, gated: nn.Module) -> None:
 
 def _set_back(own: Tensor | None, tensor: Tensor) -> None:
     """Give a tensor of a gated model the numbers of the original's, if it has others."""
-    if own is not None and (own.shape != tensor.shape or not torch.equal(own, tensor)):
+    if own is None:
+        return
+    if own.shape != tensor.shape:
         own.data = tensor.detach().clone()
+    elif not torch.equal(own, tensor):
+        own.data.copy_(tensor)  # in place: others may share its memory
 
 
 def _renamed(name: str, renamed: Mapping[str, str]) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-_MADE_BY_TRACING = "_tensor_constant"
+from fxprune.kinds import MADE_BY_TRACING
+
 _PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype)
 _TORCHS = frozenset(vars(nn.Module()))
 
@@ -48,7 +49,7 @@ class Held:
             for name, value in vars(self.module).items()
             if value is not self.attributes.get(name, self)
             and name not in _TORCHS
-            and not name.startswith(_MADE_BY_TRACING)
+            and not name.startswith(MADE_BY_TRACING)
             and _has_proxies(value)
         }
 
@@ -71,7 +72,7 @@ class Held:
         now = vars(self.module)
         for name, value in list(now.items()):
             before = self.attributes.get(name, self)  # nothing else is this object
-            if value is before or name.startswith(_MADE_BY_TRACING):
+            if value is before or name.startswith(MADE_BY_TRACING):
                 continue
             written.attributes.append(name)
             if _has_proxies(value):
@@ -130,7 +131,7 @@ class Parts:
                 f"{path}.{name}" if path else name
                 for path, held, before in self.registered
                 for name in {*held, *before}
-                if held.get(name) is not before.get(name) and not name.startswith(_MADE_BY_TRACING)
+                if held.get(name) is not before.get(name) and not name.startswith(MADE_BY_TRACING)
             ),
             "",
         )
@@ -138,7 +139,7 @@ class Parts:
     def put_back(self) -> None:
         """Give all modules the attributes, parameters and buffers they had."""
         for _, held, before in self.registered:
-            made = {n: t for n, t in held.items() if n.startswith(_MADE_BY_TRACING)}
+            made = {n: t for n, t in held.items() if n.startswith(MADE_BY_TRACING)}
             held.clear()
             held.update(before | made)
         for part, before in self.held.items():
@@ -177,7 +178,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in {*before, *now}
         if now.get(name, now) is not before.get(name, now)
         and name not in _TORCHS
-        and not name.startswith(_MADE_BY_TRACING)
+        and not name.startswith(MADE_BY_TRACING)
     ]
 
 

@@ -15,7 +15,7 @@ from types import CodeType, FrameType
 
 import torch
 
-_NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
+NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 _STORING = ("STORE_SUBSCR", "setdefault")
 _TELLING = frozenset(
     {"print", "_assert", "_check", "warn", "warning", "info", "debug", "error", "log", "logger"}
@@ -25,13 +25,13 @@ _TELLING = frozenset(
 def is_lookup(frame: FrameType) -> bool:
     """Tell whether a frame is of code of the user's that stores nothing by a key."""
     code = frame.f_code
-    return not code.co_filename.startswith(_NOT_THE_USERS) and not _stores(code)
+    return not code.co_filename.startswith(NOT_THE_USERS) and not _stores(code)
 
 
 def is_name(frame: FrameType) -> bool:
     """Tell whether a frame is of code of the user's that tells people nothing."""
     code = frame.f_code
-    return not code.co_filename.startswith(_NOT_THE_USERS) and _TELLING.isdisjoint(code.co_names)
+    return not code.co_filename.startswith(NOT_THE_USERS) and _TELLING.isdisjoint(code.co_names)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-_CONSTANT = "_tensor_constant"
+from fxprune.kinds import MADE_BY_TRACING
 
 
 def forget_counts(root: nn.Module, graph: fx.Graph) -> None:
@@ -163,7 +163,7 @@ def _same_target(root: nn.Module, yes: fx.Node, no: fx.Node) -> bool:
     """Compare targets; torch.fx gives a constant tensor another name in every trace."""
     if yes.target == no.target:
         return True
-    if yes.op != "get_attr" or not str(yes.target).startswith(_CONSTANT):
+    if yes.op != "get_attr" or not str(yes.target).startswith(MADE_BY_TRACING):
         return False
     left, right = (getattr(root, str(node.target), None) for node in (yes, no))
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
@@ -191,10 +191,10 @@ def _follows_mode(yes: Any, no: Any) -> bool:
     return (types == {bool} or (float in types and types <= {int, float})) and yes != no
 
 
-def differ_in_numbers(one: fx.Graph, other: fx.Graph) -> bool:
-    """Tell whether two graphs of one structure have numbers, rather than flags, that differ."""
+def differ_in_constants(one: fx.Graph, other: fx.Graph) -> bool:
+    """Tell whether two graphs of one structure have flags or rates that differ."""
     return any(
-        type(a) is not bool and _follows_mode(a, b)
+        _follows_mode(a, b)
         for left, right in zip(one.nodes, other.nodes, strict=True)
         for a, b in zip(_plain(left), _plain(right), strict=True)
     )

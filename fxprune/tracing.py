@@ -10,13 +10,11 @@ in training and once in evaluation mode: a flag that torch.fx would have frozen
 import functools
 import inspect
 import keyword
-import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,9 +31,10 @@ from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
 from fxprune.keeping import Held, Parts, Written, count_on_
 from fxprune.kinds import PASSES
+from fxprune.lookups import NOT_THE_USERS
 from fxprune.modes import (
     copy_alike,
-    differ_in_numbers,
+    differ_in_constants,
     flags_after,
     forget_counts,
     keep_flags_,
@@ -57,7 +56,6 @@ _TRANSFORMERS = (
     *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder),
     nn.Transformer,
 )
-_NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 _CHANGES = (
     "what it computes in training changes from call to call, as it counts, draws or keeps "
     "something in Python, which a trace would do once for all; pass such numbers as arguments"
@@ -442,7 +440,7 @@ def _repeats(
     with uncollected():
         again, _ = in_mode(training=True)
     copy_alike(again, training)
-    return same_structure(root, again, training) and not differ_in_numbers(again, training)
+    return same_structure(root, again, training) and not differ_in_constants(again, training)
 
 
 def _innermost(root: nn.Module, asked: Collection[nn.Module]) -> set[str]:
@@ -619,7 +617,7 @@ def without_fused_layers() -> Generator[None]:
 def _user_line(frame: FrameType | None) -> str | None:
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):
+        if not name.startswith(NOT_THE_USERS) and not name.startswith("<"):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return None
@@ -629,7 +627,7 @@ def _place(error: Exception) -> str:
     traceback, line = error.__traceback__, None
     while traceback is not None:
         name = traceback.tb_frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS):
+        if not name.startswith(NOT_THE_USERS):
             line = f"{name}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return f" (at {line})" if line else ""

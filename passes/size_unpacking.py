@@ -13,6 +13,7 @@ from torch import fx
 
 from fxprune.assumptions import assume_rank
 from fxprune.observation import Observation, TensorSpec, observe
+from fxprune.ops.execution import ranks_asked
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
 from fxprune.rules import FILLED, rule_name
@@ -133,26 +134,11 @@ def _parts(shape: Any, seen: Observation) -> list[Any] | None:
 
 def _bound(end: Any, seen: Observation) -> Any:
     """Return one end of a slice as a number, if it is one or computed from ranks alone."""
-    return seen.values[end] if isinstance(end, fx.Node) and _ranks_of(end) is not None else end
+    return seen.values[end] if isinstance(end, fx.Node) and ranks_asked(end) is not None else end
 
 
 def _ends(cut: slice) -> tuple[Any, ...]:
     return cut.start, cut.stop, cut.step
-
-
-def _ranks_of(number: fx.Node) -> list[fx.Node] | None:
-    """Return the tensors from whose ranks a number is computed; None if from other things, too."""
-    pending, found = [number], list[fx.Node]()
-    while pending:
-        node = pending.pop()
-        asked = node.target in ("dim", "ndimension") and len(node.args) == 1
-        if asked or (node.target is getattr and node.args[1] == "ndim"):
-            found += node.all_input_nodes
-        elif node.target in (operator.add, operator.sub, operator.neg):
-            pending += node.all_input_nodes
-        else:
-            return None
-    return found
 
 
 def _fix_ranks(node: fx.Node, shape: Any, seen: Observation) -> None:
@@ -167,7 +153,7 @@ def _fix_ranks(node: fx.Node, shape: Any, seen: Observation) -> None:
         elif part.target is operator.getitem and isinstance(part.args[1], slice):
             pending.append(part.args[0])
             for end in _ends(part.args[1]):
-                found = _ranks_of(end) if isinstance(end, fx.Node) else None
+                found = ranks_asked(end) if isinstance(end, fx.Node) else None
                 tensors |= dict.fromkeys(found or ())
     for tensor in tensors:
         assume_rank(node, tensor, len(seen.values[tensor].shape))

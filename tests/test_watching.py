@@ -157,6 +157,11 @@ def draw(net: Any, x: Tensor) -> Tensor:
     return net.outputs(x) * (1.0 + net.random.random() if net.training else 1.0)
 
 
+def toggle(net: Any, x: Tensor) -> Tensor:
+    drops = net.training and net.random.random() < 0.8  # not at first, but at the next
+    return net.second(F.dropout(net.hidden(x), 0.5, drops))
+
+
 def schedule_drop(net: Any, x: Tensor) -> Tensor:
     net.drop.p = min(0.5, net.drop.p + 0.1)
     return net.outputs(x)
@@ -183,7 +188,7 @@ DEEDS: list[Callable[[Any, Tensor], Any]] = [
     *(follow, clip, load, fade, drop_always, freeze_norm, evaluate_inside, set_flag),
     *(switch_gradients, decay, by_name, privately, alias, alias_of_data, anneal),
     *(count_to_five, count_to_five_in_training, count_and_forget, initialise, anneal_elsewhere),
-    *(draw, schedule_drop, schedule_momentum, first_batch),
+    *(draw, toggle, schedule_drop, schedule_momentum, first_batch),
     average_in_evaluation,
 ]
 

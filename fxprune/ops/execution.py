@@ -212,6 +212,22 @@ def is_settled(node: fx.Node) -> bool:
     return True
 
 
+def ranks_asked(number: fx.Node) -> list[fx.Node] | None:
+    """Return the tensors from whose ranks a number is computed; None if from other things, too."""
+    pending, found = [number], list[fx.Node]()
+    while pending:
+        node = pending.pop()
+        by_method = node.op == "call_method" and node.target in _RANKS
+        if by_method or (node.target is getattr and node.args[1] == "ndim"):
+            found += node.all_input_nodes
+        elif getattr(node.target, "__module__", "") == "_operator":
+            pending += node.all_input_nodes
+        else:
+            return None
+    return found
+
+
+_RANKS = frozenset({"dim", "ndimension"})
 _SIZES = frozenset(
     {getattr, len, torch.numel, "size", "dim", "ndimension", "numel", "nelement", "stride"}
 )

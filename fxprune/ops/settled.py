@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.ops.execution import is_settled, node_values
+from fxprune.ops.execution import is_settled, node_values, ranks_asked
 from fxprune.rules import Call
 from fxprune.values import Barrier, OfSizes, ShapeOf, State, Value, flatten
 
@@ -25,7 +25,6 @@ _DECISIVE = frozenset(
         *("source", "destination", "num_groups", "groups", "upscale_factor", "downscale_factor"),
     }
 )
-_RANKS = {"dim", "ndimension"}
 
 
 def require_settled(call: Call) -> None:
@@ -53,16 +52,8 @@ def _is_of_channels(found: Any) -> bool:
 
 def _is_own_rank(number: fx.Node, call: Call) -> bool:
     """Tell whether a number is computed from ranks of tensors that the operator is given."""
-    pending, asked_of = [number], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node.target in _RANKS or (node.target is getattr and node.args[1] == "ndim"):
-            asked_of |= set(node.all_input_nodes)
-        elif getattr(node.target, "__module__", "") == "_operator":
-            pending += node.all_input_nodes
-        else:
-            return False
-    return asked_of <= _sources(call, number)
+    asked_of = ranks_asked(number)
+    return asked_of is not None and set(asked_of) <= _sources(call, number)
 
 
 def _sources(call: Call, number: fx.Node) -> set[fx.Node]:
