@@ -29,7 +29,7 @@ from fxprune.gates import Gates, WidthSite, linear_gate, width_gate
 from fxprune.kinds import LAYERS, NORMS, OVERWROTE, SUMS
 from fxprune.modules import memory_of, submodule
 from fxprune.ops.elementwise import NONLINEARITIES
-from fxprune.retracing import BufferTracer, mark_
+from fxprune.retracing import LiveTracer, mark_
 from fxprune.rules import key_of
 
 
@@ -60,7 +60,7 @@ class LoweringCodeGen(CodeGen):
         return replace(code, _lineno_map={})  # its lines are those of no node of the module's graph
 
 
-class RetracingTracer(BufferTracer):
+class RetracingTracer(LiveTracer):
     """Traces a module anew when it is unpickled, to be lowered again."""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:

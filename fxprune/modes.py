@@ -6,8 +6,7 @@ module's flag. Any other difference means that one graph cannot serve both.
 """
 
 import functools
-import operator
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from fxprune.kinds import MADE_BY_TRACING
+
+
+def by_mode(training: bool, in_evaluation: Any, in_training: Any) -> Any:
+    """Return what a module computes with in the mode it is in."""
+    return in_training if training else in_evaluation
+
+
+def follows_mode(node: fx.Node) -> bool:
+    """Tell whether a node reads a module's training flag."""
+    return node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training"
 
 
 def forget_counts(root: nn.Module, graph: fx.Graph) -> None:
@@ -38,10 +47,7 @@ def forget_counts(root: nn.Module, graph: fx.Graph) -> None:
 
 @contextmanager
 def mode_questions() -> Generator[set[nn.Module]]:
-    """Yield a set that gathers the modules of which anybody reads `training` meanwhile.
-
-    A module keeps the flag among its own attributes; a property of the class goes before those.
-    """
+    """Yield a set that gathers the modules of which anybody reads `training` meanwhile."""
     asked: set[nn.Module] = set()
 
     def read(module: nn.Module) -> bool:
@@ -49,12 +55,23 @@ def mode_questions() -> Generator[set[nn.Module]]:
         own = vars(module)
         return bool(own["training"] if "training" in own else module.__getattr__("training"))
 
+    with answering_modes(read):
+        yield asked
+
+
+@contextmanager
+def answering_modes(answer: Callable[[nn.Module], Any]) -> Generator[None]:
+    """Let `answer` say what whoever reads the `training` of a module meanwhile is told.
+
+    A module keeps the flag among its own attributes; a property of the class goes before those.
+    """
+
     def write(module: nn.Module, flag: bool) -> None:
         vars(module)["training"] = flag
 
-    nn.Module.training = property(read, write)  # pyright: ignore[reportAttributeAccessIssue]
+    nn.Module.training = property(answer, write)  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        yield asked
+        yield
     finally:
         del nn.Module.training
 
@@ -220,7 +237,8 @@ def thaw_modes(training: fx.Graph, evaluation: fx.Graph, steady: Collection[str]
                 with evaluation.inserting_before(at):
                     flag = evaluation.get_attr(name)
                     if (yes, no) != (True, False):
-                        flag = evaluation.call_function(operator.getitem, ((no, yes), flag))
+                        flag = evaluation.call_function(by_mode, (flag, no, yes))
+                        flag.meta["is_wrapped"] = True  # it asks for the flag
                 flag.meta["source"] = at.meta["source"]
                 return flag
             if isinstance(no, (tuple, list)):

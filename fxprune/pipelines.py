@@ -15,6 +15,7 @@ from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
 from fxprune.passes.parallel_branches import fold_parallel_branches
 from fxprune.passes.rank_questions import ask_inputs_for_ranks
+from fxprune.passes.settled_modes import settle_modes
 from fxprune.passes.size_unpacking import unpack_sizes
 from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
 from fxprune.pipeline import Change, Pass, keeps_shapes, with_options
@@ -84,6 +85,7 @@ def folding(cost: str = "parameters") -> tuple[Pass, ...]:
 
     return (
         # Only now: a model that is not folded may be trained on, with its dropout.
+        settle_modes,
         remove_no_ops,
         # Gates that stood in the way are gone.
         ask_inputs_for_ranks,

@@ -1,8 +1,8 @@
 """What a graph module needs to be unpickled: torch.fx saves its code, and traces that again.
 
 Then the code runs for once, on proxies: Python's own functions (`x is None`, the class of an
-output) would be answered, not traced, and arithmetic on buffers alone would become constants that
-no state dict and no device reaches.
+output) would be answered, not traced, arithmetic on buffers alone would become constants that no
+state dict and no device reaches, and training flags what they were.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.assumptions import IN_C
 from fxprune.kinds import PASSES
+from fxprune.modes import answering_modes, follows_mode
 from fxprune.modules import free_name
 
 # Modules of Python's own functions, which do not dispatch on proxies.
@@ -21,10 +22,19 @@ _FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn)
 _MARKS = (PASSES, "leaf_because")
 
 
-class BufferTracer(fx.Tracer):
-    """torch.fx's tracer, where buffers are values of the graph as parameters are."""
+class LiveTracer(fx.Tracer):
+    """torch.fx's tracer, where buffers and training flags are values of the graph, too."""
 
     proxy_buffer_attributes = True
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace as torch.fx does; who reads a flag meanwhile is the code that is traced."""
+        with answering_modes(self._flag):
+            return super().trace(root, concrete_args)
+
+    def _flag(self, module: nn.Module) -> Any:
+        path = self.path_of_module(module)
+        return self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
 
 
 def wrap_functions_(graph: fx.Graph) -> None:
@@ -57,6 +67,12 @@ def keep_buffers_(module: fx.GraphModule) -> None:
     if reads:
         module.graph.lint()
         module.recompile()
+
+
+def keep_modes_(module: fx.GraphModule) -> None:
+    """Let a plain result that follows the mode do so when it is loaded, which takes our tracer."""
+    if any(follows_mode(node) for node in module.graph.nodes):
+        module._tracer_cls = module.graph._tracer_cls = LiveTracer
 
 
 def marks_in(graph: fx.Graph) -> dict[str, dict[str, Any]]:

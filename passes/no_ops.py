@@ -116,15 +116,13 @@ def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) 
         return node.args[0] == [_source(node)]
     place = _FLAGS.get(key_of(node, None))
     if place is not None:
-        return _follows_training_flag(node, place)
+        return _is_off(node, place)
     return _multiplies_ones(node, program)
 
 
-def _follows_training_flag(node: fx.Node, place: int) -> bool:
-    """Tell whether a functional dropout is off in evaluation: by the module's flag, or always."""
+def _is_off(node: fx.Node, place: int) -> bool:
+    """Tell whether a functional dropout is off; flags that follow the mode are settled by now."""
     flag: Any = node.kwargs.get("training", node.args[place] if len(node.args) > place else True)
-    if isinstance(flag, fx.Node):
-        return flag.op == "get_attr" and str(flag.target).split(".")[-1] == "training"
     return flag is False
 
 

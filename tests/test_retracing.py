@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
@@ -194,3 +195,48 @@ def test_a_second_time_nothing_is_left_of_what_saving_took() -> None:
     again = fxprune.finalize(small)
     targets, before = ([str(node.target) for node in m.graph.nodes] for m in (again, small))
     assert targets == before and "places_read" in targets
+
+
+class Moody(nn.Module):
+    """A dropout and a rate that follow the mode, written as functions, at two depths."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer, self.inner = nn.Linear(8, 8), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(torch.relu(self.layer(x)), 0.5, self.training)
+        x = x * (0.7 if self.training else 1.3)
+        return x if self.inner is None else self.inner(x)
+
+
+def _alike_in_both_modes(one: nn.Module, other: nn.Module, x: Tensor) -> None:
+    seen: list[Tensor] = []
+    for mode in (True, False):
+        outputs: list[Tensor] = []
+        for model in (one, other):
+            torch.manual_seed(0)
+            outputs.append(model.train(mode)(x))
+        assert torch.equal(*outputs)
+        seen.append(outputs[0])
+    assert not torch.allclose(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("saved_in_training", [True, False])
+def test_a_loaded_model_follows_the_mode(saved_in_training: bool) -> None:
+    x = torch.randn(3, 8)
+    gated = fxprune.instrument(nn.Sequential(Moody(Moody()), nn.Linear(8, 4)), x)
+    close_half(gated)
+    for model in (gated, fxprune.finalize(gated, fold=False)):
+        loaded = reloaded(reloaded(model.train(saved_in_training)))
+        _alike_in_both_modes(model, loaded, x)
+
+
+def test_a_folded_model_has_one_mode() -> None:
+    x = torch.randn(3, 8)
+    gated = fxprune.instrument(nn.Sequential(Moody(Moody()), nn.Linear(8, 4)), x).eval()
+    small = fxprune.finalize(gated)
+    assert torch.allclose(small(x), gated(x), atol=1e-6)
+    assert torch.equal(small.train()(x), small.eval()(x))
+    assert not any("training" in str(node.target) for node in small.graph.nodes)
+    assert torch.equal(reloaded(small)(x), small(x))
