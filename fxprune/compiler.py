@@ -45,7 +45,7 @@ from fxprune.progress import shown
 from fxprune.recording import copies
 from fxprune.regions import Region
 from fxprune.report import Report
-from fxprune.retracing import keep_buffers_, keep_modes_, marks_in
+from fxprune.retracing import keep_buffers_, keep_questions_, marks_in
 from fxprune.sharding import require_whole
 from fxprune.values import flatten
 from fxprune.verification import Verification, verify
@@ -298,7 +298,7 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
     program.module.delete_all_unused_submodules()
     report.after = costs_of(program)
     keep_buffers_(program.module)
-    keep_modes_(program.module)
+    keep_questions_(program.module)
     report.plans = list(program.plans.values())
     report.refused = [
         Change(place, f"all channels around it stay: {reason}")

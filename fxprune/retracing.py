@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.assumptions import IN_C
+from fxprune.dtype_limits import LIMITS, asking_for_limits
 from fxprune.kinds import PASSES
 from fxprune.modes import answering_modes, follows_mode
 from fxprune.modules import free_name
@@ -29,7 +30,7 @@ class LiveTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace as torch.fx does; who reads a flag meanwhile is the code that is traced."""
-        with answering_modes(self._flag):
+        with answering_modes(self._flag), asking_for_limits(self):
             return super().trace(root, concrete_args)
 
     def _flag(self, module: nn.Module) -> Any:
@@ -69,9 +70,12 @@ def keep_buffers_(module: fx.GraphModule) -> None:
         module.recompile()
 
 
-def keep_modes_(module: fx.GraphModule) -> None:
-    """Let a plain result that follows the mode do so when it is loaded, which takes our tracer."""
-    if any(follows_mode(node) for node in module.graph.nodes):
+def keep_questions_(module: fx.GraphModule) -> None:
+    """Let a plain result that asks for modes, or limits of dtypes, do so when it is loaded.
+
+    That takes our tracer: it cannot be loaded without fxprune.
+    """
+    if any(follows_mode(node) or node.target in LIMITS for node in module.graph.nodes):
         module._tracer_cls = module.graph._tracer_cls = LiveTracer
 
 

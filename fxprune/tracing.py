@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.classes import modules_of, of_their_classes
+from fxprune.dtype_limits import asking_for_limits
 from fxprune.einops_backend import teach_einops
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.garbage import uncollected
@@ -514,6 +515,7 @@ def _traced(
             of_their_classes(users, tracer),
             kept_whole(users, tracer),
             inlined(tracer),
+            asking_for_limits(tracer),
         ):
             graph = tracer.trace(root)
     finally:

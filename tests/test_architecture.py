@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "default_device",
         "eager",
         "einops_backend",
+        "dtype_limits",
         "assignments",
     ),
     ("classes", "keeping", "randomness", "scripts", "tables", "whole_numbers"),
