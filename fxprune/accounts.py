@@ -180,7 +180,7 @@ class _Accountant:
 
     def _operator(self, node: fx.Node) -> Term:
         call, value = self.channels.calls.get(node), self.channels.values.get(node)
-        count = self.seen.macs[node]
+        count = self.seen.macs.get(node, 0)  # none where a mask picked nothing
         geometry = geometry_of(self.sole.get(node))
         if geometry is not None:
             count = geometry.macs(prod(self._places(node, geometry)))

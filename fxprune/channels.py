@@ -187,6 +187,8 @@ class _Forward:
                 raise Barrier(self.forced[node])
             if node in self.seen.draws:
                 raise Barrier("it draws random numbers, others where there are fewer channels")
+            if any(isinstance(one, TensorSpec) and 0 in one.shape for one in flatten(call.spec)):
+                raise Barrier("it gives nothing on the example inputs, which tells nothing of it")
             require_settled(call)
             return flow_of(call)
         except Barrier as barrier:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import GateError
 from fxprune.penalties import Cost, cost_of, gates_of
+from fxprune.testing import close_half
 from fxprune.unit_costs import KINDS, UnitCosts
 from models.lenet import LeNet
 from tests.conftest import randomise
@@ -325,3 +326,32 @@ def test_a_parameter_without_numbers_costs_nothing() -> None:
 
     gated: Any = fxprune.instrument(Continuous(), torch.randn(4, 6))
     assert len(gated.gates.width_sites[0].units) == 10
+
+
+class Picking(nn.Module):
+    """An expert for what a mask picks, which may be nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked = torch.where(x[:, 0] > 100)[0]
+        out = torch.zeros_like(x).index_add(0, picked, self.second(F.relu(self.first(x[picked]))))
+        return self.head(F.relu(x + out))
+
+
+def test_layers_that_nothing_reached_are_kept_and_cost_no_macs() -> None:
+    tail = nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)
+    gated: Any = fxprune.instrument(nn.Sequential(Picking(), *tail), torch.randn(4, 8))
+    assert gated.gates.width_sites[0].name == "2" and len(gated.gates.width_sites) == 1
+    costs = {
+        kind: float(cost_of(gates_of(gated), kind).detach()) for kind in ("parameters", "macs")
+    }
+    mine, its = 6 * 9 + 8 * 7 + 3 * 9, 8 * 4 + 2 * 9
+    assert costs == {"parameters": mine + its, "macs": 8 * 3 + 3 * 8 + 8 * 2}
+    close_half(gated)
+    small, other = fxprune.finalize(gated), 500 * torch.randn(20, 8)
+    reasons = [str(change) for change in small.report.refused]
+    assert any("it gives nothing on the example inputs" in reason for reason in reasons)
+    assert torch.allclose(small(other), gated.eval()(other), rtol=1e-5)
