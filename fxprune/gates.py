@@ -130,6 +130,20 @@ class Gates(Structured):
         ]
         return self._sum_of_channels(torch.cat(numbers))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gates":
+        """Follow the model to its device and dtype, but not to one of fewer than 32 bits.
+
+        What a step moves a gate by would be rounded away there: near 0.75 bfloat16 knows no number
+        within 0.002.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            short = new.is_floating_point() and new.element_size() < 4
+            return tensor.to(new.device, torch.float32) if short else new
+
+        return super()._apply(moved, recurse)
+
     def clip_(self) -> None:
         """Clip the real gates to [0, 1], as the paper does after every update.
 

@@ -424,6 +424,19 @@ def test_a_model_in_double_precision_is_double_throughout() -> None:
     assert penalty(model).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_of_a_model_in_half_precision_still_move(dtype: torch.dtype) -> None:
+    model = Gated().to(dtype)
+    output = model(torch.randn(5, 3, dtype=dtype))
+    assert output.dtype == dtype
+    (output.float().sum() + penalty(model)).backward()
+    before = width_of(model.gates).detach().clone()
+    torch.optim.SGD([width_of(model.gates)], lr=1e-4).step()
+    moved = (width_of(model.gates) - before).abs()
+    assert bool(((moved > 0) & (moved < 1e-3)).all())
+    assert model.gates.importance.dtype == torch.float32
+
+
 def test_activations_keep_their_dtype_under_autocast() -> None:
     model, seen = Gated(), list[torch.dtype]()
     model.second.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
