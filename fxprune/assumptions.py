@@ -63,6 +63,7 @@ _OF_NUMBERS: dict[Any, Callable[..., Any]] = {np.sqrt: math.sqrt}
 _is_tensor = torch.is_tensor  # while a model is traced it has another
 _OF_GRADIENTS = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "retains_grad"})
 _WRITABLE = frozenset({"data", "grad", "requires_grad"})
+_OF_PROXIES = frozenset({"tracer", "node", "_node", "root", "attr", "lineno"})
 _REFUSAL = "symbolically traced variables cannot be used as inputs to control flow"
 # Torch's own functions in C try `__index__` on what they are given. None needs an answer: all take
 # a traced size as it is, so that they are called by node at once.
@@ -83,6 +84,10 @@ class Askable(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _WRITABLE:
             raise FxTraceError(f"it sets {name} of a tensor, which no graph does: use copy_")
+        if name not in _OF_PROXIES and self._is_held_elsewhere():
+            raise FxTraceError(
+                f"it sets {name} of its argument, which no graph does: return what is set"
+            )
         super().__setattr__(name, value)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
@@ -140,6 +145,12 @@ class Askable(fx.Proxy):
     def __str__(self) -> str:
         plain = self.tracer.known(self) if self._is_name(sys._getframe(1)) else None
         return repr(self) if plain is None else str(plain)
+
+    def _is_held_elsewhere(self) -> bool:
+        """Tell whether others than the forward hold a value: an argument, an object in one."""
+        if self.tracer.answering:
+            return False
+        return self.node.op == "placeholder" or not issubclass(self.tracer.class_of(self), Tensor)
 
     def _is_name(self, frame: FrameType) -> bool:
         return not self.tracer.answering and is_name(frame)

@@ -72,6 +72,10 @@ else:  # at run time both are what they are: the result needs no class of ours
 ENDS_LEFT = 0.5
 # What outputs may differ by where weights are computed, or were once.
 COMPUTED = 1e-4
+_OVERWRITTEN = (
+    "the model overwrites this argument, which the result may leave as it was: its outputs are the "
+    "same, but do not count on what is in the argument after a call"
+)
 _EVALUATION_ONLY = (
     "not as in the model, which runs other operators then: gated, it computes in training what it "
     "does in evaluation, only batch norms and dropout modules follow the mode"
@@ -124,6 +128,7 @@ def instrument(
     def gate(region: Region) -> None:
         report = reports[region.path] = Report("instrument", name, {})
         report.passes |= _renaming(region) | _modes(region)
+        report.refused += _overwritten(region)
         if region.program.module.meta["evaluation_only"]:
             report.refused.append(Change("training", _EVALUATION_ONLY))
         if hoist_padding and region.path:
@@ -218,6 +223,12 @@ def _renaming(region: Region) -> dict[str, list[Change]]:
     return {"renaming": changes} if changes else {}
 
 
+def _overwritten(region: Region) -> list[Change]:
+    """Return what to report of arguments that the model overwrites: its result may not."""
+    names: list[str] = region.program.module.meta.get("overwrites", [])
+    return [Change(name, _OVERWRITTEN) for name in names]
+
+
 def _modes(region: Region) -> dict[str, list[Change]]:
     """Return what to report of modules that do not follow `train`, as the model says."""
     modes: dict[str, bool] = region.program.module.meta.get("modes", {})
@@ -304,6 +315,7 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
         Change(place, f"all channels around it stay: {reason}")
         for place, reason in program.barriers.items()
     ]
+    report.refused += _overwritten(region)
     if source is not None:
         proof = _prove(reference, source, program, (*PLAIN, *passes), region.other_inputs())
         report.verification = proof

@@ -166,7 +166,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 def run_alike(model: nn.Module, inputs: Inputs) -> Any:
     """Return what a model makes of copies of inputs; it draws the same numbers in every run."""
-    args, kwargs = copied(inputs)
+    return run_on(model, copied(inputs))
+
+
+def run_on(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a model makes of inputs, which it may overwrite, drawing as `run_alike` does."""
+    args, kwargs = inputs
     with drawing_alike(device_of(model)):
         return model(*args, **kwargs)
 

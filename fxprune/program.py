@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import assumptions
+from fxprune.deeds import Given, contents_of, written_into
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.inputs import Inputs, copied, describe, same, to_device
 from fxprune.keeping import count_on_
-from fxprune.modules import check_parameters, copy_model, device_of, evaluating, run_alike
+from fxprune.modules import check_parameters, copy_model, device_of, evaluating, run_alike, run_on
 from fxprune.naming import free_names_
 from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
 from fxprune.tracing import bound_arguments, trace, without_fused_layers
@@ -197,6 +198,22 @@ def _check_on_others(root: nn.Module, program: Program) -> None:
         )
 
 
+def _run_and_look(root: nn.Module, program: Program, inputs: Inputs) -> Any:
+    """Return what a model makes of inputs; note which it overwrites, and let it add to none."""
+    own = copied(inputs)
+    given = bound_arguments(root, *own)
+    looked = Given(given, bound_arguments(root, *inputs), contents_of(given))
+    try:
+        output = run_on(root, own)
+        name = looked.contents.written()
+    finally:
+        looked.contents.put_back()
+    if name:
+        raise TraceError(f"{type(root).__name__} cannot be traced: {written_into(name)}")
+    program.module.meta["overwrites"] = looked.overwritten()
+    return output
+
+
 def _check_faithful(root: nn.Module, program: Program) -> None:
     """Run model and trace on the example inputs in evaluation mode: they must agree to the bit.
 
@@ -207,7 +224,9 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
     inputs = (program.args, program.kwargs)
     with evaluating(root, program.module), torch.no_grad(), without_fused_layers():
         try:
-            expected = run_alike(root, inputs)
+            expected = _run_and_look(root, program, inputs)
+        except TraceError:
+            raise
         except Exception as error:
             raise ExampleInputError(
                 f"{type(root).__name__} does not run on the example inputs "

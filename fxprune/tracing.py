@@ -24,7 +24,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import PLAIN, AskedTracer
+from fxprune.beside import Beside
 from fxprune.classes import modules_of, of_their_classes
+from fxprune.deeds import ADDING, contents_of, place_of, written_beside, written_into
 from fxprune.dtype_limits import asking_for_limits
 from fxprune.einops_backend import teach_einops
 from fxprune.errors import ExampleInputError, TraceError
@@ -88,6 +90,8 @@ class ModelTracer(AskedTracer):
         self.own: OwnTensors | None = None
         self._registered: dict[int, tuple[str, Tensor]] | None = None
         self.keeping: list[Held] = []
+        self.arguments = contents_of({})
+        self.beside: Beside | None = None
 
     def create_args_for_root(
         self,
@@ -98,6 +102,7 @@ class ModelTracer(AskedTracer):
         """Make inputs of the given arguments; Python supplies the defaults of the others."""
         signature = inspect.signature(self.root.forward)
         inputs = self._inputs(signature)
+        self.arguments = contents_of(inputs)
         bound = inspect.BoundArguments(signature, OrderedDict())
         for name, value in self.given.items():
             parameter = signature.parameters[name]
@@ -204,6 +209,8 @@ class ModelTracer(AskedTracer):
                 raise TraceError("it switches gradients off, which no graph does")
             self.evaluation_only = True
         node = super().create_node(*args, **kwargs)
+        if node.op == "call_method" and node.target in ADDING:
+            self._require_no_object(node)
         node.meta["source"] = _user_line(sys._getframe(1))
         return node
 
@@ -219,6 +226,8 @@ class ModelTracer(AskedTracer):
             return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
         path, held, mark = self.path_of_module(m), Held(m), len(self.keeping)
+        given = contents_of({"": (args, kwargs)})
+        beside = self._unwritten_beside()
         generators = Generators() if self.watching else None
         if isinstance(m, nn.TransformerEncoder) and _has_masks(args, kwargs):
             self.masked.add(path)
@@ -236,12 +245,20 @@ class ModelTracer(AskedTracer):
                 vars(m).update(kept)
                 self.keeping.append(held)
             _require_drawn_nothing(generators)
+            _require_unwritten(beside)
             passes = self._last_node() is last and len(args) == 1 and result is args[0]
             self.passes[path] = passes and self.passes.get(path, True)
             return result
         except Exception as error:
             self.put_back(mark)
             held.put_back()
+            if beside is not None:
+                beside.put_back()
+            if given.written():
+                given.put_back()
+                raise TraceError(
+                    f"{path} writes into what it is given, and cannot be traced: {error}"
+                ) from error
             if generators is not None:
                 generators.put_back()
             self.leaves[path] = f"{type(error).__name__}: {_first_line(error)}"
@@ -249,6 +266,19 @@ class ModelTracer(AskedTracer):
                 self.module_stack.popitem()
             self._erase_after(last)
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def _value(self, obj: fx.Proxy, *, tensors: bool = False) -> Any:
+        """Answer a question; whoever is run for it may write, which is not the forward's deed."""
+        beside = self._unwritten_beside()
+        try:
+            return super()._value(obj, tensors=tensors)
+        finally:
+            if beside is not None:
+                beside.put_back()
+
+    def _unwritten_beside(self) -> Beside | None:
+        """Return what lies beside the model, if it is watched and nobody has written there yet."""
+        return None if self.beside is None or self.beside.written() else self.beside
 
     def put_back(self, mark: int = 0) -> None:
         """Take what is traced out of the modules that have kept it, since there were `mark`."""
@@ -293,6 +323,12 @@ class ModelTracer(AskedTracer):
                 f"write into it instead (self.{written.tensors[0]}.copy_(…), .add_(…))"
             )
         self.written |= {f"{path}.{name}" if path else name for name in written.attributes}
+
+    def _require_no_object(self, node: fx.Node) -> None:
+        """Raise `TraceError` where a method writes into an object that is an argument."""
+        held: Any = node.args[0] if node.args else None
+        if isinstance(held, fx.Node) and not issubclass(self.class_of(self.proxy(held)), Tensor):
+            raise TraceError(written_into(held.name))
 
     def _last_node(self) -> fx.Node | None:
         return next(iter(reversed(self.graph.nodes)), None)
@@ -464,14 +500,18 @@ def _trace_in_mode(
 ) -> tuple[fx.Graph, ModelTracer]:
     """Trace in one mode; drawing: let it draw random numbers of its own, which tells `drew`."""
     root.train(training)
-    generators = Generators()
+    generators, beside = Generators(), Beside(root)
+    in_mode = functools.partial(_traced, root, given, whole, inside=inside)
     try:
-        tracer, graph = _traced(root, given, whole, inside=inside)
+        tracer, graph = in_mode()
         tracer.drew = bool(generators.drew())
         if tracer.drew:
             generators.put_back()
-        if tracer.drew and not drawing:
-            tracer, graph = _traced(root, given, whole, inside=inside, watching=True)
+        if (tracer.drew and not drawing) or beside.written():
+            beside.put_back()
+            tracer, graph = in_mode(watching=tracer.drew and not drawing, beside=beside)
+            _require_unwritten(beside)
+        if tracer.watching:
             _require_drawn_nothing(generators)
     except Exception as error:
         raise TraceError(
@@ -479,6 +519,8 @@ def _trace_in_mode(
             f"{_place(error)}; move the data-dependent Python of its forward into a submodule of "
             "its own (a submodule that cannot be traced is kept whole), or instrument its parts"
         ) from error
+    finally:
+        beside.put_back()
     if training:
         forget_counts(root, graph)
     for node in graph.nodes:
@@ -497,13 +539,19 @@ def _traced(
     *,
     inside: bool,
     watching: bool = False,
+    beside: Beside | None = None,
 ) -> tuple[ModelTracer, fx.Graph]:
-    """Trace once; watching: for modules that draw random numbers, which are then kept whole."""
+    """Trace once.
+
+    watching: for modules that draw random numbers, which are then kept whole. beside: what modules
+    that write into are kept whole, too.
+    """
     if has_hooks(root):
         raise TraceError(_HOOKED)
     teach_einops()
     tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
     tracer.watching, tracer.own = watching, OwnTensors(root)
+    tracer.beside = beside
     parts, users = Parts(root), modules_of(root)
     try:
         with (
@@ -534,6 +582,8 @@ def _traced(
             f"its forward replaces or adds {replaced!r}, a tensor or part of it, which no graph "
             "does; make it in __init__, and write into tensors (copy_)"
         )
+    if name := tracer.arguments.written():
+        raise TraceError(written_into(name, place_of([type(root).forward], name)))
     others = sorted(parts.changed() - tracer.written)
     if others:
         raise TraceError(
@@ -551,6 +601,11 @@ def _require_drawn_nothing(generators: Generators | None) -> None:
             f"its forward draws random numbers ({who}), which a trace would draw once for all; "
             "draw them like a tensor of the graph (torch.rand_like(x), F.dropout)"
         )
+
+
+def _require_unwritten(beside: Beside | None) -> None:
+    if beside is not None and (name := beside.written()):
+        raise TraceError(written_beside(name, beside.place(name)))
 
 
 def _require_sayable(root: nn.Module, path: str) -> None:
