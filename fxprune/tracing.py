@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.beside import Beside
+from fxprune.call_state import CallState, answers_matter, asked_of
 from fxprune.classes import modules_of, of_their_classes
 from fxprune.deeds import ADDING, contents_of, place_of, written_beside, written_into
 from fxprune.dtype_limits import asking_for_limits
@@ -500,19 +501,25 @@ def _trace_in_mode(
 ) -> tuple[fx.Graph, ModelTracer]:
     """Trace in one mode; drawing: let it draw random numbers of its own, which tells `drew`."""
     root.train(training)
-    generators, beside = Generators(), Beside(root)
+    generators, beside, state = Generators(), Beside(root), CallState()
     in_mode = functools.partial(_traced, root, given, whole, inside=inside)
     try:
-        tracer, graph = in_mode()
-        tracer.drew = bool(generators.drew())
-        if tracer.drew:
+        tracer, graph = in_mode(state=state)
+        if answers_matter(state.asked, functools.partial(_is_same, root, in_mode, graph)):
+            state = CallState(refused=True)
+        drew, wrote = bool(generators.drew()), beside.written()
+        if drew:
             generators.put_back()
-        if (tracer.drew and not drawing) or beside.written():
+        watching = drew and not drawing
+        if watching or wrote or state.refused:
             beside.put_back()
-            tracer, graph = in_mode(watching=tracer.drew and not drawing, beside=beside)
+            tracer, graph = in_mode(watching=watching, beside=beside, state=state)
             _require_unwritten(beside)
-        if tracer.watching:
+        if watching:
             _require_drawn_nothing(generators)
+        elif drew:
+            generators.put_back()
+        tracer.drew = drew and drawing
     except Exception as error:
         raise TraceError(
             f"{type(root).__name__} cannot be traced: {type(error).__name__}: {_first_line(error)}"
@@ -532,6 +539,20 @@ def _trace_in_mode(
     return graph, tracer
 
 
+def _is_same(
+    root: nn.Module,
+    in_mode: Callable[..., tuple[ModelTracer, fx.Graph]],
+    graph: fx.Graph,
+    state: CallState,
+) -> bool:
+    """Tell whether a model has the same graph where its questions are answered by `state`."""
+    try:
+        _, other = in_mode(state=state)
+    except Exception:
+        return False
+    return same_structure(root, other, graph) and not differ_in_constants(other, graph)
+
+
 def _traced(
     root: nn.Module,
     given: Mapping[str, Any],
@@ -540,11 +561,12 @@ def _traced(
     inside: bool,
     watching: bool = False,
     beside: Beside | None = None,
+    state: CallState,
 ) -> tuple[ModelTracer, fx.Graph]:
     """Trace once.
 
-    watching: for modules that draw random numbers, which are then kept whole. beside: what modules
-    that write into are kept whole, too.
+    watching: for modules that draw random numbers, which are then kept whole. beside: modules
+    that write into it are kept whole, too. state: answers questions for gradients and autocast.
     """
     if has_hooks(root):
         raise TraceError(_HOOKED)
@@ -561,6 +583,7 @@ def _traced(
             tracer.refusing_autocast(),
             sliced_by_name(root, tracer),
             of_their_classes(users, tracer),
+            asked_of(state, users, tracer),
             kept_whole(users, tracer),
             inlined(tracer),
             asking_for_limits(tracer),

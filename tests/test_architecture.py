@@ -54,6 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph_modules",),
     ("example_values", "expressions"),
     ("lookups",),
+    ("call_state",),
     ("assumptions",),
     ("retracing",),
     ("watching",),

@@ -1,0 +1,110 @@
+"""Questions for what surrounds a call: mixed precision, gradients, inference mode.
+
+    if torch.is_autocast_enabled(): x = x.half()        if torch.is_grad_enabled() and …:
+
+They are answered otherwise in training than in evaluation, or as the user's loop pleases, and no
+graph asks. Mostly no answer matters; whether one does, traces with other answers tell.
+"""
+
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import combinations
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fxprune.errors import TraceError
+from fxprune.lookups import NOT_THE_USERS
+
+_QUESTIONS = (
+    *("is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled"),
+    *("is_inference_mode_enabled", "get_autocast_dtype"),
+    *("get_autocast_gpu_dtype", "get_autocast_cpu_dtype"),
+)
+# Of so many questions not all answers are tried.
+_MANY = 3
+
+
+@dataclass
+class CallState:
+    """How traced code is answered, and what it asked.
+
+    otherwise: the questions that are answered otherwise than now. refused: none is answered.
+    """
+
+    otherwise: frozenset[str] = frozenset()
+    refused: bool = False
+    asked: set[str] = field(default_factory=set[str])
+
+    def answer(self, name: str, value: Any) -> Any:
+        """Answer a question, whose answer is `value` while the model is traced."""
+        self.asked.add(name)
+        if self.refused:
+            raise TraceError(
+                f"it asks torch.{name}, and goes by an answer that may be another in training or "
+                "under autocast, which no graph asks"
+            )
+        if name not in self.otherwise:
+            return value
+        other = torch.float16 if value == torch.bfloat16 else torch.bfloat16
+        return not value if isinstance(value, bool) else other
+
+
+def answers_matter(asked: set[str], is_same: Callable[[CallState], bool]) -> bool:
+    """Tell whether other answers to what was asked give another graph, alone or together.
+
+    is_same: traces once more, and tells whether the graph is the same. An answer may lead to more
+    questions, which count as asked.
+    """
+    asked, tried = set(asked), set[frozenset[str]]()
+    while waiting := {frozenset(one) for one in _subsets(asked)} - tried:
+        if len(asked) > _MANY:
+            return True
+        state = CallState(min(waiting, key=sorted))
+        tried.add(state.otherwise)
+        if not is_same(state):
+            return True
+        asked |= state.asked
+    return False
+
+
+def _subsets(names: set[str]) -> Iterator[tuple[str, ...]]:
+    for size in range(1, len(names) + 1):
+        yield from combinations(sorted(names), size)
+
+
+@contextmanager
+def asked_of(state: CallState, users: Sequence[ModuleType], tracer: Any) -> Generator[None]:
+    """Let traced code of the user's ask `state`, whether by torch's names or by its modules' own.
+
+    tracer: says whether it is `answering`, when code runs that is not traced.
+    """
+    torchs: dict[str, Any] = {name: getattr(torch, name, None) for name in _QUESTIONS}
+    patched: list[tuple[dict[str, Any], str]] = [
+        (vars(space), name)
+        for space in (torch, *users)
+        for name, function in torchs.items()
+        if function is not None and vars(space).get(name) is function
+    ]
+    asked = {name: _asking(name, function, state, tracer) for name, function in torchs.items()}
+    for names, name in patched:
+        names[name] = asked[name]
+    try:
+        yield
+    finally:
+        for names, name in patched:
+            names[name] = torchs[name]
+
+
+def _asking(
+    name: str, function: Callable[..., Any], state: CallState, tracer: Any
+) -> Callable[..., Any]:
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        value = function(*args, **kwargs)
+        ours = sys._getframe(1).f_code.co_filename.startswith(NOT_THE_USERS)
+        return value if ours or tracer.answering else state.answer(name, value)
+
+    return ask
