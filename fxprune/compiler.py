@@ -18,6 +18,7 @@ from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
 from fxprune.errors import ExampleInputError, GateError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
+from fxprune.frozen_attributes import freeze_
 from fxprune.gates import Gates, gate_owners
 from fxprune.graph_modules import own_
 from fxprune.inputs import Inputs, model_inputs, same, to_device
@@ -98,7 +99,8 @@ def instrument(
     """Return a copy of `model` with tri-state gates at its nonlinearities, computing the same.
 
     Train it as you would train the model, with `fxprune.penalty(gated)` added to the loss. Its
-    outputs are bit-equal to the model's until an optimizer moves a gate.
+    outputs are bit-equal to the model's until an optimizer moves a gate. Numbers that the model
+    holds as plain attributes (a temperature) stay what they are: setting one raises `TraceError`.
 
     model: any `nn.Module`; it is not modified. example_inputs: a tensor, a tuple of arguments or a
     dict of keyword arguments the model runs on; guessed from the first layer if not given.
@@ -416,4 +418,5 @@ def _assembled(
     if verb == "instrument" and parts.has_whole:
         memory["run"] = memory_of_run(parts.regions[0].program)
     remember_(parts.root, report, inputs, **memory)
+    freeze_(parts.root)
     return parts.root

@@ -31,6 +31,7 @@ from fxprune.deeds import ADDING, contents_of, place_of, written_beside, written
 from fxprune.dtype_limits import asking_for_limits
 from fxprune.einops_backend import teach_einops
 from fxprune.errors import ExampleInputError, TraceError
+from fxprune.frozen_attributes import note_
 from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
 from fxprune.keeping import Held, Parts, Written, count_on_
@@ -387,6 +388,7 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
         thaw_modes(training, evaluation, steady_flags(after))
     module = without_code(root, evaluation, type(root).__name__)
     module.meta["written"] = sorted(tracer.written)
+    note_(module, root)
     if after:
         module.meta["modes"] = {path: after[0][path] for path in keep_flags_(module, *after)}
     module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
