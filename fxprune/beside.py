@@ -34,7 +34,8 @@ class Beside(Contents):
 
 class _Search:
     def __init__(self, root: nn.Module) -> None:
-        kinds = {kind for part in root.modules() for kind in type(part).__mro__}
+        parts = list(root.modules())
+        kinds = {kind for one in set(map(type, parts)) for kind in one.__mro__}
         self.packages = {_package(kind) for kind in kinds} - _NOT_THE_USERS
         self.found: list[tuple[str, Any]] = []
         self.by_name: dict[str, list[Any]] = {}
@@ -44,7 +45,7 @@ class _Search:
         self.functions: list[FunctionType] = []
         for kind in kinds:
             self._meet_class(kind)
-        for part in root.modules():
+        for part in parts:
             for value in vars(part).values():
                 if isinstance(value, FunctionType):
                     self._meet("", value, ())

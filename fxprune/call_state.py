@@ -84,10 +84,10 @@ def asked_of(state: CallState, users: Sequence[ModuleType], tracer: Any) -> Gene
     """
     torchs: dict[str, Any] = {name: getattr(torch, name, None) for name in _QUESTIONS}
     patched: list[tuple[dict[str, Any], str]] = [
-        (vars(space), name)
-        for space in (torch, *users)
-        for name, function in torchs.items()
-        if function is not None and vars(space).get(name) is function
+        (names, name)
+        for names in map(vars, (torch, *users))
+        for name in torchs.keys() & names.keys()
+        if torchs[name] is not None and names[name] is torchs[name]
     ]
     asked = {name: _asking(name, function, state, tracer) for name, function in torchs.items()}
     for names, name in patched:

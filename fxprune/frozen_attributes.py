@@ -23,11 +23,10 @@ _TENSOR = "a tensor"
 
 def attributes_of(root: nn.Module, traced: fx.GraphModule) -> dict[str, dict[str, Any]]:
     """Return the plain attributes of a model, by the paths of the parts that were traced into."""
-    parts = dict(root.named_modules())
     free = {
-        path: _plain_attributes(parts[path])
+        path: _plain_attributes(root.get_submodule(path))
         for path, module in traced.named_modules()
-        if path in parts and (not path or type(module) is nn.Module)
+        if not path or type(module) is nn.Module
     }
     return {path: attributes for path, attributes in free.items() if attributes}
 
@@ -48,10 +47,19 @@ def note_(traced: fx.GraphModule, root: nn.Module) -> None:
 def _freeze_one_(module: fx.GraphModule, frozen: dict[str, dict[str, Any]]) -> None:
     kind: Any = type(module)  # nobody else's: torch.fx makes one for each
     kind.__setattr__, kind.__deepcopy__ = _set_on_graph, _copy_graph
-    for path, part in list(module.named_modules()):
-        if path in frozen and type(part) is nn.Module:
+    for path in filter(None, frozen):
+        part = _part(module, path)
+        if type(part) is nn.Module:
             vars(part)[_KEPT] = {"path": path, "attributes": frozen[path]}
             part.__class__ = _Part
+
+
+def _part(module: nn.Module, path: str) -> nn.Module | None:
+    """Return what is at a path, None if nothing is left of it."""
+    part: Any = module
+    for name in path.split("."):
+        part = part and part._modules.get(name)
+    return part
 
 
 class _Part(nn.Module):

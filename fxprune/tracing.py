@@ -57,6 +57,8 @@ from fxprune.tables import sliced_by_name
 from fxprune.watching import OwnTensors, left_alone
 from fxprune.whole_numbers import kept_whole
 
+_NOTHING = contents_of({})
+_gradients_are_on = torch.is_grad_enabled  # while a model is traced it is another
 _TRANSFORMERS = (
     *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder),
     nn.Transformer,
@@ -206,7 +208,7 @@ class ModelTracer(AskedTracer):
         A graph knows no `torch.no_grad`. A submodule that uses it is kept whole; where the model
         itself does, the graph is good for evaluation only.
         """
-        if not torch.is_grad_enabled():
+        if not _gradients_are_on():
             if self.module_stack:
                 raise TraceError("it switches gradients off, which no graph does")
             self.evaluation_only = True
@@ -228,7 +230,8 @@ class ModelTracer(AskedTracer):
             return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
         path, held, mark = self.path_of_module(m), Held(m), len(self.keeping)
-        given = contents_of({"": (args, kwargs)})
+        others = _no_values(args, kwargs)
+        given = contents_of({"": others}) if others else _NOTHING
         beside = self._unwritten_beside()
         generators = Generators() if self.watching else None
         if isinstance(m, nn.TransformerEncoder) and _has_masks(args, kwargs):
@@ -344,6 +347,11 @@ class ModelTracer(AskedTracer):
         for name, proxy in list(self._parameter_proxies.items()):
             if proxy.node in erased:
                 del self._parameter_proxies[name]
+
+
+def _no_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the arguments that are no traced values themselves: lists, dicts, objects."""
+    return tuple(one for one in (*args, *kwargs.values()) if not isinstance(one, fx.Proxy))
 
 
 def _has_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
