@@ -118,6 +118,7 @@ class Budget:
         ((self.kind, amount),) = given.items()
         self.steps, self.phases = steps, phases or Phases()
         self.steps_done = 0
+        self._frozen_here: list[nn.Parameter] = []
         self._estimator = find_estimator(estimator, strength, steps)
         self._depth = Depth(depth)
         self.follow(gated)
@@ -222,7 +223,7 @@ class Budget:
         self._require_numbers(None, wait=True)
         if not self.frozen:
             self._meet_()
-            freeze(self.gated)
+            self._freeze_()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on, beside the model's and the optimizer's state."""
@@ -238,6 +239,7 @@ class Budget:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a run stopped; the model and the optimizer load their own state.
 
+        A run may also go back to where its gates were not frozen yet: they are trained again.
         Raises `BudgetError` if the state is that of another budget.
         """
         mine = (self.kind, self.target)
@@ -246,11 +248,31 @@ class Budget:
                 f"the state is of a budget of {state['target']:,.0f} {state['kind']}, this one is "
                 f"of {self.target:,.0f} {self.kind}; make the budget as it was made then"
             )
+        if not state["frozen"]:
+            self._thaw_()
         self.steps, self.steps_done = state["steps"], state["steps_done"]
         self._estimator.restore(state)
         self._last_cost = None
         if state["frozen"]:
-            freeze(self.gated)
+            self._freeze_()
+
+    def _freeze_(self) -> None:
+        """Freeze the gates, and note whose gates were trained until now."""
+        gates = [g for one in gates_by_name(self.gated).values() for g in one.parameters()]
+        self._frozen_here += [gate for gate in gates if gate.requires_grad]
+        freeze(self.gated)
+
+    def _thaw_(self) -> None:
+        """Let gates be trained again that this budget froze; those of the user stay as they are."""
+        mine = {id(gate) for gate in self._frozen_here}
+        if self.frozen and not any(id(_width(gates)) in mine for gates in self._gates):
+            raise BudgetError(
+                "the state is of a run whose gates were trained, those of this model are frozen; "
+                "load it for a model as it was then"
+            )
+        for gate in self._frozen_here:
+            gate.requires_grad_(True)
+        self._frozen_here.clear()
 
     @torch.no_grad()
     def _meet_(self) -> None:

@@ -154,7 +154,8 @@ class Ranking:
     def state(self) -> dict[str, Any]:
         """Return what was measured, and who is kept."""
         measured = [gates.importance.clone() for gates in self.gates]
-        return {"calls": self.calls, "kept": list(self.kept), "importance": measured}
+        kept = [one.clone() for one in self.kept]  # loading another writes over them
+        return {"calls": self.calls, "kept": kept, "importance": measured}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take what was measured."""

@@ -348,3 +348,34 @@ def test_a_state_of_another_budget_is_refused() -> None:
     state = Run(macs=0.3).budget.state_dict()
     with pytest.raises(BudgetError, match="make the budget as it was made then"):
         Run(macs=0.4).budget.load_state_dict(state)
+
+
+@pytest.mark.parametrize("estimator", ["gates", "taylor"])
+def test_a_run_that_goes_back_to_before_the_freezing_ends_as_it_did(estimator: str) -> None:
+    run = Run(macs=0.3, estimator=estimator).train(30)
+    state = run.save()
+    run.train(STEPS - 30)
+    width = width_of(run.gated).clone()
+    assert run.budget.frozen
+    run.load(state)
+    assert not run.budget.frozen
+    run.train(STEPS - 30)
+    assert run.budget.frozen
+    assert torch.equal(width_of(run.gated), width)
+
+
+def test_gates_the_user_froze_are_not_trained_by_a_state() -> None:
+    state = Run(macs=0.3).budget.state_dict()
+    run = Run(macs=0.3)
+    fxprune.freeze(run.gated)
+    with pytest.raises(BudgetError, match="those of this model are frozen"):
+        run.budget.load_state_dict(state)
+
+
+def test_a_state_stays_as_it_was_when_another_is_loaded() -> None:
+    run = Run(macs=0.3, estimator="taylor").train(22)
+    early = copy.deepcopy(run.budget.state_dict())
+    late = run.train(18).budget.state_dict()
+    kept = copy.deepcopy(late["kept"])
+    run.budget.load_state_dict(early)
+    assert all(map(torch.equal, late["kept"], kept))
