@@ -5,6 +5,7 @@ have been, until the gate would have opened again. What remains of every paramet
 what the optimizer knows of it.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from fxprune.errors import GateError
 from fxprune.gates import Gates
 from fxprune.inputs import to_device
 from fxprune.modules import copy_model, device_of, is_hooked, memory_of
+from fxprune.optimizer_states import as_optimizers, hand_over_, require_replaceable, states_of
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.gate_marking import mark_gates, restore_gates
 from fxprune.penalties import gates_of
@@ -34,7 +36,10 @@ _Cuts = dict[str, list[tuple[int, Tensor]]]
 @on_cpu
 @shown("compact")
 def compact(
-    gated: nn.Module, optimizer: Optimizer | None = None, *, patience: int = 0
+    gated: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    patience: int = 0,
 ) -> GatedModel:
     """Return the gated model without its dead units; let the optimizer train what remains.
 
@@ -44,16 +49,20 @@ def compact(
     gated: what `instrument` returned; it is not modified, but the optimizer no longer trains it. Of
     a wrapper (DistributedDataParallel, torch.compile) the model inside is taken: wrap the result
     anew. optimizer: its groups get the new parameters, its state what remains of it: every tensor
-    of the parameter's shape. patience: leave a unit until that many calls before found it dead.
+    of the parameter's shape; of several, that train parts of the model, give all. patience: leave a
+    unit until that many calls before found it dead.
 
     A tensor all of whose units are dead keeps the strongest. Returns the very model if nothing
     goes; what is gated inside of submodules that could not be traced stays. Raises `GateError` if
     it was instrumented region by region, if something keeps dead units (forward hooks; weights that
-    a norm, a parametrization or a mask computes), or if the optimizer keeps a state that cannot be
-    cut (Adafactor); nothing has changed then.
+    a norm, a parametrization or a mask computes), if the optimizer trains another model, or keeps
+    what cannot be cut (a state of Adafactor) or replaced (LBFGS); nothing has changed then.
     """
     model = gated_model(gated)
     gates = gates_of(model)
+    optimizers = as_optimizers(optimizer)
+    for one in optimizers:
+        require_replaceable(one, model)
     memory = memory_of(model)
     if memory.get("regions") and not memory.get("whole"):
         raise GateError("a model instrumented region by region cannot be compacted while training")
@@ -71,7 +80,7 @@ def compact(
 
     run(program, (mark, cut, restore_gates))
     _require_gone(program, keep)
-    _hand_over(model, program.module, optimizer, program.cuts)
+    _hand_over(model, program.module, optimizers, program.cuts)
     return cast(GatedModel, program.module)
 
 
@@ -102,45 +111,13 @@ def _is_untouchable(module: nn.Module) -> bool:
     return computes_weights(module) or is_hooked(module)
 
 
-def _hand_over(old: nn.Module, new: nn.Module, optimizer: Optimizer | None, cuts: _Cuts) -> None:
-    """Give the gradients to the new parameters, and the new parameters to the optimizer."""
+def _hand_over(old: nn.Module, new: nn.Module, optimizers: Sequence[Any], cuts: _Cuts) -> None:
+    """Give the gradients to the new parameters, and the new parameters to the optimizers."""
     successors = dict(new.named_parameters())
     pairs = {p: (successors.get(name), cuts.get(name, [])) for name, p in old.named_parameters()}
-    states = {} if optimizer is None else _states(optimizer, pairs)
+    states = [states_of(optimizer, pairs) for optimizer in optimizers]
     for parameter, (successor, kept) in pairs.items():
         if successor is not None and parameter.grad is not None:
             successor.grad = narrowed(parameter.grad, kept)
-    if optimizer is None:
-        return
-    for parameter in pairs:
-        optimizer.state.pop(parameter, None)
-    optimizer.state.update(states)
-    for group in optimizer.param_groups:
-        found = [pairs[p][0] if p in pairs else p for p in group["params"]]
-        group["params"] = [parameter for parameter in found if parameter is not None]
-
-
-def _states(optimizer: Optimizer, pairs: dict[nn.Parameter, Any]) -> dict[Any, dict[str, Any]]:
-    """Return what remains of the optimizer's state."""
-    states: dict[Any, dict[str, Any]] = {}
-    for parameter, (successor, kept) in pairs.items():
-        if parameter in optimizer.state and successor is not None:
-            state = optimizer.state[parameter]
-            states[successor] = {
-                name: _cut(optimizer, parameter, name, value, kept) for name, value in state.items()
-            }
-    return states
-
-
-def _cut(
-    optimizer: Optimizer, parameter: Tensor, name: str, value: Any, kept: list[tuple[int, Tensor]]
-) -> Any:
-    if not kept or not isinstance(value, Tensor) or value.numel() == 1 != parameter.numel():
-        return value
-    if value.shape != parameter.shape:
-        raise GateError(
-            f"{type(optimizer).__name__} keeps {name} of shape {tuple(value.shape)} for a "
-            f"parameter of shape {tuple(parameter.shape)}: it cannot be cut; compact without the "
-            "optimizer, and make a new one"
-        )
-    return narrowed(value, kept)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        hand_over_(optimizer, pairs, state)

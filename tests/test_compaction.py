@@ -192,3 +192,58 @@ def test_a_budget_goes_on_with_the_compacted_model() -> None:
     assert budget.cost == cost
     budget.finish()
     assert budget.cost <= budget.target
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [id(p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_an_optimizer_that_keeps_a_list_of_its_own_is_refused() -> None:
+    run = Training("flattened").close()
+    optimizer = torch.optim.LBFGS(run.gated.parameters(), max_iter=2)
+    before = groups_of(optimizer)
+    with pytest.raises(GateError, match=r"LBFGS keeps parameters in _params, .* make a new one"):
+        fxprune.compact(run.gated, optimizer)
+    assert groups_of(optimizer) == before
+
+
+class Listing(torch.optim.SGD):
+    """An optimizer with a history in its state."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["history"] = [p.detach().clone(), torch.ones(())]
+
+
+def test_lists_in_a_state_are_cut_too() -> None:
+    run = Training("flattened").close()
+    optimizer = Listing(run.gated.parameters(), lr=0.1)
+    optimizer.step()
+    run.gated = fxprune.compact(run.gated, optimizer)
+    for parameter in run.gated.parameters():
+        assert torch.equal(optimizer.state[parameter]["history"][0], parameter)
+
+
+def test_each_of_several_optimizers_goes_on() -> None:
+    run = Training("flattened").close()
+    weights, gates = run.optimizer.param_groups
+    pair = [torch.optim.Adam(weights["params"]), torch.optim.SGD(gates["params"], momentum=0.9)]
+    run.gated = fxprune.compact(run.gated, pair)
+    trained = {one for optimizer in pair for one in groups_of(optimizer)}
+    assert trained == {id(p) for p in run.gated.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda run: torch.optim.SGD(nn.Linear(2, 2).parameters()), "SGD holds no parameter of"),
+        (lambda run: "adam", "str is no optimizer"),
+        (lambda run: torch.optim.lr_scheduler.StepLR(run.optimizer, 1), "StepLR is no optimizer"),
+    ],
+    ids=["another", "name", "schedule"],
+)
+def test_what_does_not_train_the_model_is_refused(make: Callable[[Any], Any], message: str) -> None:
+    run = Training("flattened").close()
+    with pytest.raises(GateError, match=message):
+        fxprune.compact(run.gated, make(run))
