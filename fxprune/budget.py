@@ -23,7 +23,7 @@ from fxprune.estimators import Pull
 from fxprune.estimators import estimator as find_estimator
 from fxprune.gates import Gates, gate_owners
 from fxprune.inspection import freeze
-from fxprune.penalties import Depth, cost_of, gates_by_name, require_undecayed
+from fxprune.penalties import Depth, cost_of, gates_by_name, require_trained, require_undecayed
 from fxprune.selection import (
     has_slack,
     least_cost,
@@ -137,6 +137,8 @@ class Budget:
         self._gates = [g for g in gates_by_name(gated).values() if g.width is not None]
         if not self._gates:
             raise BudgetError("the model has no width gates, so that nothing can get smaller")
+        for gates in self._gates:
+            gates.superseded = False  # who follows them trains them
         self._groups = [units_of(gates) for gates in self._gates]
         self._last_cost: Tensor | None = None
         self._estimator.follow(self._gates, self._groups, self.kind)
@@ -186,7 +188,11 @@ class Budget:
         )
 
     def penalty(self) -> Tensor:
-        """Return what to add to the loss: a scalar, differentiable, on the gates' device."""
+        """Return what to add to the loss: a scalar, differentiable, on the gates' device.
+
+        Raises `GateError` if the model was compacted and the budget does not follow.
+        """
+        self._require_trained()
         if self.phase in ("warm-up", "settle"):
             return _width(self._gates[0]).new_zeros(())
         cost = self._cost() if self._last_cost is None else self._last_cost
@@ -194,12 +200,13 @@ class Budget:
         total = self._estimator.penalty(over)
         return sum((self._depth(gates).to(total) for gates in self._gates), total)
 
-    def step(self, loss: Tensor | None = None) -> None:
+    def step(self, loss: Tensor | float | None = None) -> None:
         """Move λ and, when it is time, freeze the gates; call it after `optimizer.step()`.
 
         loss: if given it is looked at too. Raises `BudgetError` if it or a gate is NaN: at once on
-        the CPU, on another device within 50 steps.
+        the CPU, on another device within 50 steps. Raises `GateError` as `penalty` does.
         """
+        self._require_trained()
         phase = self.phase
         self.steps_done += 1
         self._require_numbers(loss)
@@ -323,13 +330,19 @@ class Budget:
             costs = [cost_of(gates, self.kind) for gates in self._gates]
             return torch.stack([cost.to(costs[0].device) for cost in costs]).sum()
 
-    def _require_numbers(self, loss: Tensor | None, *, wait: bool = False) -> None:
+    def _require_trained(self) -> None:
+        for gates in [] if self.frozen else self._gates:
+            require_trained(gates, "call budget.follow() with that model")
+
+    def _require_numbers(self, loss: Tensor | float | None, *, wait: bool = False) -> None:
         """Raise if the loss or a gate is NaN."""
         waits = _width(self._gates[0]).device.type != "cpu"
         if waits and not wait and self.steps_done % CHECK_EVERY:
             return
-        found = ["the gates"] * any(bool(torch.isnan(_width(g)).any()) for g in self._gates)
-        if loss is not None and not bool(torch.isfinite(loss.detach()).all()):
+        found = ["the gates"] * any(
+            bool(gate.isnan().any()) for gates in self._gates for gate in gates.parameters()
+        )
+        if loss is not None and not bool(torch.as_tensor(loss).detach().isfinite().all()):
             found.insert(0, "the loss")
         if found:
             raise BudgetError(

@@ -16,9 +16,15 @@ from fxprune.compiler import GatedModel, gated_model, inputs_for
 from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
 from fxprune.errors import GateError
-from fxprune.gates import Gates
+from fxprune.gates import Gates, require_numbers
 from fxprune.inputs import to_device
-from fxprune.modules import copy_model, device_of, is_hooked, memory_of
+from fxprune.modules import (
+    copy_model,
+    device_of,
+    is_hooked,
+    memory_of,
+    require_no_gradient_hooks,
+)
 from fxprune.optimizer_states import as_optimizers, hand_over_, require_replaceable, states_of
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.gate_marking import mark_gates, restore_gates
@@ -55,11 +61,13 @@ def compact(
     A tensor all of whose units are dead keeps the strongest. Returns the very model if nothing
     goes; what is gated inside of submodules that could not be traced stays. Raises `GateError` if
     it was instrumented region by region, if something keeps dead units (forward hooks; weights that
-    a norm, a parametrization or a mask computes), if the optimizer trains another model, or keeps
-    what cannot be cut (a state of Adafactor) or replaced (LBFGS); nothing has changed then.
+    a norm, a parametrization or a mask computes), if gates are NaN, or if the optimizer trains
+    another model, or keeps what cannot be cut (a state of Adafactor) or replaced (LBFGS), and
+    `ModelError` if parameters have gradient hooks; nothing has changed then.
     """
     model = gated_model(gated)
     gates = gates_of(model)
+    require_numbers(gates)
     optimizers = as_optimizers(optimizer)
     for one in optimizers:
         require_replaceable(one, model)
@@ -69,6 +77,7 @@ def compact(
     keep = _kept(gates, patience)
     if gates.width is None or bool(keep.all()):
         return cast(GatedModel, model)
+    require_no_gradient_hooks(model, "register them on what compact returns")
     args, kwargs = to_device(inputs_for(model, None), device_of(model))
     program = Program(copy_model(model), args, kwargs)
 
@@ -121,3 +130,4 @@ def _hand_over(old: nn.Module, new: nn.Module, optimizers: Sequence[Any], cuts: 
             successor.grad = narrowed(parameter.grad, kept)
     for optimizer, state in zip(optimizers, states, strict=True):
         hand_over_(optimizer, pairs, state)
+    gates_of(old).superseded = bool(optimizers)

@@ -31,6 +31,7 @@ from fxprune.modules import (
     evaluating,
     memory_of,
     remember_,
+    require_no_gradient_hooks,
 )
 from fxprune.naming import renamed_in
 from fxprune.observation import TensorSpec, observe
@@ -113,11 +114,13 @@ def instrument(
     those of the model so changed), model and trace on other numbers, too; without it nothing but
     shapes is looked at. A model with forward hooks is run, once beside its copy, whatever is asked.
 
-    Raises `TraceError`, `ExampleInputError`, `ModelError`, and `NothingToDoError` with the reasons
-    if no gate can go anywhere. After Srinivas & Babu, BMVC 2016.
+    Raises `TraceError`, `ExampleInputError`, `ModelError`, also for parameters with gradient hooks,
+    and `NothingToDoError` with the reasons if no gate can go anywhere. After Srinivas & Babu, BMVC
+    2016.
     """
     if gate_owners(model):
         raise GateError(f"{type(model).__name__} is instrumented already; finalize it first")
+    require_no_gradient_hooks(model, "register them on what instrument returns")
     inputs = inputs_for(model, example_inputs)
     require_copyable(model, inputs)
     name = type(model).__name__

@@ -56,6 +56,8 @@ class Gates(Structured):
     matter, where somebody measures it.
     """
 
+    _superseded = 0
+
     width: nn.Parameter | None
     linear: nn.Parameter | None
     costs: UnitCosts | None
@@ -154,6 +156,15 @@ class Gates(Structured):
             if gate is not None:
                 gate.data.clamp_(0, 1)
 
+    @property
+    def superseded(self) -> bool:
+        """Whether their optimizer trains others since `fxprune.compact`; copies are as new."""
+        return self._superseded == id(self)
+
+    @superseded.setter
+    def superseded(self, value: bool) -> None:
+        self._superseded = id(self) if value else 0
+
     def live(self) -> Tensor:
         """Return which units are kept, bool (units,)."""
         return torch.empty(0, dtype=torch.bool) if self.width is None else self.width >= HALF
@@ -177,6 +188,15 @@ class Gates(Structured):
         """Return which channels of a site are kept, bool (channels,)."""
         live = torch.cat([self.live().cpu(), torch.ones(1, dtype=torch.bool)])
         return live[torch.tensor(site.units)]
+
+
+def require_numbers(gates: Gates) -> None:
+    """Raise `GateError` for gates that are NaN: they say nothing, and would count as shut."""
+    if any(bool(gate.isnan().any()) for gate in gates.parameters()):
+        raise GateError(
+            "gates are NaN; take up the last checkpoint with a lower learning rate, of gates or "
+            "weights, or clip gradients"
+        )
 
 
 def gate_owners(model: nn.Module) -> dict[Gates, nn.Module]:

@@ -22,7 +22,16 @@ from fxprune.cuts import Cut
 from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
 from fxprune.errors import NothingToDoError, where
-from fxprune.gates import HALF, UNGATED, Gates, WidthSite, gate_owners, linear_gate, width_gate
+from fxprune.gates import (
+    HALF,
+    UNGATED,
+    Gates,
+    WidthSite,
+    gate_owners,
+    linear_gate,
+    require_numbers,
+    width_gate,
+)
 from fxprune.liveness import settle
 from fxprune.modules import memory_of
 from fxprune.passes.gate_removal import remove_gates
@@ -150,8 +159,14 @@ def _states(gates: Gates) -> dict[str, dict[str, Any]]:
 
 
 def freeze(gated: nn.Module) -> None:
-    """Fix the gates at what they decided, in place: binary, and no longer trained."""
-    parameters = [(g.width, g.linear) for g in gates_by_name(gated).values()]
+    """Fix the gates at what they decided, in place: binary, and no longer trained.
+
+    Raises `GateError` without gates, and for gates that are NaN.
+    """
+    found = gates_by_name(gated).values()
+    for gates in found:
+        require_numbers(gates)
+    parameters = [(gates.width, gates.linear) for gates in found]
     with torch.no_grad():
         for gate in chain.from_iterable(parameters):
             if gate is not None:

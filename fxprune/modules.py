@@ -143,6 +143,16 @@ def has_hooks(module: nn.Module) -> bool:
     return is_hooked(module) or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+def require_no_gradient_hooks(model: nn.Module, remedy: str) -> None:
+    """Raise `ModelError` if a parameter calls somebody with its gradient: a copy would not."""
+    for name, parameter in model.named_parameters():
+        hooks: Any = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
+        if any(hooks):
+            raise ModelError(
+                f"{name} has gradient hooks, which a copy loses: remove them, and {remedy}"
+            )
+
+
 def tensors_in(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of a module, each once."""
     found: dict[int, Tensor] = {}

@@ -169,10 +169,12 @@ def paper_penalties(
 def penalty(gated: nn.Module) -> Tensor:
     """Return the sum of the model's penalties: a scalar, differentiable, on the gates' device.
 
-    Of several instrumented models in one, all count. Raises `GateError` if there is none.
+    Of several instrumented models in one, all count. Raises `GateError` if there is none, or if its
+    optimizer was handed over to what `fxprune.compact` returned.
     """
     totals: list[Tensor] = []
     for gates, owner in _owners(gated).items():
+        require_trained(gates, "take that model, `gated = fxprune.compact(gated, optimizer)`")
         terms: Any = owner.penalties
         joint, others = _divided(list(terms.values()))
         totals += _joint_terms(joint, gates) if joint else []
@@ -212,6 +214,14 @@ def require_undecayed(gated: nn.Module, optimizer: Optimizer) -> None:
                 f"of {group['weight_decay']:g}; make the groups by fxprune.parameter_groups(gated, "
                 "lr=…, weight_decay=…), which leaves gates alone"
             )
+
+
+def require_trained(gates: Gates, remedy: str) -> None:
+    """Raise `GateError` if the optimizer of gates trains others: nothing would move these."""
+    if gates.superseded:
+        raise GateError(
+            f"the optimizer of these gates trains what fxprune.compact returned; {remedy}"
+        )
 
 
 def gates_of(model: nn.Module) -> Gates:

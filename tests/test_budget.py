@@ -379,3 +379,20 @@ def test_a_state_stays_as_it_was_when_another_is_loaded() -> None:
     kept = copy.deepcopy(late["kept"])
     run.budget.load_state_dict(early)
     assert all(map(torch.equal, late["kept"], kept))
+
+
+def test_a_linearity_gate_that_is_nan_is_an_error_too() -> None:
+    run = Run(macs=0.3)
+    linear = gates_of(run.gated).linear
+    assert linear is not None
+    with torch.no_grad():
+        linear[0] = torch.nan
+    with pytest.raises(BudgetError, match=r"^the gates became NaN by step 1"):
+        run.budget.step()
+
+
+def test_a_loss_may_be_a_number() -> None:
+    budget = Run(macs=0.3).budget
+    budget.step(0.5)
+    with pytest.raises(BudgetError, match=r"^the loss became NaN"):
+        budget.step(float("nan"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import GateError
+from fxprune.errors import GateError, ModelError
 from fxprune.penalties import gates_of
 from tests.conftest import randomise
 from tests.test_accounts import NETS
@@ -247,3 +247,45 @@ def test_what_does_not_train_the_model_is_refused(make: Callable[[Any], Any], me
     run = Training("flattened").close()
     with pytest.raises(GateError, match=message):
         fxprune.compact(run.gated, make(run))
+
+
+@pytest.mark.parametrize("when", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_are_not_lost(when: str) -> None:
+    run = Training("flattened").close()
+    name, parameter = next(iter(run.gated.named_parameters()))
+    getattr(parameter, when)(lambda given: None)
+    with pytest.raises(ModelError, match=f"{name} has gradient hooks, .* on what compact returns"):
+        fxprune.compact(run.gated, run.optimizer)
+
+
+def test_gates_without_numbers_are_not_dead() -> None:
+    run = Training("flattened").close()
+    with torch.no_grad():
+        next(iter(gates_of(run.gated).parameters()))[1] = torch.nan
+    with pytest.raises(GateError, match="gates are NaN"):
+        fxprune.compact(run.gated)
+    with pytest.raises(GateError, match="gates are NaN"):
+        fxprune.freeze(run.gated)
+
+
+def test_who_trains_on_with_the_old_model_is_told() -> None:
+    run = Training("flattened").close()
+    budget = fxprune.Budget(run.gated, parameters=0.5, steps=10)
+    small = fxprune.compact(run.gated, run.optimizer)
+    with pytest.raises(GateError, match=r"trains what fxprune\.compact returned; take that model"):
+        fxprune.penalty(run.gated)
+    for act in (budget.penalty, budget.step):
+        with pytest.raises(GateError, match=r"call budget\.follow"):
+            act()
+    fxprune.penalty(copy.deepcopy(run.gated))  # somebody else's
+    budget.follow(small)
+    budget.penalty()
+    budget.step()
+    fxprune.penalty(small)
+
+
+def test_without_an_optimizer_both_models_can_be_trained() -> None:
+    run = Training("flattened").close()
+    small = fxprune.compact(run.gated)
+    fxprune.penalty(small)
+    fxprune.penalty(run.gated)

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
 
 import fxprune
+from fxprune.errors import ModelError
 from fxprune.testing import close_half, error, spread
 from models.lenet import LeNet
 from tests.conftest import randomise
@@ -457,3 +458,10 @@ def test_another_default_device_than_the_models_is_no_matter(tmp_path: Path) -> 
         torch.set_default_device(None)
     assert small.report.after and small.report.after.macs == cost.macs <= budget.target
     assert small.report.verification and small.report.verification.verdict == "equal"
+
+
+def test_gradient_hooks_are_not_lost() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    next(model.parameters()).register_hook(lambda gradient: gradient * 0)
+    with pytest.raises(ModelError, match=r"0\.weight has gradient hooks, .* instrument returns"):
+        fxprune.instrument(model, torch.randn(2, 4))
