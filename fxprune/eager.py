@@ -25,10 +25,16 @@ def is_eager() -> bool:
 
 
 def uncompiled(verb: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let functions that a model compiled for itself run, and be traced, as the Python they are."""
+    """Let functions that a model compiled for itself run, and be traced, as the Python they are.
+
+    Inference mode is left: its tensors tell nobody that they were written to, nor can be trained.
+    """
 
     @wraps(verb)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return call(*args, **kwargs)
         dynamo: Any = sys.modules.get("torch._dynamo")
         if dynamo is None:  # nobody compiled anything
             return verb(*args, **kwargs)

@@ -216,4 +216,5 @@ def remember_(model: nn.Module, report: Any, example_inputs: Inputs, /, **memory
     vars(model)["_fxprune"] = {key: value for key, value in memory.items() if key != "run"}
     if isinstance(model, fx.GraphModule):
         model.meta["fxprune"] = memory
-        model.meta.setdefault("_user_preserved_attributes", {})["report"] = report
+        kept = {"report": report, "_fxprune": vars(model)["_fxprune"]}  # a copy may be pickled
+        model.meta.setdefault("_user_preserved_attributes", {}).update(kept)

@@ -284,3 +284,28 @@ def test_two_processes_train_as_one(spread: Callable[[Any], nn.Module], tmp_path
     gathered.load_state_dict(state)
     proof = fxprune.finalize(gathered).report.verification
     assert proof and proof.verdict == "equal"
+
+
+def test_verbs_leave_inference_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+        gated = fxprune.instrument(model, x)
+        with torch.no_grad():
+            next(iter(gated.gates.parameters()))[::2] = 0
+        small = fxprune.compact(gated)
+        plain = fxprune.finalize(small, fold=False)
+    for one in (gated, small, plain):
+        one(torch.randn(3, 4)).sum().backward()
+        assert all(p.grad is not None for n, p in one.named_parameters() if "gates" not in n)
+
+
+def test_a_compacted_model_can_be_saved_whole(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    gated = fxprune.instrument(model, torch.randn(3, 4))
+    with torch.no_grad():
+        next(iter(gated.gates.parameters()))[::2] = 0
+    small = fxprune.compact(gated)
+    torch.save(small, tmp_path / "small.pt")
+    loaded = torch.load(tmp_path / "small.pt", weights_only=False)
+    assert fxprune.finalize(loaded).report.after == fxprune.finalize(small).report.after
