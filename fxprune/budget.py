@@ -11,6 +11,7 @@ gates' device, and waits for it only where units are ranked.
 import copy
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -110,13 +111,17 @@ class Budget:
             raise BudgetError(
                 f"give one of neurons, parameters, macs and latency, not {len(given)}"
             )
-        if steps < 1 or not strength > 0 or not depth >= 0:
-            raise BudgetError(
-                f"steps={steps}, strength={strength}, depth={depth}: steps and strength must be "
-                "positive, depth not negative"
-            )
         ((self.kind, amount),) = given.items()
+        amount = _number(self.kind, amount)
+        strength, depth = _number("strength", strength), _number("depth", depth)
+        if not _is_count(steps, least=1) or not strength > 0 or not depth >= 0:
+            raise BudgetError(
+                f"steps={steps}, strength={strength}, depth={depth}: steps, a whole number, and "
+                "strength must be positive, depth not negative"
+            )
         self.steps, self.phases = steps, phases or Phases()
+        if not hasattr(self.phases, "settle"):
+            raise BudgetError(f"phases={phases!r} are no fxprune.Phases")
         self.steps_done = 0
         self._frozen_here: list[nn.Parameter] = []
         self._estimator = find_estimator(estimator, strength, steps)
@@ -247,14 +252,17 @@ class Budget:
         """Go on where a run stopped; the model and the optimizer load their own state.
 
         A run may also go back to where its gates were not frozen yet: they are trained again.
-        Raises `BudgetError` if the state is that of another budget.
+        Raises `BudgetError` if the state is that of another budget, or none; nothing has changed
+        then.
         """
+        _require_state(state)
         mine = (self.kind, self.target)
         if (state["kind"], state["target"]) != mine:
             raise BudgetError(
                 f"the state is of a budget of {state['target']:,.0f} {state['kind']}, this one is "
                 f"of {self.target:,.0f} {self.kind}; make the budget as it was made then"
             )
+        self._estimator.require(state)
         if not state["frozen"]:
             self._thaw_()
         self.steps, self.steps_done = state["steps"], state["steps_done"]
@@ -354,3 +362,31 @@ class Budget:
 def _width(gates: Gates) -> nn.Parameter:
     assert gates.width is not None
     return gates.width
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a number that was given, in whatever form; raise `BudgetError` for what is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise BudgetError(f"{name}={value!r} is no number") from error
+    if not math.isfinite(number):
+        raise BudgetError(f"{name}={value!r} is not finite")
+    return number
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least
+
+
+def _require_state(state: Any) -> None:
+    """Raise `BudgetError` unless a state is one of a budget."""
+    wanted = ("kind", "target", "steps", "steps_done", "frozen")
+    missing = [key for key in wanted if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise BudgetError(f"this is no state of a budget: it has no {', '.join(missing)}")
+    if not _is_count(state["steps"], least=1) or not _is_count(state["steps_done"], least=0):
+        raise BudgetError(
+            f"this is no state of a budget: steps={state['steps']!r}, "
+            f"steps_done={state['steps_done']!r}"
+        )

@@ -28,6 +28,7 @@ MEMORY = 0.99  # of the running mean, a step
 RANK_EVERY = 20  # steps, as ranking means waiting for the device
 TRIES = 32  # a ranking: what does not fit now may be compacted away
 LOYALTY = 1.1  # what being kept counts for, lest units come and go with the noise
+_ANOTHER = "make the budget as it was made then, for the model as it was then, compacted alike"
 
 
 class Estimator(Protocol):
@@ -51,6 +52,10 @@ class Estimator(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Return what it needs to go on."""
+        ...
+
+    def require(self, state: dict[str, Any]) -> None:
+        """Raise `BudgetError` unless a state is one of this estimator, for these gates."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -103,6 +108,11 @@ class Pull:
     def state(self) -> dict[str, Any]:
         """Return λ."""
         return {"log_strength": self.log_strength.clone()}
+
+    def require(self, state: dict[str, Any]) -> None:
+        """Raise `BudgetError` unless there is a λ."""
+        strength = state.get("log_strength")
+        _require_alike("log_strength", [strength], [self.log_strength])
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take λ."""
@@ -157,6 +167,13 @@ class Ranking:
         kept = [one.clone() for one in self.kept]  # loading another writes over them
         return {"calls": self.calls, "kept": kept, "importance": measured}
 
+    def require(self, state: dict[str, Any]) -> None:
+        """Raise `BudgetError` unless as many units were measured as there are."""
+        if not isinstance(state.get("calls"), int):
+            raise BudgetError(f"the state has no calls; {_ANOTHER}")
+        for name in ("kept", "importance"):
+            _require_alike(name, state.get(name), self.kept)
+
     def restore(self, state: dict[str, Any]) -> None:
         """Take what was measured."""
         self.calls = state["calls"]
@@ -174,6 +191,15 @@ def estimator(name: str, strength: float, steps: int) -> Estimator:
     if name not in ESTIMATORS:
         raise BudgetError(f"there is no estimator {name!r}; take one of {', '.join(ESTIMATORS)}")
     return Pull(strength, steps) if name == "gates" else Ranking(strength)
+
+
+def _require_alike(name: str, found: Any, mine: Sequence[Tensor]) -> None:
+    """Raise `BudgetError` unless tensors are of the shapes of these, and numbers."""
+    shapes = [getattr(one, "shape", None) for one in found] if isinstance(found, list) else None
+    if shapes != [one.shape for one in mine]:
+        raise BudgetError(f"the state has no {name} that fits; {_ANOTHER}")
+    if not all(bool(one.isfinite().all()) for one in found):
+        raise BudgetError(f"{name} of the state is not finite; take up an earlier checkpoint")
 
 
 def _measure(gates: Gates) -> None:

@@ -396,3 +396,59 @@ def test_a_loss_may_be_a_number() -> None:
     budget.step(0.5)
     with pytest.raises(BudgetError, match=r"^the loss became NaN"):
         budget.step(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": "x"}, "no state of a budget: steps='x'"),
+        ({"steps_done": -1}, "steps_done=-1"),
+        ({"log_strength": None}, "the state has no log_strength that fits"),
+        ({"log_strength": torch.tensor(torch.nan)}, "log_strength of the state is not finite"),
+        ({"calls": None}, "the state has no calls"),
+        ({"kept": [torch.ones(1)]}, "the state has no kept that fits; make the budget as it was"),
+        ({"importance": None}, "the state has no importance that fits"),
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(
+    change: dict[str, Any], message: str
+) -> None:
+    estimator = "gates" if "log_strength" in change else "taylor"
+    run = Run(macs=0.3, estimator=estimator).train(3)
+    before = run.budget.state_dict()
+    with pytest.raises(BudgetError, match=message):
+        run.budget.load_state_dict({**before, **change})
+    assert repr(run.budget.state_dict()) == repr(before)
+
+
+@pytest.mark.parametrize("state", [None, {}, [1]], ids=str)
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    with pytest.raises(BudgetError, match="no state of a budget: it has no kind, target"):
+        Run(macs=0.3).budget.load_state_dict(state)
+
+
+def test_a_state_of_another_estimator_is_refused() -> None:
+    pull, rank = Run(macs=0.3).budget, Run(macs=0.3, estimator="taylor").budget
+    for one, other in ((pull, rank), (rank, pull)):
+        with pytest.raises(BudgetError, match="make the budget as it was made then"):
+            one.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"macs": "half"}, "macs='half' is no number"),
+        ({"macs": float("nan")}, "macs=nan is not finite"),
+        ({"macs": 0.5, "strength": float("inf")}, "strength=inf is not finite"),
+        ({"macs": 0.5, "steps": 1.5}, r"steps=1\.5, .* a whole number"),
+        ({"macs": 0.5, "steps": "3"}, "a whole number"),
+        ({"macs": 0.5, "phases": (0, 0.1, 0.2)}, r"are no fxprune\.Phases"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_refused(options: dict[str, Any], message: str) -> None:
+    gated = fxprune.instrument(network(), data()[0][:2])
+    given: dict[str, Any] = {"steps": 10, **options}
+    with pytest.raises(BudgetError, match=message):
+        fxprune.Budget(gated, **given)
