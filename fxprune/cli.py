@@ -10,7 +10,7 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -30,8 +30,14 @@ def main() -> None:
     try:
         app()
     except FxpruneError as error:
-        print(f"fxprune: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error))
+    except OSError as error:  # what is printed reaches nobody
+        _end(f"the output cannot be written: {error}")
+
+
+def _end(message: str) -> NoReturn:
+    print(f"fxprune: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 @app.callback()
@@ -57,7 +63,10 @@ def inspect_model(
     """Show a model's layers: live and total width, gates, and why there is none."""
     found = load_model(model)
     inputs = tuple(example(text) for text in shape) if shape else None
-    inspection = inspect(found, inputs)
+    try:
+        inspection = inspect(found, inputs)
+    except SystemExit as error:
+        raise FxpruneError(f"{model!r} ends the program when it is run: {error!r}") from error
     if as_json:
         print(json.dumps(inspection.to_dict(), indent=2))
     else:
@@ -72,7 +81,7 @@ def load_model(spec: str) -> nn.Module:
     try:
         found: Any = getattr(_import(place), name)
         model = found if isinstance(found, nn.Module) else found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end the program, as if all were well
         raise FxpruneError(f"{spec!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise FxpruneError(f"{spec!r} is a {type(model).__name__}, not an nn.Module")

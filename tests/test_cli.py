@@ -19,6 +19,9 @@ model = small()
 class Odd(nn.Module):
     def forward(self, x): return x if x.sum() > 0 else -x
 number = 7
+def ends(): raise SystemExit(0)
+class Ending(nn.Module):
+    def forward(self, x): raise SystemExit(0)
 """
 
 
@@ -75,6 +78,8 @@ def test_inspect_prints_json(run: Runner) -> None:
         (("absent.py:x",), "no file"),
         (("mine",), "names no model"),
         (("mine:number",), "not"),
+        (("mine:ends",), "cannot be loaded: SystemExit: 0"),
+        (("mine:Ending", "--input", "1x3"), "ends the program when it is run"),
         (("mine:Odd", "--input", "1x3"), "cannot be traced"),
         (("mine:small", "--input", "1x3x9xy"), "no shape"),
         (("mine:small", "--input", "1x5x9x9"), "does not run on the example inputs"),
@@ -87,6 +92,20 @@ def test_a_mistake_is_one_line_and_status_2(
     assert done.status == 2
     assert message in done.errors
     assert len(done.errors.strip().splitlines()) == 1
+
+
+def test_output_that_cannot_be_written_is_one_line_and_status_2(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fxprune.cli.json.dumps", full)
+    done = run("inspect", "mine:small", "--json")
+    assert done.status == 2
+    assert (
+        done.errors == "fxprune: the output cannot be written: [Errno 28] No space left on device\n"
+    )
 
 
 def test_python_m_fxprune_runs() -> None:
