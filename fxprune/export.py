@@ -85,7 +85,7 @@ def export_onnx(
     inputs = _example_inputs(model, example_inputs)
     flat = _flatten(model, inputs)
     sizes = Sizes(inputs, dynamic_batch, dynamic_size)
-    target = Path(path).resolve()
+    target = _target(path)
     with _folder_beside(target) as folder:
         draft = folder / target.name
         opset = _write(flat, inputs, sizes, draft, metadata or {})
@@ -152,12 +152,21 @@ def _flatten(model: nn.Module, inputs: Inputs) -> Flat:
         return Flat(copy_model(model).cpu().eval(), inputs).eval()
 
 
+def _target(path: Any) -> Path:
+    try:
+        return Path(path).resolve()
+    except (TypeError, ValueError, OSError) as error:
+        raise ExportError(f"{path!r} is no path: {one_line(error)}") from error
+
+
 @contextmanager
 def _folder_beside(target: Path) -> Generator[Path]:
     """Give a folder on the file system of `target` that goes away whatever happens."""
-    if target.is_dir():
-        raise ExportError(f"{target} is a directory; pass the name of a file in it")
     try:
+        if target.is_dir():
+            raise ExportError(f"{target} is a directory; pass the name of a file in it")
+        if target.exists() and not target.is_file():  # what is moved there would replace it
+            raise ExportError(f"{target} is a device or a pipe; pass the name of a file")
         with tempfile.TemporaryDirectory(prefix=".fxprune-", dir=target.parent) as folder:
             yield Path(folder)
     except OSError as error:

@@ -281,3 +281,17 @@ def test_outputs_that_are_never_finite_prove_nothing(existing: Path) -> None:
 
     with pytest.raises(ExportError, match="not finite"):
         export_onnx(Undefined(), existing, torch.randn(2, 3))
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, image: Tensor) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ExportError, match="is a device or a pipe"):
+        export_onnx(ConvNet(), pipe, image)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("path", [None, 3, "a\0b", "a" * 300], ids=["none", "3", "null", "long"])
+def test_what_is_no_path_is_refused(path: Any, image: Tensor) -> None:
+    with pytest.raises(ExportError, match=r"is no path|cannot be written"):
+        export_onnx(ConvNet(), path, image)
