@@ -16,7 +16,7 @@ from fxprune.copying import require_copyable
 from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
-from fxprune.errors import ExampleInputError, GateError, VerificationError
+from fxprune.errors import ExampleInputError, FxpruneError, GateError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.frozen_attributes import freeze_
 from fxprune.gates import Gates, gate_owners
@@ -70,6 +70,8 @@ else:  # at run time both are what they are: the result needs no class of ours
     GatedModel = PlainModel = fx.GraphModule
 
 
+# What layers may be merged to save.
+COSTS = ("parameters", "macs", "latency")
 # Of the channels around convolutions to be merged, where it is asked whether that could pay.
 ENDS_LEFT = 0.5
 # What outputs may differ by where weights are computed, or were once.
@@ -118,6 +120,8 @@ def instrument(
     and `NothingToDoError` with the reasons if no gate can go anywhere. After Srinivas & Babu, BMVC
     2016.
     """
+    if penalties is not None and not hasattr(penalties, "values"):
+        raise GateError(f"penalties={penalties!r} are no nn.ModuleDict of named terms")
     if gate_owners(model):
         raise GateError(f"{type(model).__name__} is instrumented already; finalize it first")
     require_no_gradient_hooks(model, "register them on what instrument returns")
@@ -185,6 +189,8 @@ def finalize(
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
     not the same function.
     """
+    if cost not in COSTS:
+        raise FxpruneError(f"there is no cost {cost!r}; take one of {', '.join(COSTS)}")
     original = gated_model(model)
     reference = with_plain_weights(original)
     inputs = inputs_for(reference, example_inputs)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.errors import ExampleInputError
+from fxprune.errors import ExampleInputError, require_module
 from fxprune.gates import Gates
 from fxprune.inputs import Inputs, copied, describe, leading_size, to_device
 from fxprune.macs import MacCounter
@@ -44,6 +44,7 @@ def count_costs(module: nn.Module, example_inputs: Inputs) -> Costs:
     example_inputs: (args, kwargs); the MACs of their run are divided by their batch size, dim 0 of
     the first tensor that has one. Raises `ExampleInputError` if the module does not run on them.
     """
+    require_module(module)
     return _costs(module, _macs(module, example_inputs))
 
 

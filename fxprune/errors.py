@@ -8,7 +8,7 @@ command line can turn any of them into one line and exit status 2.
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from torch import fx
+from torch import fx, nn
 
 
 class FxpruneError(Exception):
@@ -64,6 +64,14 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{type(error).__name__}: {message}"
+
+
+def require_module(model: object) -> None:
+    """Raise `ModelError` for what is no module: a class, say, that was not called."""
+    if isinstance(model, nn.Module):
+        return
+    what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise ModelError(f"a model is an nn.Module, not {what}; pass the model itself")
 
 
 def where(node: fx.Node) -> str:

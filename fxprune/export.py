@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxprune.cases import normalised_inputs
 from fxprune.comparison import FLIPS, Difference, differences
 from fxprune.default_device import on_cpu
-from fxprune.errors import ExportError, as_export_error, one_line
+from fxprune.errors import ExportError, as_export_error, one_line, require_module
 from fxprune.inputs import Inputs, describe, tensors_of, to_device
 from fxprune.modules import copy_model, memory_of
 from fxprune.onnx_program import FIX_SIZES, write_onnx
@@ -81,6 +81,7 @@ def export_onnx(
     The model is not modified. Raises `ExportError`, or `ExampleInputError` if `example_inputs` is
     no set of inputs, and then leaves `path` as it was.
     """
+    require_module(model)
     start = time.perf_counter()
     inputs = _example_inputs(model, example_inputs)
     flat = _flatten(model, inputs)

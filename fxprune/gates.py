@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx
 
 from fxprune.eager import is_eager
-from fxprune.errors import GateError
+from fxprune.errors import GateError, require_module
 from fxprune.structure import Structured, Unchanging
 from fxprune.unit_costs import UnitCosts
 
@@ -200,7 +200,11 @@ def require_numbers(gates: Gates) -> None:
 
 
 def gate_owners(model: nn.Module) -> dict[Gates, nn.Module]:
-    """Return the gates in a model, each with the module that holds them."""
+    """Return the gates in a model, each with the module that holds them.
+
+    Raises `ModelError` for what is no module.
+    """
+    require_module(model)
     found: dict[Gates, nn.Module] = {}
     for module in model.modules():
         # A wrapper may pass on the attributes of what it wraps; a script has no dict of its parts.

@@ -7,7 +7,7 @@ leave them alone, and a hook does for their gradients what it does for those of 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fxprune.errors import GateError
+from fxprune.errors import GateError, require_module
 from fxprune.gates import Gates, gate_owners
 
 
@@ -45,6 +45,7 @@ def require_whole_gates(gates: Gates) -> None:
 
 def require_whole(model: nn.Module) -> None:
     """Raise `GateError` if a model's parameters are shards, which surgery cannot cut."""
+    require_module(model)
     name = next((name for name, p in model.named_parameters() if _is_shard(p)), None)
     if name is not None:
         raise GateError(

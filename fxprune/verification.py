@@ -16,7 +16,7 @@ from torch import nn
 from fxprune.cases import normalised_inputs, random_cases
 from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
-from fxprune.errors import ExampleInputError, VerificationError
+from fxprune.errors import ExampleInputError, VerificationError, require_module
 from fxprune.inputs import Inputs, describe
 from fxprune.modules import copy_model, empty_
 from fxprune.precision import Run, Runs, cast_, float_dtypes, lacks_float32, run_all, run_nudged
@@ -144,6 +144,8 @@ def verify(
 
     Raises `ExampleInputError` if the reference does not run on the example or an extra input.
     """
+    for module in (reference, candidate):
+        require_module(module)
     dtypes = float_dtypes([*candidate.parameters()])
     rounding = MERGED * max((torch.finfo(d).eps for d in dtypes), default=0.0)
     float32_tolerance = max(float32_tolerance, rounding)
