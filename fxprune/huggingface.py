@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fxprune.budget import Budget
-from fxprune.errors import BudgetError
+from fxprune.errors import BudgetError, one_line
 from fxprune.loops import add_penalty_gradients_, finish_step_, library, unscale_
 from fxprune.penalties import require_undecayed
 
@@ -46,7 +46,7 @@ class GateCallback(_Callback):
             file = _checkpoint(args, state) / _FILE
             if not file.exists():
                 raise BudgetError(f"there is no {file}: the run that goes on had no budget")
-            self.budget.load_state_dict(torch.load(file, weights_only=True))
+            self.budget.load_state_dict(_read(file))
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any
@@ -68,6 +68,15 @@ class GateCallback(_Callback):
         """Put the budget's state into the checkpoint."""
         if self.budget is not None and state.is_world_process_zero:
             torch.save(self.budget.state_dict(), _checkpoint(args, state) / _FILE)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:  # torch has no one class for what is no file of its own
+        raise BudgetError(
+            f"{file} cannot be read: {one_line(error)}; go on from an earlier checkpoint"
+        ) from error
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

@@ -54,4 +54,4 @@ class GateCallback(_Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the budget where the checkpoint left it."""
         if self.budget is not None:
-            self.budget.load_state_dict(state_dict["budget"])
+            self.budget.load_state_dict(state_dict.get("budget", {}))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sized
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
-from fxprune.errors import FxpruneError, GateError
+from fxprune.errors import BudgetError, FxpruneError, GateError
 from fxprune.loops import add_penalty_gradients_, library, unscale_
 from fxprune.penalties import gates_of
 from tests.test_training import close
@@ -264,3 +265,27 @@ def test_transformers_refuse_to_decay_gates(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(gated.parameters(), weight_decay=0.1)
     with pytest.raises(GateError, match="weight decay"):
         transformers_train(tmp_path, GateCallback(), gated, optimizer=optimizer)
+
+
+@pytest.mark.slow
+def test_lightning_refuses_a_checkpoint_without_a_budget() -> None:
+    pytest.importorskip("lightning.pytorch")
+    from fxprune.lightning import GateCallback
+
+    with pytest.raises(BudgetError, match="no state of a budget"):
+        GateCallback(budget_of(gated_model(), True)).load_state_dict({})
+
+
+@pytest.mark.slow
+def test_transformers_refuse_a_budget_cut_short(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from fxprune.huggingface import GateCallback
+
+    gated = gated_model()
+    callback, state = GateCallback(budget_of(gated, True)), SimpleNamespace(global_step=3)
+    file = tmp_path / "checkpoint-3" / "fxprune_budget.pt"
+    file.parent.mkdir()
+    file.write_bytes(b"PK")
+    args, optimizer = SimpleNamespace(output_dir=str(tmp_path)), optimizer_of(gated)
+    with pytest.raises(BudgetError, match=r"fxprune_budget\.pt cannot be read: "):
+        callback.on_train_begin(args, state, None, model=gated, optimizer=optimizer)
