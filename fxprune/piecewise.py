@@ -111,9 +111,10 @@ def _require_both_modes(program: Program, model: nn.Module) -> None:
     """Raise `TraceError` for a model to be trained whose graph is that of evaluation."""
     if program.module.meta["evaluation_only"] and model.training:
         raise TraceError(
-            f"{type(model).__name__} runs other operators in training than in evaluation "
-            "(auxiliary heads?); switch them off, or call model.eval() first to instrument the "
-            "model as it is in evaluation"
+            f"{type(model).__name__} runs other operators in training than in evaluation, as no "
+            "one graph does (auxiliary heads, added noise, code under torch.no_grad): move them "
+            "into a submodule of their own, which is kept whole, switch them off, or call "
+            "model.eval() first to instrument the model as it is in evaluation"
         )
 
 
