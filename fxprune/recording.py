@@ -47,10 +47,12 @@ class Uses:
     """Which modules are called with tensors, and who is active whenever a tensor is used.
 
     inside: by the id of a parameter or buffer, the modules that were running at its every use.
+    without_gradients: those that the model calls under `torch.no_grad`.
     """
 
     called: set[nn.Module]
     inside: dict[int, set[nn.Module]]
+    without_gradients: set[nn.Module]
 
 
 def record(root: nn.Module, inputs: Inputs, paths: Iterable[str]) -> Recording:
@@ -89,7 +91,7 @@ def _is_wrapped(tensor: Tensor) -> bool:
 def uses_in(root: nn.Module, inputs: Inputs) -> Uses:
     """Run `root` once and return who is called, and whose tensors are used inside of whom."""
     stack: list[nn.Module] = []
-    uses = Uses(set(), {})
+    uses = Uses(set(), {}, set())
     watched = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
 
     class Watch(TorchFunctionMode):
@@ -105,6 +107,8 @@ def uses_in(root: nn.Module, inputs: Inputs) -> Uses:
         stack.append(module)
         if tensors_of((args, kwargs)):
             uses.called.add(module)
+        if not torch.is_grad_enabled():
+            uses.without_gradients.add(module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
@@ -113,16 +117,35 @@ def uses_in(root: nn.Module, inputs: Inputs) -> Uses:
     for module in root.modules():
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
-    with _removing(handles):
-        _run(root, inputs, Watch())
+    with _removing(handles), _none_wanted(root):
+        _run(root, inputs, Watch(), gradients=True)
     return uses
 
 
-def _run(root: nn.Module, inputs: Inputs, watch: AbstractContextManager[Any]) -> Any:
+@contextmanager
+def _none_wanted(root: nn.Module) -> Generator[None]:
+    """Let no parameter want a gradient: what runs under `no_grad` shows, and nothing is kept."""
+    wanting = [one for one in root.parameters() if one.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
+def _run(
+    root: nn.Module,
+    inputs: Inputs,
+    watch: AbstractContextManager[Any],
+    *,
+    gradients: bool = False,
+) -> Any:
     device = device_of(root)
     args, kwargs = to_device(copies(inputs), device)
     try:
-        with drawing_alike(device), evaluating(root), torch.no_grad(), quiet():
+        with drawing_alike(device), evaluating(root), torch.set_grad_enabled(gradients), quiet():
             with without_fused_layers(), watch:
                 return root(*args, **kwargs)
     except Exception as error:

@@ -20,6 +20,10 @@ from fxprune.pipeline import Change
 from fxprune.program import Program, capture
 from fxprune.recording import Call, Recording, Uses, record, uses_in
 
+_WITHOUT_GRADIENTS = (
+    "the model calls it under torch.no_grad, where nothing says what its units are worth"
+)
+
 
 @dataclass(frozen=True)
 class Region:
@@ -96,6 +100,9 @@ class _Search:
 
     def _visit(self, path: str, recording: Recording) -> Iterable[str]:
         """Make a region of the module at `path`, or return where to search instead."""
+        if self.in_training and self.root.get_submodule(path) in self.uses.without_gradients:
+            self.refused.append(Change(path, f"left alone: {_WITHOUT_GRADIENTS}"))
+            return ()
         try:
             region = self._region(path, recording)
             useless = self._useless(region)

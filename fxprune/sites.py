@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from fxprune.channels import Channels, analyse
 from fxprune.cuts import Cut
 from fxprune.errors import where
+from fxprune.gradients import reached_by_gradients
 from fxprune.handwritten import is_handwritten
 from fxprune.kinds import PRODUCTS, SUMS
 from fxprune.observation import Observation, TensorSpec
@@ -60,13 +61,15 @@ class Plan:
 def find_candidates(program: Program, seen: Observation) -> tuple[list[Candidate], list[Change]]:
     """Return the nonlinearities a gate may stand at, and a reason for each other one.
 
-    These are those with f(0) = 0, and those written out as products.
+    These are those with f(0) = 0, and those written out as products, unless what they give is
+    detached.
     """
     modules: dict[str, nn.Module] = dict(program.module.named_modules())
     found: list[Candidate] = []
     refused: list[Change] = []
     names: dict[str, int] = {}
     gateable: set[fx.Node] = set()
+    reached = reached_by_gradients(program.graph, seen)
     for node in program.graph.nodes:
         module = modules[str(node.target)] if node.op == "call_module" else None
         spec = seen.values[node]
@@ -80,6 +83,9 @@ def find_candidates(program: Program, seen: Observation) -> tuple[list[Candidate
             found.append(Candidate(name, node, _behind_affine(node, modules)))
         else:
             refused.append(Change(name, f"no gate: f(0) is not 0: {where(node)}"))
+    for one in [one for one in found if one.position not in reached]:
+        found.remove(one)
+        refused.append(Change(one.name, f"no gate: no gradient reaches it: {where(one.node)}"))
     return found, refused
 
 

@@ -89,7 +89,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("boxes",),
     ("channels",),
-    ("liveness", "foresight"),
+    ("liveness", "foresight", "gradients"),
     ("handwritten",),
     ("sites",),
     ("absorption", "pooled_layers", "mergers"),

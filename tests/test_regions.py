@@ -379,3 +379,28 @@ def test_insides_are_counted_once(kind: str) -> None:
     terms = [gates.costs(kind, gates.live().double()) for gates in owned]
     small: Any = fxprune.finalize(gated)
     assert sum(terms) == getattr(small.report.after, kind)
+
+
+class Fixed(nn.Module):
+    """A backbone that runs without gradients, in front of a head that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = chain(3, 4), chain(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.backbone(x)
+        return self.head(features)
+
+
+def test_what_runs_without_gradients_is_not_gated() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    gated = fxprune.instrument(Fixed(), x)
+    assert set(gates_by_name(gated)) == {"head"}
+    reasons = [str(change) for change in gated.report.refused]
+    assert any(reason.startswith("backbone: left alone: the model calls it") for reason in reasons)
+    assert all(parameter.requires_grad for parameter in gated.parameters())
+    close_half(gated)
+    small = fxprune.finalize(gated)
+    assert error(small(x), gated.eval()(x)) < 1e-5

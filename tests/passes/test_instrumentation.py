@@ -192,3 +192,29 @@ def test_a_pickled_model_keeps_its_gates() -> None:
     for name in ("width", "linear"):
         grads = [getattr(module.gates, name).grad for module in (program.module, again)]
         assert torch.equal(grads[0], grads[1]) and bool((grads[0] != 0).any())
+
+
+class Detached(nn.Module):
+    """A teacher whose features are detached, a probe of the student's, and picks by an argmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+        self.student = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+        self.router = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.probe = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.table = nn.Embedding(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.student(x)) + self.table(self.router(x).argmax(-1))
+        return torch.cat([features - self.teacher(x).detach(), self.probe(features.detach())], 1)
+
+
+def test_what_no_gradient_reaches_is_not_gated() -> None:
+    program, changes = instrumented(Detached(), 4, 6)
+    assert {site.name for site in gates_in(program).width_sites} == {"student.1", "probe.1"}
+    refused = {c.where for c in changes if "no gradient reaches it" in c.what}
+    assert refused == {"teacher.1", "router.1"}
+    program.module.train()(*program.inputs()[0]).sum().backward()
+    width: Any = gates_in(program).width
+    assert bool((width.grad != 0).any(0))
