@@ -98,13 +98,29 @@ def _refusals(plan: Plan) -> list[Change]:
         value: Value = plan.channels.values[candidate.position]
         labels = plan.channels.classes[value.tags.reshape(-1)].unique().tolist()
         found = (
-            _nearest(plan, candidate) if label == FIXED else reasons.get(label) for label in labels
+            _made_by(plan, candidate) or _nearest(plan, candidate)
+            if label == FIXED
+            else reasons.get(label)
+            for label in labels
         )
         reason = next(
             (text for text in found if text), f"its channels stay: {where(candidate.node)}"
         )
         changes.append(Change(candidate.name, f"no width gate: {reason}"))
     return changes
+
+
+def _made_by(plan: Plan, candidate: Candidate) -> str:
+    """Return which operator gives channels that all stay, and why, if one does."""
+    waiting, barriers = deque([candidate.position]), plan.channels.barriers
+    while waiting:
+        node = waiting.popleft()
+        value = plan.channels.values.get(node)
+        if node in barriers:
+            return f"{barriers[node]}: {where(node)}"
+        if isinstance(value, Value) and bool((value.tags == FIXED).all()):
+            waiting += node.all_input_nodes
+    return ""
 
 
 def _nearest(plan: Plan, candidate: Candidate) -> str:

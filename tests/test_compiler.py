@@ -1,5 +1,6 @@
 """The two verbs on real models: exact, smaller, and clear about what they refuse."""
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -465,3 +466,20 @@ def test_gradient_hooks_are_not_lost() -> None:
     next(model.parameters()).register_hook(lambda gradient: gradient * 0)
     with pytest.raises(ModelError, match=r"0\.weight has gradient hooks, .* instrument returns"):
         fxprune.instrument(model, torch.randn(2, 4))
+
+
+def test_batch_norms_may_be_synchronised() -> None:
+    x = torch.randn(3, 3, 8, 8)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)
+    plain = randomise(nn.Sequential(*layers))
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    before = fxprune.instrument(convert(copy.deepcopy(plain)), x)
+    after = convert(fxprune.instrument(plain, x))
+    for gated in (before, after):
+        close_half(gated)
+        small = fxprune.finalize(gated)
+        assert not any(isinstance(module, nn.SyncBatchNorm) for module in small.modules())
+        assert small.get_submodule("0").out_channels == 4
+        assert torch.allclose(small(x), gated.eval()(x), atol=1e-5)
+        kept = fxprune.finalize(gated, fold=False)
+        assert kept.get_submodule("1").num_features == 4

@@ -1,9 +1,9 @@
-"""Normalisation with stored statistics: an affine map of each channel.
+"""Normalisation of each channel: with stored statistics an affine map.
 
 It is a·x + t with a = γ/√(σ² + ε) and t = β − a·μ (Ioffe & Szegedy 2015).
 
 A constant channel c becomes the constant a·c + t; with γ = 0 any channel becomes the constant β.
-Instance norm takes its statistics from each map by itself.
+With the statistics of the batch, or as in instance norm of each map by itself, c becomes β.
 """
 
 from typing import Any
@@ -24,10 +24,13 @@ def batch_norm_flow(call: Call) -> Flow:
     value = call.value()
     along = value.along(1)
     states = _states(call)
-    if states["running_mean"] is None or states["running_var"] is None:
-        raise Barrier("it normalises with the statistics of the batch")
     ties = [(state.axis(0), along.tags) for state in states.values() if state is not None]
-    constants = _constants(call, states, along.constants)
+    if not ties and call.module is not None:
+        raise Barrier("it has no tensor that would say how many channels remain")
+    if _of_batch(call, states):
+        constants = _centred(states, along.constants)
+    else:
+        constants = _constants(call, states, along.constants)
     shape = [1, -1, *(1,) * (len(value.shape) - 2)]
     ties += along.ties
     return Flow(call.output(along.tags.reshape(shape), constants.reshape(shape)), ties=ties)
@@ -35,9 +38,28 @@ def batch_norm_flow(call: Call) -> Flow:
 
 def resize_batch_norm(call: Call) -> None:
     """Tell the module how many channels it has left."""
-    if isinstance(call.module, nn.modules.batchnorm._BatchNorm):
-        assert call.module.running_mean is not None
-        call.module.num_features = call.module.running_mean.numel()
+    module: Any = call.module
+    if module is None:
+        return
+    for held in (module.running_mean, module.weight, module.bias):
+        if held is not None:
+            module.num_features = held.numel()
+
+
+def _of_batch(call: Call, states: dict[str, State | None]) -> bool:
+    """Tell whether it takes its statistics from the batch, in evaluation too."""
+    if states["running_mean"] is None or states["running_var"] is None:
+        return True
+    return call.module is None and call.argument(5, "training", False) is True
+
+
+def _centred(states: dict[str, State | None], inputs: Tensor) -> Tensor:
+    """Return what constants become whose mean is taken off: β, as does all that γ = 0 silences."""
+    weight, bias = states["weight"], states["bias"]
+    result = inputs * 0.0
+    if weight is not None:
+        result = torch.where(weight.known() == 0, 0.0, result)
+    return result if bias is None else result + bias.known()
 
 
 def _states(call: Call) -> dict[str, State | None]:
@@ -129,6 +151,6 @@ register(
 )
 register(
     OpRule("batch_norm", batch_norm_flow, resize=resize_batch_norm),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     F.batch_norm,
 )

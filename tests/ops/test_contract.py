@@ -193,15 +193,16 @@ class BilinearFunction(nn.Module):
 
 
 class BatchNormFunction(nn.Module):
-    """Call F.batch_norm with stored statistics."""
+    """Call F.batch_norm with stored statistics, of which it makes no use in training."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, training: bool = False) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm2d(8)
+        self.bn, self.always = nn.BatchNorm2d(8), training
 
     def forward(self, x: Tensor) -> Tensor:
         bn = self.bn
-        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        held = bn.running_mean, bn.running_var, bn.weight, bn.bias
+        return F.batch_norm(x, *held, self.always, 0.0)
 
 
 LINE, VOLUME, KEPT = (3, 8, 9), (3, 8, 4, 4, 4), (3, 5, 5, 8)
@@ -280,6 +281,7 @@ MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], Sample]] = {
     nn.BatchNorm1d: (lambda: nn.BatchNorm1d(8), Sample(shape=(3, 8, 9))),
     nn.BatchNorm2d: (lambda: nn.BatchNorm2d(8), Sample()),
     nn.BatchNorm3d: (lambda: nn.BatchNorm3d(8), Sample(shape=(3, 8, 4, 4, 4))),
+    nn.SyncBatchNorm: (lambda: nn.SyncBatchNorm(8), Sample()),
     nn.PixelShuffle: (lambda: nn.PixelShuffle(2), Sample()),
     nn.PixelUnshuffle: (lambda: nn.PixelUnshuffle(2), Sample()),
     nn.GLU: (lambda: nn.GLU(1), Sample()),
@@ -691,6 +693,12 @@ def label(key: Hashable) -> str:
 
 # Forms of operators beside the one their sample has.
 FORMS: dict[str, tuple[nn.Module, Sample]] = {
+    "statistics of the batch": (nn.BatchNorm2d(8, track_running_stats=False), Sample()),
+    "statistics of the batch, no parameters": (
+        Expression(lambda x: F.batch_norm(x, None, None, training=True)),
+        Sample(),
+    ),
+    "statistics of the batch, others stored": (BatchNormFunction(training=True), Sample()),
     "zeros of a size": (
         Expression(lambda x: torch.maximum(x, x.new_zeros(x.size(1), 1, 1))),
         Sample(),

@@ -218,3 +218,16 @@ def test_what_no_gradient_reaches_is_not_gated() -> None:
     program.module.train()(*program.inputs()[0]).sum().backward()
     width: Any = gates_in(program).width
     assert bool((width.grad != 0).any(0))
+
+
+class Halved(nn.Module):
+    """No operator that anybody knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2 if float(x.sum()) > 1e9 else x
+
+
+def test_the_reason_is_the_operator_that_keeps_its_channels() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Halved(), nn.Identity(), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(NothingToDoError, match="3: no width gate: it could not be traced into"):
+        instrumented(model, 4, 6)
