@@ -27,6 +27,7 @@ from fxprune.layer_costs import nanoseconds, output_places
 from fxprune.mergers import Merger, Run, find_runs
 from fxprune.modules import submodule
 from fxprune.observation import Observation
+from fxprune.ops.recurrence import input_products
 from fxprune.pooled_layers import comes_after, shrinking_pool
 from fxprune.program import Program
 from fxprune.rules import rule_for
@@ -104,7 +105,7 @@ class _Accountant:
         for node, bias in self.biases.items():
             parameters += [] if node in merging else bias
         others = [node for node in self.seen.macs if node not in merging]
-        macs = [self._operator(node) for node in others]
+        macs = [term for node in others for term in self._operators(node)]
         timings = [timing for node in others if (timing := self._timing(node)) is not None]
         chains = [self._ways(run) for run in runs]
         return UnitCosts(
@@ -177,6 +178,16 @@ class _Accountant:
             along = _varying(self.channels.classes[state.whole])
             return Term(tensor.numel(), (self._row_of_classes(along),))
         return Term(tensor.numel(), tuple(map(self._row, state.axes.values())))
+
+    def _operators(self, node: fx.Node) -> list[Term]:
+        """Return what shrinks alike of an operator's work, each a term."""
+        call = self.channels.calls.get(node)
+        if call is None or node in self.channels.barriers:  # which may have no rule
+            return [self._operator(node)]
+        if rule_for(node, call.module).name != "recurrence":
+            return [self._operator(node)]
+        tags, count = input_products(call)
+        return [Term(count, (self._row(tags),)), Term(self.seen.macs[node] - count, ())]
 
     def _operator(self, node: fx.Node) -> Term:
         call, value = self.channels.calls.get(node), self.channels.values.get(node)

@@ -167,7 +167,25 @@ def mapped() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(90, 20), nn.ReLU(), nn.Linear(20, 4))
 
 
-IMAGES = (2, 3, 8, 8)
+class Recurrent(nn.Module):
+    """A recurrent network whose inputs may go, its hidden state not."""
+
+    def __init__(self, recurrent: nn.Module, made: int) -> None:
+        super().__init__()
+        self.first, self.recurrent = nn.Linear(7, 9), recurrent
+        self.hidden, self.last = nn.Linear(made, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.recurrent(F.relu(self.first(x)))
+        found = found[0] if isinstance(found, tuple) else found
+        return self.last(F.relu(self.hidden(found)))
+
+
+def recurrent(kind: Any, made: int = 6, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: Recurrent(kind(9, 6, **options), made)
+
+
+IMAGES, STEPS = (2, 3, 8, 8), (2, 5, 7)
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (Residual, IMAGES),
     "joined": (Joined, IMAGES),
@@ -182,6 +200,16 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "deep": (deep, (3, 12)),
     "lenet": (LeNet, (2, 1, 28, 28)),
     "mapped": (mapped, IMAGES),
+    "lstm": (recurrent(nn.LSTM), STEPS),
+    "lstm, two layers": (recurrent(nn.LSTM, num_layers=2, batch_first=True), STEPS),
+    "lstm, both ways": (recurrent(nn.LSTM, 12, num_layers=2, bidirectional=True), STEPS),
+    "lstm, projected": (recurrent(nn.LSTM, 4, proj_size=4, batch_first=True), STEPS),
+    "lstm, one sequence": (recurrent(nn.LSTM), (5, 7)),
+    "gru": (recurrent(nn.GRU, 12, bidirectional=True, bias=False), STEPS),
+    "rnn": (recurrent(nn.RNN, num_layers=2), STEPS),
+    "lstm cell": (recurrent(nn.LSTMCell), (5, 7)),
+    "gru cell": (recurrent(nn.GRUCell), (5, 7)),
+    "rnn cell": (recurrent(nn.RNNCell), (5, 7)),
 }
 
 
@@ -212,6 +240,7 @@ def counted(gated: nn.Module) -> tuple[int, int]:
     return after.parameters, after.macs
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("name", NETS)
 def test_the_sum_is_what_the_finalised_model_costs(name: str) -> None:
     make, shape = NETS[name]
@@ -232,6 +261,7 @@ def test_the_sum_is_what_the_finalised_model_costs(name: str) -> None:
     assert len(seen) > 2 and max(seen) < full
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("name", NETS)
 def test_the_gradient_is_the_marginal_cost_of_a_unit(name: str) -> None:
     make, shape = NETS[name]
@@ -271,6 +301,15 @@ def test_the_gradient_of_a_linearity_gate_is_what_its_other_state_costs_more(nam
                 torch.testing.assert_close(gradient[site], rise.detach())
                 rises.append(float(rise.detach()))
     assert min(rises) < 0
+
+
+def test_recurrent_weights_that_are_computed_stay() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.GRU(9, 6), "weight_ih_l0")
+    gated = fxprune.instrument(Recurrent(layer, 6), torch.randn(STEPS))
+    gates = gates_of(gated)
+    assert gates.width is not None
+    gates.width.data[::2] = 0
+    assert float(cost_of(gates, "macs").detach()) == counted(gated)[1]
 
 
 def test_a_cost_is_a_term_like_any_other() -> None:

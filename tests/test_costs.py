@@ -37,6 +37,26 @@ def test_attention_counts_its_products() -> None:
     assert count_costs(Attention(), inputs).macs == 2 * 4 * 10 * 10 * 8
 
 
+RECURRENT: dict[str, nn.Module] = {
+    "LSTM": nn.LSTM(9, 6),
+    "two layers": nn.LSTM(9, 6, 2, batch_first=True),
+    "both ways": nn.LSTM(9, 6, 2, bidirectional=True),
+    "GRU": nn.GRU(9, 6, 2, bidirectional=True),
+    "RNN": nn.RNN(9, 6),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_recurrent_layers_multiply_by_every_weight_at_every_step(
+    name: str, dtype: torch.dtype
+) -> None:
+    layer = RECURRENT[name].to(dtype)  # of which float32 may run fused
+    weights = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+    inputs = (torch.randn(4, 4, 9, dtype=dtype),), {}
+    assert count_costs(layer, inputs).macs == 4 * weights
+
+
 def test_state_is_in_bytes_whatever_its_dtype() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
     # Weight, bias, mean and variance in float32, and how many batches there were as int64.

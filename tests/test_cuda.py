@@ -255,3 +255,11 @@ def test_constants_are_rounded_as_the_gpu_rounds_them(activation: type[nn.Module
     proof = small.report.verification
     assert proof and proof.verdict == "equal" and proof.error["float64"] < 1e-12
     assert small.report.after and small.report.after.parameters < 40
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_counted_as_on_the_cpu(kind: Any) -> None:
+    layer, x = kind(9, 6, 2, bidirectional=True), torch.randn(4, 4, 9)
+    expected = fxprune.count_costs(layer, ((x,), {}))
+    assert expected.macs > 0
+    assert fxprune.count_costs(layer.to(DEVICE), ((x,), {})) == expected

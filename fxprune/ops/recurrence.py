@@ -5,10 +5,11 @@ hidden state is one size in the whole module, and read by itself a step later: i
 """
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.observation import TensorSpec
@@ -49,6 +50,17 @@ def resize_recurrence(call: Call) -> None:
     module: Any = call.module
     first = module.weight_ih if isinstance(module, nn.RNNCellBase) else module.weight_ih_l0
     module.input_size = first.shape[1]
+
+
+def input_products(call: Call) -> tuple[Tensor, int]:
+    """Return the tags of what comes in, and how many products it is in, for the whole batch.
+
+    The other products of a recurrent network are with its hidden state, which stays.
+    """
+    value = call.value()
+    weights = [state for name, state in _parameters(call) if name in _FIRST]
+    steps = prod(value.shape[:-1])
+    return weights[0].axis(1), steps * sum(state.tensor.numel() for state in weights)
 
 
 def _parameters(call: Call) -> Iterator[tuple[str, State]]:
