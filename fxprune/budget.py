@@ -83,6 +83,9 @@ class Budget:
 
     In `DistributedDataParallel` take `find_unused_parameters=True`: frozen gates get no gradient.
 
+    `cost` is counted, as `fxprune.Cost` is, and may be too low while every unit of a tensor is
+    dead; at the end the model is finalised, and what it then costs is what has to meet the budget.
+
     It stands in for `fxprune.penalty(gated)`: the terms of `gated.penalties` do not enter. Gates
     that the user freezes stay as they are. Of a model instrumented region by region the regions
     are counted. Raises `BudgetError` for a budget nobody can meet, `GateError` without gates.

@@ -95,10 +95,13 @@ class Cost(Penalty):
     when first asked for, which takes long for a large model, kept in the user's cache, and
     interpolated; what is no layer does not count. The value is that of the binary
     gates and exact, but for the rounding of the gates' dtype and what `fxprune.accounts` leaves
-    out, while no tensor is left without channels. Its gradient is each unit's marginal cost given
-    the other units, and for a linearity gate what its other state would cost more. To weigh as λ3
-    does take λ = λ3·units/cost. In a model instrumented region by region it counts the regions.
-    Raises `GateError` if the gates were made without costs, or onnxruntime cannot run a layer.
+    out, while no tensor is left without channels: one that is, such as a part of a `chunk` all of
+    whose units are dead, keeps a channel when finalised, which is not counted. `Budget` and
+    `compact` keep a unit of every set in `gated.gates.costs.groups()`, so that there is none.
+    Its gradient is each unit's marginal cost given the other units, and for a linearity gate what
+    its other state would cost more. To weigh as λ3 does take λ = λ3·units/cost. In a model
+    instrumented region by region it counts the regions. Raises `GateError` if the gates were made
+    without costs, or onnxruntime cannot run a layer.
     """
 
     def __init__(self, weight: float, of: str = MACS) -> None:

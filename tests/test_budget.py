@@ -162,6 +162,31 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+class Parts(nn.Module):
+    """Parts of a chunk, a convolution for each, and a shuffle of what they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 10, 1), nn.Conv2d(10, 3, 1)
+        self.parts = nn.ModuleList([nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 5, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = F.relu(self.stem(x)).chunk(2, 1)
+        both = [F.relu(conv(part)) for conv, part in zip(self.parts, parts, strict=True)]
+        return self.head(F.channel_shuffle(torch.cat(both, 1), 2))
+
+
+@pytest.mark.parametrize("part", [0.12, 0.2, 0.3])
+def test_no_part_of_a_chunk_is_emptied(part: float) -> None:
+    gated: Any = fxprune.instrument(Parts(), torch.randn(2, 3, 6, 6))
+    budget = fxprune.Budget(gated, parameters=part, steps=STEPS)
+    with torch.no_grad():  # the second part is the weaker
+        gated.gates.width.copy_(torch.linspace(0.4, 0.1, len(gated.gates.width)))
+    budget.finish()
+    after = fxprune.finalize(gated, check=False).report.after
+    assert after and after.parameters == budget.cost <= budget.target
+
+
 @pytest.mark.parametrize("kind", ["parameters", "macs"])
 @pytest.mark.parametrize("name", NETS)
 def test_it_is_the_finalised_model_that_meets_the_budget(name: str, kind: str) -> None:
