@@ -25,6 +25,7 @@ from fxprune.inputs import Inputs, model_inputs, same, to_device
 from fxprune.keeping import put_back_plain
 from fxprune.lowering import lower_
 from fxprune.memories import memory_of_run
+from fxprune.memory_formats import formats_in, restore_formats_
 from fxprune.modules import (
     copy_model,
     device_of,
@@ -312,12 +313,14 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
     """Make a part of a model smaller, in place."""
     program = region.program
     source = program.clone() if check else None
+    formats = formats_in(program.module)
     report = Report("finalize", type(reference).__name__, _renaming(region))
     report.passes |= run(program, PLAIN, recompile=False)
     report.before = costs_of(program, reference)
     report.passes |= run(program, passes)
     own_(program.module, reference)
     program.module.delete_all_unused_submodules()
+    restore_formats_(program.module, formats)
     report.after = costs_of(program)
     keep_buffers_(program.module)
     keep_questions_(program.module)

@@ -19,6 +19,7 @@ from fxprune.deeds import Given, contents_of, written_into
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.inputs import Inputs, copied, describe, same, to_device
 from fxprune.keeping import count_on_
+from fxprune.memory_formats import like
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating, run_alike, run_on
 from fxprune.naming import free_names_
 from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
@@ -123,9 +124,10 @@ def _without_size_memos(
 
 def narrowed(tensor: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
     """Return what stays of a tensor: some positions along some axes."""
+    part = tensor
     for axis, positions in kept:
-        tensor = tensor.index_select(axis, positions.to(tensor.device))
-    return tensor
+        part = part.index_select(axis, positions.to(tensor.device))
+    return like(part, tensor)
 
 
 def widened(program: Program) -> Program | None:

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "einops_backend",
         "dtype_limits",
         "assignments",
+        "memory_formats",
     ),
     (
         "classes",
