@@ -26,6 +26,7 @@ from fxprune.modules import (
     require_no_gradient_hooks,
 )
 from fxprune.optimizer_states import as_optimizers, hand_over_, require_replaceable, states_of
+from fxprune.parameter_tags import carry_tags_
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.gate_marking import mark_gates, restore_gates
 from fxprune.penalties import gates_of
@@ -122,6 +123,7 @@ def _is_untouchable(module: nn.Module) -> bool:
 
 def _hand_over(old: nn.Module, new: nn.Module, optimizers: Sequence[Any], cuts: _Cuts) -> None:
     """Give the gradients to the new parameters, and the new parameters to the optimizers."""
+    carry_tags_(old, new, {})
     successors = dict(new.named_parameters())
     pairs = {p: (successors.get(name), cuts.get(name, [])) for name, p in old.named_parameters()}
     states = [states_of(optimizer, pairs) for optimizer in optimizers]

@@ -3,7 +3,7 @@
 Both work on a copy: what the user holds is never modified.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -36,6 +36,7 @@ from fxprune.modules import (
 )
 from fxprune.naming import renamed_in
 from fxprune.observation import TensorSpec, observe
+from fxprune.parameter_tags import carry_tags_, renamed_path
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
@@ -105,6 +106,7 @@ def instrument(
     Train it as you would train the model, with `fxprune.penalty(gated)` added to the loss. Its
     outputs are bit-equal to the model's until an optimizer moves a gate. Numbers that the model
     holds as plain attributes (a temperature) stay what they are: setting one raises `TraceError`.
+    Plain attributes of parameters (`p.no_decay = True`) go along, by every verb, tensors do not.
 
     model: any `nn.Module`; it is not modified. example_inputs: a tensor, a tuple of arguments or a
     dict of keyword arguments the model runs on; guessed from the first layer if not given.
@@ -160,6 +162,7 @@ def instrument(
     _count_insides_once(parts)
     gated = _assembled("instrument", name, inputs, parts, reports)
     _restore_state(model, gated)
+    carry_tags_(model, gated, renamed_in(gated))
     return cast(GatedModel, gated)
 
 
@@ -206,6 +209,7 @@ def finalize(
         for region in parts.regions
     }
     small = _assembled("finalize", name, inputs, parts, reports)
+    carry_tags_(original, small, renamed_in(small))
     report: Report = small.report
     if parts.paths:
         report.before, report.after = _costs(reference, inputs), _costs(small, inputs)
@@ -279,10 +283,10 @@ def _restore_state(model: nn.Module, gated: nn.Module) -> None:
     """
     renamed, buffers = renamed_in(gated), dict(gated.named_buffers())
     for name, buffer in model.named_buffers():
-        _set_back(buffers.get(_renamed(name, renamed)), buffer)
+        _set_back(buffers.get(renamed_path(name, renamed)), buffer)
     parts = dict(gated.named_modules())
     for path, part in model.named_modules():
-        twin = parts.get(_renamed(path, renamed))
+        twin = parts.get(renamed_path(path, renamed))
         # Torch's own keep what they keep in buffers.
         is_torchs = type(part).__module__.startswith(("torch.nn.", "torch.jit."))
         if twin is None or type(twin) is not type(part) or is_torchs:
@@ -300,13 +304,6 @@ def _set_back(own: Tensor | None, tensor: Tensor) -> None:
         own.data = tensor.detach().clone()
     elif not torch.equal(own, tensor):
         own.data.copy_(tensor)  # in place: others may share its memory
-
-
-def _renamed(name: str, renamed: Mapping[str, str]) -> str:
-    for old, new in renamed.items():
-        if name == old or name.startswith(f"{old}."):
-            name = new + name[len(old) :]
-    return name
 
 
 def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, check: bool) -> Report:

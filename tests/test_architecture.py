@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "dtype_limits",
         "assignments",
         "memory_formats",
+        "parameter_tags",
     ),
     (
         "classes",

@@ -64,6 +64,7 @@ class Training:
         return sum(p.numel() for p in self.gated.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", NETS)
 def test_losses_go_on_unchanged(name: str, optimizer: str) -> None:
