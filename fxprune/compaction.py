@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxprune.averaged_models import averages_of, cut_
 from fxprune.compiler import GatedModel, gated_model, inputs_for
 from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
@@ -47,6 +48,7 @@ def compact(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
     patience: int = 0,
+    averaged: nn.Module | Sequence[nn.Module] | None = None,
 ) -> GatedModel:
     """Return the gated model without its dead units; let the optimizer train what remains.
 
@@ -57,14 +59,17 @@ def compact(
     a wrapper (DistributedDataParallel, torch.compile) the model inside is taken: wrap the result
     anew. optimizer: its groups get the new parameters, its state what remains of it: every tensor
     of the parameter's shape; of several, that train parts of the model, give all. patience: leave a
-    unit until that many calls before found it dead.
+    unit until that many calls before found it dead. averaged: what averages the model in training,
+    such as `torch.optim.swa_utils.AveragedModel`s: each gets a copy of the result in `module`, with
+    its averages of what remains. One that is not given cannot go on; make a new one.
 
     A tensor all of whose units are dead keeps the strongest. Returns the very model if nothing
     goes; what is gated inside of submodules that could not be traced stays. Raises `GateError` if
     it was instrumented region by region, if something keeps dead units (forward hooks; weights that
-    a norm, a parametrization or a mask computes), if gates are NaN, or if the optimizer trains
-    another model, or keeps what cannot be cut (a state of Adafactor) or replaced (LBFGS), and
-    `ModelError` if parameters have gradient hooks; nothing has changed then.
+    a norm, a parametrization or a mask computes), if gates are NaN, if the optimizer trains another
+    model, or keeps what cannot be cut (a state of Adafactor) or replaced (LBFGS), or if `averaged`
+    averages another model, and `ModelError` if parameters have gradient hooks; nothing has changed
+    then.
     """
     model = gated_model(gated)
     gates = gates_of(model)
@@ -72,6 +77,7 @@ def compact(
     optimizers = as_optimizers(optimizer)
     for one in optimizers:
         require_replaceable(one, model)
+    averages = averages_of(averaged, model)
     memory = memory_of(model)
     if memory.get("regions") and not memory.get("whole"):
         raise GateError("a model instrumented region by region cannot be compacted while training")
@@ -91,6 +97,8 @@ def compact(
     run(program, (mark, cut, restore_gates))
     _require_gone(program, keep)
     _hand_over(model, program.module, optimizers, program.cuts)
+    for one in averages:
+        cut_(one, program.module, program.cuts)
     return cast(GatedModel, program.module)
 
 

@@ -112,7 +112,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("piecewise",),
     ("pipelines",),
     ("compiler",),
-    ("inspection", "optimizer_states"),
+    ("inspection", "optimizer_states", "averaged_models"),
     ("compaction",),
     ("budget",),
     ("loops",),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fxprune
 from fxprune.errors import GateError, ModelError
@@ -290,3 +291,67 @@ def test_without_an_optimizer_both_models_can_be_trained() -> None:
     small = fxprune.compact(run.gated)
     fxprune.penalty(small)
     fxprune.penalty(run.gated)
+
+
+class Averaging(Training):
+    """A training that averages its weights."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(name)
+        self.close()
+        self.averaged = AveragedModel(self.gated, **options)
+
+    def go(self, count: int) -> None:
+        for _ in range(count):
+            self.steps(1)
+            self.averaged.update_parameters(self.gated)
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("name", ["residual", "joined", "grouped", "flattened"])
+def test_averages_go_on_unchanged(name: str, use_buffers: bool) -> None:
+    options: Any = {"multi_avg_fn": get_ema_multi_avg_fn(0.6), "use_buffers": use_buffers}
+    whole, cut = (Averaging(name, **options) for _ in range(2))
+    whole.averaged.eval()
+    cut.averaged.eval()
+    whole.go(3)
+    cut.go(3)
+    cut.gated = fxprune.compact(cut.gated, cut.optimizer, averaged=cut.averaged)
+    assert not cut.averaged.module.training and cut.gated.training
+    whole.go(4)
+    cut.go(4)
+    assert int(cut.averaged.n_averaged) == 7
+    torch.testing.assert_close(cut.averaged(cut.inputs), whole.averaged(whole.inputs))
+    small, large = fxprune.finalize(cut.averaged), fxprune.finalize(whole.averaged)
+    torch.testing.assert_close(small(cut.inputs), large(cut.inputs))
+    assert small.report.after == large.report.after
+
+
+def test_several_averages_are_cut_and_load_again() -> None:
+    run = Averaging("residual")
+    slow = AveragedModel(run.gated)
+    run.gated = fxprune.compact(run.gated, run.optimizer, averaged=[run.averaged, slow])
+    for averaged in (run.averaged, slow):
+        for (name, own), other in zip(
+            averaged.module.state_dict().items(), run.gated.state_dict().values(), strict=True
+        ):
+            assert torch.equal(own, other) and own.data_ptr() != other.data_ptr(), name
+    AveragedModel(run.gated).load_state_dict(slow.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda run: run.gated, "holds no copy of the model"),
+        (lambda run: AveragedModel(nn.Linear(2, 2)), "holds no copy of the model"),
+        (lambda run: AveragedModel(fxprune.compact(run.gated)), "holds a copy of another model"),
+        (lambda run: {"decay": 0.9}, "dict averages no model"),
+    ],
+    ids=["itself", "another", "compacted", "options"],
+)
+def test_what_averages_another_model_is_refused(make: Callable[[Any], Any], message: str) -> None:
+    run = Training("flattened").close()
+    before = groups_of(run.optimizer)
+    with pytest.raises(GateError, match=message):
+        fxprune.compact(run.gated, run.optimizer, averaged=make(run))
+    assert groups_of(run.optimizer) == before
