@@ -90,11 +90,16 @@ def load_model(spec: str) -> nn.Module:
 
 def example(text: str) -> Tensor:
     """Return a random input of a shape written as 1x3x224x224."""
+    sizes = text.lower().split("x")
+    if not all(size.strip().isdecimal() for size in sizes):
+        raise FxpruneError(f"--input {text!r} is no shape; write it as 1x3x224x224")
     try:
-        shape = [int(size) for size in text.lower().split("x")]
+        shape = [int(size) for size in sizes]
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    except (ValueError, RuntimeError) as error:
-        raise FxpruneError(f"--input {text!r} is no shape; write it as 1x3x224x224") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise FxpruneError(
+            f"--input {text!r} is too large: it takes more memory than there is"
+        ) from error
 
 
 def _import(place: str) -> Any:

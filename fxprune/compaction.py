@@ -6,6 +6,7 @@ what the optimizer knows of it.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -58,10 +59,12 @@ def compact(
     gated: what `instrument` returned; it is not modified, but the optimizer no longer trains it. Of
     a wrapper (DistributedDataParallel, torch.compile) the model inside is taken: wrap the result
     anew. optimizer: its groups get the new parameters, its state what remains of it: every tensor
-    of the parameter's shape; of several, that train parts of the model, give all. patience: leave a
-    unit until that many calls before found it dead. averaged: what averages the model in training,
-    such as `torch.optim.swa_utils.AveragedModel`s: each gets a copy of the result in `module`, with
-    its averages of what remains. One that is not given cannot go on; make a new one.
+    of the parameter's shape; of several, that train parts of the model, give all. One whose steps
+    go by shapes (the rates of Muon, the norms of Adafactor) takes those of the smaller model from
+    here on. patience: leave a unit until that many calls before found it dead. averaged: what
+    averages the model in training, such as `torch.optim.swa_utils.AveragedModel`s: each gets a copy
+    of the result in `module`, with its averages of what remains. One that is not given cannot go
+    on; make a new one.
 
     A tensor all of whose units are dead keeps the strongest. Returns the very model if nothing
     goes; what is gated inside of submodules that could not be traced stays. Raises `GateError` if
@@ -71,6 +74,8 @@ def compact(
     averages another model, and `ModelError` if parameters have gradient hooks; nothing has changed
     then.
     """
+    if not isinstance(patience, Integral) or patience < 0:
+        raise GateError(f"patience={patience!r} is no whole number of calls; take 0 or more")
     model = gated_model(gated)
     gates = gates_of(model)
     require_numbers(gates)

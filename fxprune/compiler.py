@@ -19,7 +19,7 @@ from fxprune.eager import uncompiled
 from fxprune.errors import ExampleInputError, FxpruneError, GateError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.frozen_attributes import freeze_
-from fxprune.gates import Gates, gate_owners
+from fxprune.gates import Gates, gate_owners, sound_inits
 from fxprune.graph_modules import own_
 from fxprune.inputs import Inputs, model_inputs, same, to_device
 from fxprune.keeping import put_back_plain
@@ -125,6 +125,7 @@ def instrument(
     """
     if penalties is not None and not hasattr(penalties, "values"):
         raise GateError(f"penalties={penalties!r} are no nn.ModuleDict of named terms")
+    sound_inits(width_init, linear_init)
     if gate_owners(model):
         raise GateError(f"{type(model).__name__} is instrumented already; finalize it first")
     require_no_gradient_hooks(model, "register them on what instrument returns")

@@ -45,6 +45,16 @@ class DepthSite(Unchanging):
     index: int
 
 
+_OF_FEWER = (
+    "the state has fewer units than this model: it is of one made smaller by fxprune.compact; load "
+    "it into that, which torch.save(model) saves whole, for torch.load(…, weights_only=False)"
+)
+_OF_MORE = (
+    "the state has more units than this model: it is of one before fxprune.compact, or of another; "
+    "load it into a model that was instrumented, and not compacted since"
+)
+
+
 class Gates(Structured):
     """The gates of a model.
 
@@ -77,11 +87,7 @@ class Gates(Structured):
     ) -> None:
         """Open all width gates and close all linearity gates; raise `GateError` for other inits."""
         super().__init__()
-        if not HALF <= width_init <= 1 or not 0 <= linear_init < HALF:
-            raise GateError(
-                f"width_init={width_init} and linear_init={linear_init} would change the model; "
-                "take ½ ≤ width_init ≤ 1 and 0 ≤ linear_init < ½"
-            )
+        width_init, linear_init = sound_inits(width_init, linear_init)
         self.width_sites = tuple(width_sites)
         self.depth_sites = tuple(depth_sites)
         self.costs = costs
@@ -146,6 +152,24 @@ class Gates(Structured):
 
         return super()._apply(moved, recurse)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Say of a state of fewer or more units, whose sizes torch lists, what it is of."""
+        width = state_dict.get(f"{prefix}width")
+        own, its = (0 if gates is None else gates.numel() for gates in (self.width, width))
+        if width is not None and own != its:
+            error_msgs.insert(0, _OF_FEWER if its < own else _OF_MORE)
+        lists = missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
     def clip_(self) -> None:
         """Clip the real gates to [0, 1], as the paper does after every update.
 
@@ -188,6 +212,23 @@ class Gates(Structured):
         """Return which channels of a site are kept, bool (channels,)."""
         live = torch.cat([self.live().cpu(), torch.ones(1, dtype=torch.bool)])
         return live[torch.tensor(site.units)]
+
+
+def sound_inits(width_init: Any, linear_init: Any) -> tuple[float, float]:
+    """Return where gates start; raise `GateError` for no numbers, and what would change a model."""
+    try:
+        width, linear = float(width_init), float(linear_init)
+    except (TypeError, ValueError) as error:
+        raise GateError(
+            f"width_init={width_init!r} or linear_init={linear_init!r} is no number; take "
+            "½ ≤ width_init ≤ 1 and 0 ≤ linear_init < ½"
+        ) from error
+    if not HALF <= width <= 1 or not 0 <= linear < HALF:
+        raise GateError(
+            f"width_init={width_init} and linear_init={linear_init} would change the model; "
+            "take ½ ≤ width_init ≤ 1 and 0 ≤ linear_init < ½"
+        )
+    return width, linear
 
 
 def require_numbers(gates: Gates) -> None:

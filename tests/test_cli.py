@@ -82,6 +82,9 @@ def test_inspect_prints_json(run: Runner) -> None:
         (("mine:Ending", "--input", "1x3"), "ends the program when it is run"),
         (("mine:Odd", "--input", "1x3"), "cannot be traced"),
         (("mine:small", "--input", "1x3x9xy"), "no shape"),
+        (("mine:small", "--input", "1x3x9x-9"), "no shape"),
+        (("mine:small", "--input", "99999999x99999999"), "is too large: it takes more memory"),
+        (("mine:small", "--input", "1x" + 30 * "9"), "is too large: it takes more memory"),
         (("mine:small", "--input", "1x5x9x9"), "does not run on the example inputs"),
     ],
 )

@@ -1,6 +1,7 @@
 """Compaction: the training goes on as it would have, with less."""
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -355,3 +356,33 @@ def test_what_averages_another_model_is_refused(make: Callable[[Any], Any], mess
     with pytest.raises(GateError, match=message):
         fxprune.compact(run.gated, run.optimizer, averaged=make(run))
     assert groups_of(run.optimizer) == before
+
+
+@pytest.mark.parametrize("patience", ["a", -1, 1.5, None])
+def test_what_is_no_patience_is_refused(patience: Any) -> None:
+    run = Training("flattened").close()
+    with pytest.raises(GateError, match=r"patience=.* is no whole number"):
+        fxprune.compact(run.gated, run.optimizer, patience=patience)
+
+
+def test_a_state_of_another_size_says_what_it_is_of() -> None:
+    run = Training("flattened").close()
+    small = fxprune.compact(run.gated)
+    with pytest.raises(RuntimeError, match=r"fewer units .* by fxprune\.compact; .*torch\.save"):
+        run.gated.load_state_dict(small.state_dict())
+    with pytest.raises(RuntimeError, match=r"more units .* before fxprune\.compact"):
+        small.load_state_dict(run.gated.state_dict())
+    with pytest.raises(RuntimeError, match="fewer units"):
+        AveragedModel(run.gated).load_state_dict(AveragedModel(small).state_dict())
+    small.load_state_dict(small.state_dict())
+
+
+def test_a_compacted_model_is_saved_whole() -> None:
+    run = Training("flattened").close()
+    small, file = fxprune.compact(run.gated), io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(run.inputs), small(run.inputs))
+    loaded.load_state_dict(small.state_dict())
+    fxprune.penalty(loaded).backward()

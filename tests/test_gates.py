@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+import fxprune
 from fxprune.errors import GateError
 from fxprune.gates import (
     UNGATED,
@@ -381,6 +382,12 @@ def test_inits_that_would_change_the_model_are_refused(
         GateError, match=rf"width_init={width_init} .* would change the model; take"
     ):
         Gated(width_init=width_init, linear_init=linear_init)
+
+
+@pytest.mark.parametrize("inits", [{"width_init": "a"}, {"linear_init": None}])
+def test_inits_that_are_no_numbers_are_refused(inits: dict[str, Any]) -> None:
+    with pytest.raises(GateError, match=r"init=.* is no number"):
+        fxprune.instrument(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), **inits)
 
 
 @pytest.mark.parametrize(("width_init", "linear_init"), [(0.5, 0.0), (1.0, 0.49)])
