@@ -57,14 +57,30 @@ def random_inputs(
             shape[dim] += growth
         if example.ndim > 1 and example.shape[1] == long:
             shape[1] += length
-        if example.is_floating_point():
-            return (torch.randn(shape, generator=generator) * scale).to(example)
-        values = example.detach().flatten()
-        count = math.prod(shape) if len(values) else 0
-        chosen = torch.randint(max(len(values), 1), (count,), generator=generator)
-        return values[chosen.to(values.device)].reshape(shape)
+        return _drawn(example, shape, generator, scale)
 
     return pytree.tree_map_only(Tensor, draw, inputs)
+
+
+def inputs_of_shapes(inputs: Inputs, shapes: Sequence[Sequence[int]], seed: int) -> Inputs:
+    """Draw inputs like `inputs`, of the shapes given for its tensors in their order."""
+    generator, given = torch.Generator().manual_seed(seed), iter(shapes)
+
+    def draw(example: Tensor) -> Tensor:
+        return _drawn(example, next(given), generator)
+
+    return pytree.tree_map_only(Tensor, draw, inputs)
+
+
+def _drawn(
+    example: Tensor, shape: Sequence[int], generator: torch.Generator, scale: float = 1.0
+) -> Tensor:
+    if example.is_floating_point():
+        return (torch.randn(shape, generator=generator) * scale).to(example)
+    values = example.detach().flatten()
+    count = math.prod(shape) if len(values) else 0
+    chosen = torch.randint(max(len(values), 1), (count,), generator=generator)
+    return values[chosen.to(values.device)].reshape(shape)
 
 
 def random_cases(example: Inputs, batches: Sequence[int], seed: int) -> dict[str, Inputs]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.assumptions import ASSUMES
 from fxprune.cases import normalised_inputs
 from fxprune.comparison import FLIPS, Difference, differences
 from fxprune.default_device import on_cpu
@@ -27,6 +28,7 @@ from fxprune.inputs import Inputs, describe, tensors_of, to_device
 from fxprune.modules import copy_model, memory_of
 from fxprune.onnx_program import FIX_SIZES, write_onnx
 from fxprune.onnx_signature import Flat, Sizes
+from fxprune.open_sizes import Answers
 from fxprune.precision import full_precision
 from fxprune.program import quiet
 from fxprune.progress import shown, stages
@@ -89,8 +91,9 @@ def export_onnx(
     target = _target(path)
     with _folder_beside(target) as folder:
         draft = folder / target.name
-        opset = _write(flat, inputs, sizes, draft, metadata or {})
+        opset, answers = _write(flat, inputs, sizes, draft, metadata or {})
         errors = _compare(flat, sizes, draft, tolerance)
+        _require_open(flat, answers, draft, tolerance)
         size = _publish(draft, target.parent)
     return OnnxCheck(
         path=os.fspath(path),
@@ -105,7 +108,7 @@ def export_onnx(
 
 def _write(
     flat: Flat, inputs: Inputs, sizes: Sizes, draft: Path, metadata: Mapping[str, Any]
-) -> int:
+) -> tuple[int, Answers]:
     """Write the file; where open sizes are in the way, without what the model made for its last."""
     try:
         return write_onnx(flat, sizes, draft, metadata)
@@ -209,6 +212,37 @@ def _compare(flat: Flat, sizes: Sizes, draft: Path, tolerance: float) -> dict[st
     return errors
 
 
+def _require_open(flat: Flat, answers: Answers, draft: Path, tolerance: float) -> None:
+    """Raise where the file computes something else than the model, at sizes that it leaves open.
+
+    What only one of them runs on is no such thing: whoever tries is told. But what a trace assumed
+    of its example is in no file, which would compute what the original model does not.
+    """
+    others = answers.others()
+    if not others:
+        return
+    session = _load(draft, PROVIDERS[0])
+    for chosen in others:
+        inputs = answers.sizes.inputs_at(flat.input_names, chosen)
+        try:
+            found = _onnx_outputs(flat, session, inputs, "open sizes")
+        except ExportError:
+            continue
+        try:
+            expected = _torch_outputs(flat, inputs)
+        except ExportError as error:
+            if ASSUMES in str(error):
+                raise
+            continue
+        worst = [one for one in differences(expected, found) if _exceeds(one, tolerance)]
+        if worst:
+            raise ExportError(
+                f"{type(flat.model).__name__} computes something else on {describe(inputs)}, of "
+                f"sizes the file leaves open: output {worst[0].output} {worst[0].message}; "
+                f"{FIX_SIZES}"
+            )
+
+
 def _load(draft: Path, provider: str) -> onnxruntime.InferenceSession:
     remedy = "export the model in float32, or replace the operator"
     with as_export_error(f"onnxruntime ({provider}) cannot load the file", remedy):
@@ -236,9 +270,13 @@ def _onnx_outputs(
 
 def _require(found: Sequence[Difference], tolerance: float, run: str) -> None:
     for difference in found:
-        if difference.error > (FLIPS if difference.exact else tolerance):
+        if _exceeds(difference, tolerance):
             raise ExportError(
                 f"onnxruntime disagrees with torch on {run}: output {difference.output} "
                 f"{difference.message} (error {difference.error:.2g}, tolerance {tolerance:.0e}); "
                 "pass a larger tolerance if the model is that sensitive to rounding"
             )
+
+
+def _exceeds(difference: Difference, tolerance: float) -> bool:
+    return difference.error > (FLIPS if difference.exact else tolerance)

@@ -20,15 +20,19 @@ import torch
 from fxprune.errors import as_export_error
 from fxprune.inputs import describe, tensors_of
 from fxprune.onnx_signature import Flat, Sizes
+from fxprune.open_sizes import Answers, noted
 
 # Protobuf cannot hold 2 GiB: what comes near it keeps its weights in a second file.
 SINGLE_FILE_BYTES = 3 * 2**29
 FIX_SIZES = "pass dynamic_batch=False, dynamic_size=False"
 
 
-def write_onnx(flat: Flat, sizes: Sizes, draft: Path, metadata: Mapping[str, Any]) -> int:
-    """Export to `draft`, let onnx check it, and return its opset."""
-    program = _program(flat, sizes)
+def write_onnx(
+    flat: Flat, sizes: Sizes, draft: Path, metadata: Mapping[str, Any]
+) -> tuple[int, Answers]:
+    """Export to `draft`, let onnx check it, and return its opset and what it depends on."""
+    with noted(flat, sizes) as answers:
+        program = _program(flat, sizes)
     _forget_sources(program.model)
     _drop_prefix(program.model)
     program.model.metadata_props["fxprune_version"] = _version()
@@ -39,7 +43,7 @@ def write_onnx(flat: Flat, sizes: Sizes, draft: Path, metadata: Mapping[str, Any
     program.save(draft, external_data=state > SINGLE_FILE_BYTES)
     with as_export_error("torch.onnx wrote an invalid file", "upgrade torch and onnxscript"):
         onnx.checker.check_model(draft)
-    return program.model.opset_imports[""]
+    return program.model.opset_imports[""], answers
 
 
 def _program(flat: Flat, sizes: Sizes) -> Any:

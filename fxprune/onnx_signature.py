@@ -5,14 +5,14 @@ of forward and the keys of what it returns. Open dims are those that hold for an
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.cases import GROWTH, random_inputs, spatial_dims
+from fxprune.cases import GROWTH, inputs_of_shapes, random_inputs, spatial_dims
 from fxprune.inputs import Inputs, leading_size, opened, tensors_of
 
 # A dynamic batch is tried at 1, which torch.export treats apart, and at a size it did not see.
@@ -62,6 +62,23 @@ class Sizes:
             opened = {0: "batch"} if batched else {}
             dims.append(opened | {dim: f"{name}_{dim}" for dim in spatial})
         return tuple(dims)
+
+    def of_example(self, names: Sequence[str]) -> dict[str, int]:
+        """Return what the open dims are on the example, by name."""
+        tensors = zip(tensors_of(self.inputs), self.dims(names), strict=True)
+        return {name: t.shape[dim] for t, opened in tensors for dim, name in opened.items()}
+
+    def inputs_at(self, names: Sequence[str], chosen: Mapping[str, int]) -> Inputs:
+        """Return inputs whose open dims, by name, are as chosen."""
+        return inputs_of_shapes(self.inputs, self.shapes(names, chosen), seed=0)
+
+    def shapes(self, names: Sequence[str], chosen: Mapping[str, int]) -> list[tuple[int, ...]]:
+        """Return the shapes of all tensors where the open dims, by name, are as chosen."""
+        tensors = zip(tensors_of(self.inputs), self.dims(names), strict=True)
+        return [
+            tuple(chosen[opened[d]] if d in opened else n for d, n in enumerate(tensor.shape))
+            for tensor, opened in tensors
+        ]
 
     def example(self) -> Inputs:
         """Return inputs to trace with: torch.export takes a batch of one for a constant."""

@@ -104,6 +104,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("verdicts",),
     ("verification",),
     ("onnx_signature",),
+    ("open_sizes",),
     ("onnx_program",),
     ("export",),
     ("report",),

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune import onnx_program
+from fxprune.compiler import finalize
 from fxprune.errors import ExampleInputError, ExportError
 from fxprune.export import OnnxCheck, export_onnx, onnx_session
 from tests.conftest import randomise
@@ -210,6 +211,54 @@ def test_a_batch_the_model_rejects(existing: Path) -> None:
 
     with pytest.raises(ExportError, match=r"does not run on \(float32\[1, 3\]\).*dynamic_batch"):
         export_onnx(Pairs(), existing, torch.randn(2, 3))
+
+
+class OtherSizes(nn.Module):
+    """Python asks for a size, and does something else for another."""
+
+    def __init__(self, asks: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 4)
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu()
+        if self.asks(x.shape):
+            y = y * 2
+        return self.head(y.amax((2, 3)))
+
+
+SIZES_ASKED: dict[str, Callable[[Any], bool]] = {
+    "a batch": lambda shape: shape[0] > 4,
+    "a batch, in steps": lambda shape: shape[0] // 4 > 0,
+    "a height": lambda shape: shape[2] > 50,
+    "a remainder": lambda shape: shape[2] % 3 == 0,
+    "squares": lambda shape: shape[2] == shape[3],
+    "an area": lambda shape: shape[2] * shape[3] > 2000,
+}
+
+
+@pytest.mark.parametrize("asks", SIZES_ASKED.values(), ids=SIZES_ASKED)
+def test_sizes_at_which_the_file_would_be_another_model(
+    existing: Path, asks: Callable[[Any], bool]
+) -> None:
+    inputs, model = torch.randn(2, 3, 8, 8), OtherSizes(asks)
+    with pytest.raises(ExportError, match=r"something else on .* leaves open: .*dynamic_size"):
+        export_onnx(model, existing, inputs, dynamic_size=True)
+    with pytest.raises(ExportError, match=r"this model assumes .*dynamic_size"):
+        export_onnx(finalize(model, inputs), existing, inputs, dynamic_size=True)
+
+
+def test_sizes_that_operators_ask_for_stay_open(tmp_path: Path) -> None:
+    class Squares(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = nn.functional.pixel_unshuffle(x, 2)
+            return y + y.transpose(2, 3)
+
+    path = tmp_path / "squares.onnx"
+    export_onnx(Squares(), path, torch.randn(2, 3, 8, 8), dynamic_size=True)
+    images = torch.randn(3, 3, 12, 12)
+    np.testing.assert_allclose(run(path, images)[0], Squares()(images).numpy())
 
 
 def test_a_file_onnxruntime_computes_otherwise(
