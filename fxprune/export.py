@@ -130,7 +130,7 @@ def onnx_session(
 ) -> onnxruntime.InferenceSession:
     """Load an ONNX file into onnxruntime, at full precision and without its chatter."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are exceptions, too
     settings = {"use_tf32": 0} if provider == "CUDAExecutionProvider" else {}
     return onnxruntime.InferenceSession(os.fspath(path), options, [(provider, settings)])
 
@@ -153,7 +153,10 @@ def _flatten(model: nn.Module, inputs: Inputs) -> Flat:
         )
     what = f"{type(model).__name__} does not run on {describe(inputs)} on the CPU"
     with as_export_error(what, "pass example_inputs= that it accepts"), torch.no_grad():
-        return Flat(copy_model(model).cpu().eval(), inputs).eval()
+        flat = Flat(copy_model(model).cpu().eval(), inputs).eval()
+    if not flat.output_names:
+        raise ExportError(f"{type(model).__name__} returns no tensor, of which a file could be")
+    return flat
 
 
 def _target(path: Any) -> Path:

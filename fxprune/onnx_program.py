@@ -18,7 +18,7 @@ import onnx
 import torch
 
 from fxprune.errors import as_export_error
-from fxprune.inputs import describe, tensors_of
+from fxprune.inputs import copied, describe, tensors_of
 from fxprune.onnx_signature import Flat, Sizes
 from fxprune.open_sizes import Answers, noted
 
@@ -48,7 +48,7 @@ def write_onnx(
 
 def _program(flat: Flat, sizes: Sizes) -> Any:
     """Run torch's exporter and return its program, of which `model` is an onnx_ir model."""
-    tensors = tuple(tensors_of(sizes.example()))
+    tensors = tuple(tensors_of(copied(sizes.example())))
     remedy = "replace what the exporter does not support"
     if sizes.batch or sizes.size:
         remedy += f", or fix the sizes: {FIX_SIZES}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.cases import GROWTH, inputs_of_shapes, random_inputs, spatial_dims
-from fxprune.inputs import Inputs, leading_size, opened, tensors_of
+from fxprune.inputs import Inputs, copied, leading_size, opened, tensors_of
 
 # A dynamic batch is tried at 1, which torch.export treats apart, and at a size it did not see.
 BATCHES = (1, 3)
@@ -30,7 +30,8 @@ class Flat(nn.Module):
         self.model = model
         self.leaves, self.spec = pytree.tree_flatten(inputs)
         self.input_names = _input_names(model, inputs)
-        self.output_names = _output_names(self.run_model(tensors_of(inputs)), self.input_names)
+        outputs = self.run_model(tensors_of(copied(inputs)))  # a model may overwrite its inputs
+        self.output_names = _output_names(outputs, self.input_names)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of the model's output, in their order."""
@@ -105,8 +106,12 @@ def _input_names(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(parameter.name, {})
-    names = {place: _name(path) for path, place in pytree.tree_flatten_with_path(arguments)[0]}
-    return tuple(names[i] for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    paths = {place: path for path, place in pytree.tree_flatten_with_path(arguments)[0]}
+    names: list[str] = []
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            names.append(_free(_name(paths[place]), names, "_input"))
+    return tuple(names)
 
 
 def _output_names(outputs: Any, taken: Sequence[str]) -> tuple[str, ...]:
@@ -114,12 +119,16 @@ def _output_names(outputs: Any, taken: Sequence[str]) -> tuple[str, ...]:
     for path, leaf in pytree.tree_flatten_with_path(opened(outputs))[0]:
         if not isinstance(leaf, Tensor):
             continue
-        named = path and not isinstance(path[0], pytree.SequenceKey)
+        named = _name(path) and not isinstance(path[0], pytree.SequenceKey)
         name = _name(path) if named else "_".join(("output", _name(path))).rstrip("_")
-        while name in (*taken, *names):
-            name += "_output"
-        names.append(name)
+        names.append(_free(name, (*taken, *names), "_output"))
     return tuple(names)
+
+
+def _free(name: str, taken: Sequence[str], ending: str) -> str:
+    while name in taken:
+        name += ending
+    return name
 
 
 def _name(path: Sequence[Any]) -> str:

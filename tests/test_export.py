@@ -137,6 +137,52 @@ def test_names_integers_and_nesting(tmp_path: Path) -> None:
     assert words.shape == (4, 7, 8)
 
 
+def test_names_that_are_taken_or_empty(tmp_path: Path) -> None:
+    class Names(nn.Module):
+        def forward(self, x: list[Tensor], x_0: Tensor) -> dict[str, Tensor]:
+            return {"": x[0] + 2 * x[1] + 3 * x_0, "x_0": x_0 * 2}
+
+    path, (one, two, three) = tmp_path / "names.onnx", torch.randn(3, 2, 4)
+    check = export_onnx(Names(), path, ([one, two], three))
+    assert check.inputs == ("x_0", "x_1", "x_0_input")
+    assert check.outputs == ("output", "x_0_output")
+    found = run(path, one, two, three)
+    np.testing.assert_allclose(found[0], (one + 2 * two + 3 * three).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found[1], (three * 2).numpy())
+
+
+def test_a_model_that_overwrites_its_inputs_leaves_the_users(tmp_path: Path) -> None:
+    class Overwrites(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.exp(), x.mul_(2)
+
+    image, path = torch.randn(2, 4), tmp_path / "net.onnx"
+    before = image.clone()
+    export_onnx(Overwrites(), path, image)
+    assert torch.equal(image, before)
+    np.testing.assert_allclose(run(path, image)[1], (before * 2).numpy())
+
+
+def test_a_model_without_tensors_to_return(existing: Path) -> None:
+    class Silent(nn.Module):
+        def forward(self, x: Tensor) -> int:
+            return x.shape[0]
+
+    with pytest.raises(ExportError, match="Silent returns no tensor"):
+        export_onnx(Silent(), existing, torch.randn(2, 4))
+
+
+def test_sizes_onnxruntime_rejects_make_no_noise(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.pixel_unshuffle(x, 2)
+
+    export_onnx(Halves(), tmp_path / "net.onnx", torch.randn(2, 3, 8, 8), dynamic_size=True)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_weights_keep_their_names(tmp_path: Path, image: Tensor) -> None:
     path = tmp_path / "net.onnx"
     export_onnx(ConvNet(), path, image)
