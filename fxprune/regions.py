@@ -224,6 +224,8 @@ def _carry_attributes(module: nn.Module, trace: fx.GraphModule) -> None:
         if not name.startswith("_") and name != "training" and _is_plain(value)
     }
     for name, value in plain.items():
+        if name in known and getattr(trace, name) is value:
+            continue  # torch's own, of a module that was a graph module before
         if name in known:
             raise TraceError(f"its attribute {name} means something else in a graph module")
         setattr(trace, name, value)

@@ -120,6 +120,17 @@ def test_half_of_all_gates_go_exactly(model: nn.Module) -> None:
     assert str(again.report) == str(report) and same(again(x), small(x))
 
 
+def test_what_was_cut_by_regions_is_gated_again(model: nn.Module) -> None:
+    x = images()
+    gated: Any = fxprune.instrument(model, (x,)).eval()
+    close_half(gated)
+    small: Any = fxprune.finalize(gated, fold=False)
+    again: Any = fxprune.instrument(small, (x,)).eval()
+    assert same(again(x), small(x))
+    assert close_half(again) > 0
+    assert error(again(x), fxprune.finalize(again)(x)) < 1e-6
+
+
 def test_state_survives_its_way_through_a_dict(model: nn.Module) -> None:
     x = images()
     gated: Any = fxprune.instrument(model, (x,)).eval()
