@@ -14,6 +14,7 @@ import networkx as nx
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, fx, nn
 
 from fxprune.channels import Channels, analyse
@@ -83,15 +84,17 @@ class Inspection:
 
     def table(self) -> Table:
         """Return the table for a rich console."""
-        table = Table(title=self.model)
-        for name in ("layer", "kind", "width", "gate", "linear", "why not"):
-            table.add_column(name, justify="right" if name == "width" else "left")
+        table = Table(title=Text(self.model))
+        names = ["layer", "kind", "width", "gate", "linear", "why not"]
         moved = any(row.border for row in self.rows)
-        if moved:
-            table.add_column("border", justify="right")
+        for name in (*names, "border") if moved else names:
+            numeric = name in ("width", "border")
+            # Cut short, names of layers would be those of others.
+            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
         for row in self.rows:
-            cells = (row.kind, f"{row.live}/{row.total}", row.gate, row.linear, row.why_not)
-            table.add_row(row.layer, *cells, *[str(row.border or "")][: int(moved)])
+            cells = [row.layer, row.kind, f"{row.live}/{row.total}", row.gate, row.linear]
+            cells += [row.why_not, str(row.border or "")]
+            table.add_row(*map(Text, cells[: len(table.columns)]))  # brackets are no markup
         return table
 
     def __str__(self) -> str:

@@ -1,5 +1,6 @@
 """The table of layers: live and total widths, gates, and reasons."""
 
+from collections import OrderedDict
 from typing import Any
 
 import networkx as nx
@@ -69,6 +70,15 @@ def test_layers_with_computed_weights_are_shown_as_what_they_will_be() -> None:
     close_half(gated)
     first = fxprune.inspect(gated).rows[0]
     assert (first.kind, first.live, first.total, first.gate) == ("Linear", 4, 8, "1")
+
+
+def test_names_are_shown_as_they_are_and_whole() -> None:
+    name = "[red]" + "a_long_name_of_a_layer" * 8
+    parts = nn.Sequential(OrderedDict({name: nn.Linear(3, 4), "act": nn.ReLU()}))
+    parts.append(nn.Linear(4, 2))
+    text = str(fxprune.inspect(parts, torch.randn(2, 3)))
+    shown = "".join(line.split("│")[1].strip() for line in text.splitlines() if "│" in line)
+    assert name in shown and "…" not in text
 
 
 def test_the_graph_answers_graph_questions() -> None:
