@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -61,12 +62,13 @@ def inspect_model(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Show a model's layers: live and total width, gates, and why there is none."""
-    found = load_model(model)
-    inputs = tuple(example(text) for text in shape) if shape else None
-    try:
-        inspection = inspect(found, inputs)
-    except SystemExit as error:
-        raise FxpruneError(f"{model!r} ends the program when it is run: {error!r}") from error
+    with redirect_stdout(sys.stderr):  # what a script prints is no part of the answer
+        found = load_model(model)
+        inputs = tuple(example(text) for text in shape) if shape else None
+        try:
+            inspection = inspect(found, inputs)
+        except SystemExit as error:
+            raise FxpruneError(f"{model!r} ends the program when it is run: {error!r}") from error
     if as_json:
         print(json.dumps(inspection.to_dict(), indent=2))
     else:
@@ -96,7 +98,7 @@ def example(text: str) -> Tensor:
     try:
         shape = [int(size) for size in sizes]
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise FxpruneError(
             f"--input {text!r} is too large: it takes more memory than there is"
         ) from error

@@ -19,6 +19,7 @@ model = small()
 class Odd(nn.Module):
     def forward(self, x): return x if x.sum() > 0 else -x
 number = 7
+def talks(): print("loading"); return small()
 def ends(): raise SystemExit(0)
 class Ending(nn.Module):
     def forward(self, x): raise SystemExit(0)
@@ -69,6 +70,12 @@ def test_inspect_prints_json(run: Runner) -> None:
     done = run("inspect", "mine:small", "--json")
     layers = json.loads(done.output)["layers"]
     assert [layer["total"] for layer in layers] == [8, 4]
+
+
+def test_what_a_script_prints_is_no_part_of_the_json(run: Runner) -> None:
+    done = run("inspect", "mine:talks", "--json")
+    assert len(json.loads(done.output)["layers"]) == 2
+    assert "loading" in done.errors
 
 
 @pytest.mark.parametrize(
