@@ -94,7 +94,14 @@ class Sizes:
         cases |= {f"batch {n}": random_inputs(self.inputs, seed=n, batch=n) for n in batches}
         if self.size:
             cases[f"size +{GROWTH}"] = random_inputs(self.inputs, seed=0, growth=GROWTH)
+        if len(cases) == 1 and self._are_blank():
+            cases["random"] = random_inputs(self.inputs, seed=0)
         return cases
+
+    def _are_blank(self) -> bool:
+        """Tell whether every input is of one number, on which many models are the same."""
+        tensors = [t for t in tensors_of(self.inputs) if t.is_floating_point() and t.numel() > 1]
+        return bool(tensors) and all(bool((t == t.flatten()[0]).all()) for t in tensors)
 
 
 def _input_names(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:

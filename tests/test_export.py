@@ -307,16 +307,28 @@ def test_sizes_that_operators_ask_for_stay_open(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(path, images)[0], Squares()(images).numpy())
 
 
+class Wrong(onnxruntime.InferenceSession):
+    """Stands for an exporter that is wrong."""
+
+    def run(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [np.asarray(array) * 1.001 for array in super().run(*args, **kwargs)]
+
+
 def test_a_file_onnxruntime_computes_otherwise(
     existing: Path, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wrong(onnxruntime.InferenceSession):
-        def run(self, *args: Any, **kwargs: Any) -> list[Any]:
-            return [np.asarray(array) * 1.001 for array in super().run(*args, **kwargs)]
-
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
     with pytest.raises(ExportError, match=r"disagrees .* output is off by .* tolerance 1e-04"):
         export_onnx(ConvNet(), existing, image)
+
+
+def test_an_example_of_zeros_is_not_all_that_is_compared(
+    existing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    model = nn.Conv2d(3, 4, 3, bias=False)
+    with pytest.raises(ExportError, match="disagrees with torch on random"):
+        export_onnx(model, existing, torch.zeros(1, 3, 8, 8), dynamic_batch=False)
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
