@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.assumptions import PLAIN
 from fxprune.observation import Observation, TensorSpec
 from fxprune.values import flatten
 
@@ -25,6 +26,13 @@ def reached_by_gradients(graph: fx.Graph, seen: Observation) -> set[fx.Node]:
 
 
 def _has_fractions(spec: Any) -> bool:
-    """Tell whether a node gives a tensor of real or complex numbers, among others perhaps."""
-    specs = [one for one in flatten(spec) if isinstance(one, TensorSpec)]
-    return any(one.dtype.is_floating_point or one.dtype.is_complex for one in specs)
+    """Tell whether a node gives a tensor of real or complex numbers, among others perhaps.
+
+    Nobody knows what is in an object (an output that is a dataclass).
+    """
+    return any(
+        one.dtype.is_floating_point or one.dtype.is_complex
+        if isinstance(one, TensorSpec)
+        else not isinstance(one, PLAIN)
+        for one in flatten(spec)
+    )
