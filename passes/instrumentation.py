@@ -8,7 +8,7 @@ reported, with the reason.
 
 import operator
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -112,15 +112,15 @@ def _refusals(plan: Plan) -> list[Change]:
 
 def _made_by(plan: Plan, candidate: Candidate) -> str:
     """Return which operator gives channels that all stay, and why, if one does."""
-    waiting, barriers = deque([candidate.position]), plan.channels.barriers
-    while waiting:
-        node = waiting.popleft()
+
+    def sources(node: fx.Node) -> Iterable[fx.Node]:
         value = plan.channels.values.get(node)
-        if node in barriers:
-            return f"{barriers[node]}: {where(node)}"
-        if isinstance(value, Value) and bool((value.tags == FIXED).all()):
-            waiting += node.all_input_nodes
-    return ""
+        stays = isinstance(value, Value) and bool((value.tags == FIXED).all())
+        return node.all_input_nodes if stays else ()
+
+    barriers = plan.channels.barriers
+    found = (node for node in _outwards(candidate.position, sources) if node in barriers)
+    return next((f"{barriers[node]}: {where(node)}" for node in found), "")
 
 
 def _nearest(plan: Plan, candidate: Candidate) -> str:
@@ -128,18 +128,26 @@ def _nearest(plan: Plan, candidate: Candidate) -> str:
     keeps: dict[fx.Node, list[tuple[Tensor, str]]] = {}
     for node, tags, reason in plan.channels.keeps:
         keeps.setdefault(node, []).append((tags, reason))
-    waiting, met = deque([candidate.position]), {candidate.position}
-    while waiting:
-        node = waiting.popleft()
+    for node in _outwards(candidate.position, lambda node: node.users):
         value = plan.channels.values[node]
-        for user in node.users:
-            for tags, reason in keeps.get(user, []) if isinstance(value, Value) else []:
+        for user in node.users if isinstance(value, Value) else ():
+            for tags, reason in keeps.get(user, ()):
                 if bool(torch.isin(value.tags, tags).any()):
                     return f"{reason}: {where(user)}"
-        new = [user for user in node.users if user not in met]
+    return ""
+
+
+def _outwards(
+    start: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]
+) -> Iterator[fx.Node]:
+    """Yield a node and what is reached from it, the nearest first, each once."""
+    waiting, met = deque([start]), {start}
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        new = [other for other in neighbours(node) if other not in met]
         waiting += new
         met |= set(new)
-    return ""
 
 
 def _insert(

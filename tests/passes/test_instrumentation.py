@@ -231,3 +231,22 @@ def test_the_reason_is_the_operator_that_keeps_its_channels() -> None:
     model = nn.Sequential(nn.Linear(6, 8), Halved(), nn.Identity(), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(NothingToDoError, match="3: no width gate: it could not be traced into"):
         instrumented(model, 4, 6)
+
+
+class Doubled(nn.Module):
+    """A stream beside the layers, to which there are as many ways as sums double."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for _ in range(60):
+            y = y + y * 0.5
+        return self.second(F.relu(self.first(x))) + F.relu(y)
+
+
+def test_the_reason_is_found_in_as_many_steps_as_there_are_nodes() -> None:
+    _, changes = instrumented(Doubled(), 4, 6)
+    assert [c.where for c in changes if "no width gate" in c.what] == ["relu_1"]
