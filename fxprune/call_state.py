@@ -89,7 +89,7 @@ def asked_of(state: CallState, users: Sequence[ModuleType], tracer: Any) -> Gene
         for name in torchs.keys() & names.keys()
         if torchs[name] is not None and names[name] is torchs[name]
     ]
-    asked = {name: _asking(name, function, state, tracer) for name, function in torchs.items()}
+    asked = {name: _Asking(name, function, state, tracer) for name, function in torchs.items()}
     for names, name in patched:
         names[name] = asked[name]
     try:
@@ -97,14 +97,24 @@ def asked_of(state: CallState, users: Sequence[ModuleType], tracer: Any) -> Gene
     finally:
         for names, name in patched:
             names[name] = torchs[name]
+            asked[name].is_over = True
 
 
-def _asking(
-    name: str, function: Callable[..., Any], state: CallState, tracer: Any
-) -> Callable[..., Any]:
-    def ask(*args: Any, **kwargs: Any) -> Any:
-        value = function(*args, **kwargs)
+class _Asking:
+    """A function of torch's that asks `state`; who keeps it (an import) has torch's own later."""
+
+    def __init__(self, name: str, function: Callable[..., Any], state: CallState, tracer: Any):
+        self.name, self.function, self.state, self.tracer = name, function, state, tracer
+        self.is_over = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value = self.function(*args, **kwargs)
         ours = sys._getframe(1).f_code.co_filename.startswith(NOT_THE_USERS)
-        return value if ours or tracer.answering else state.answer(name, value)
+        unasked = ours or self.is_over or self.tracer.answering
+        return value if unasked else self.state.answer(self.name, value)
 
-    return ask
+    def __eq__(self, other: object) -> bool:
+        return other is self.function or other is self
+
+    def __hash__(self) -> int:
+        return hash(self.function)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxprune.containers import Contents
+from fxprune.inputs import tensors_of
 
 ADDING = frozenset(
     "append appendleft extend insert update clear pop popleft popitem setdefault add remove "
@@ -44,7 +44,7 @@ class Given:
         return [
             name
             for name, value in self.arguments.items()
-            if any(map(_differ, _tensors(value), _tensors(self.before[name])))
+            if any(map(_differ, tensors_of(value), tensors_of(self.before[name])))
         ]
 
 
@@ -88,10 +88,6 @@ def _lines(code: CodeType) -> list[tuple[int, set[Any]]]:
         names: Any = one.argval if isinstance(one.argval, tuple) else (one.argval,)
         found.setdefault(line, set()).update((one.opname, *names))
     return sorted(found.items())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _differ(now: Tensor, before: Tensor) -> bool:

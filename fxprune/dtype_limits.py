@@ -6,22 +6,24 @@ Torch's own takes no proxy. The example's dtype would not do instead: under auto
 another, whose least number is another.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 
+from fxprune.stand_ins import StandIn
+
 LIMITS: tuple[type, ...] = (torch.finfo, torch.iinfo)
 
 
 @contextmanager
-def asking_for_limits(tracer: fx.Tracer) -> Generator[None]:
+def asking_for_limits() -> Generator[None]:
     """Let `torch.finfo` and `torch.iinfo` of a traced dtype be nodes of the graph."""
     names: Any = torch
     for kind in LIMITS:
-        setattr(names, kind.__name__, _asking(kind, tracer))
+        setattr(names, kind.__name__, _Asking(kind.__name__, (), {"kind": kind}))
     try:
         yield
     finally:
@@ -29,10 +31,11 @@ def asking_for_limits(tracer: fx.Tracer) -> Generator[None]:
             setattr(names, kind.__name__, kind)
 
 
-def _asking(kind: type, tracer: fx.Tracer) -> Callable[..., Any]:
-    def limits(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(argument, fx.Proxy) for argument in (*args, *kwargs.values())):
-            return tracer.create_proxy("call_function", kind, args, kwargs)
-        return kind(*args, **kwargs)
+class _Asking(StandIn):
+    """A class that passes for `torch.finfo`, and makes a node of what is asked of a proxy."""
 
-    return limits
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, fx.Proxy):
+                return argument.tracer.create_proxy("call_function", cls.kind, args, kwargs)
+        return cls.kind(*args, **kwargs)

@@ -30,7 +30,7 @@ class LiveTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace as torch.fx does; who reads a flag meanwhile is the code that is traced."""
-        with answering_modes(self._flag), asking_for_limits(self):
+        with answering_modes(self._flag), asking_for_limits():
             return super().trace(root, concrete_args)
 
     def _flag(self, module: nn.Module) -> Any:

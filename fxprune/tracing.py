@@ -596,7 +596,7 @@ def _traced(
             asked_of(state, users, tracer),
             kept_whole(users, tracer),
             inlined(tracer),
-            asking_for_limits(tracer),
+            asking_for_limits(),
         ):
             graph = tracer.trace(root)
     finally:

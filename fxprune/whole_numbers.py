@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx
 
+from fxprune.stand_ins import StandIn
+
 _DEFINED = (type, FunctionType, type(functools.lru_cache(int)))
 _QUESTIONS = ("isinstance", "issubclass")
 _known: WeakKeyDictionary[ModuleType, bool] = WeakKeyDictionary()
@@ -36,7 +38,7 @@ def kept_whole(modules: Sequence[ModuleType], tracer: Any) -> Generator[None]:
         of_tensor = traced and issubclass(tracer.class_of(value), Tensor)
         return tracer.first_size(value) if of_tensor else builtins.len(value)
 
-    whole = _Whole("int", (), {"tracer": tracer})
+    whole = _Whole("int", (), {"kind": int, "tracer": tracer})
     users = [(vars(one), "int", whole) for one in modules if _calls_int(one)]
     users += [(vars(one), "len", length) for one in modules]
     users = [(names, name, ours) for names, name, ours in users if name not in names]
@@ -49,7 +51,7 @@ def kept_whole(modules: Sequence[ModuleType], tracer: Any) -> Generator[None]:
             names.pop(name, None)  # a module may stand under two names
 
 
-class _Whole(type):
+class _Whole(StandIn):
     """A class that passes for `int`, and makes a node of what is computed from sizes."""
 
     tracer: Any
@@ -62,18 +64,6 @@ class _Whole(type):
             if issubclass(kind, Tensor) and _is_whole(cls.tracer.example(args[0])):
                 return cls.tracer.whole_element(args[0])
         return builtins.int(*args, **kwargs)
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, builtins.int)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, builtins.int)
-
-    def __eq__(cls, other: object) -> bool:
-        return other is builtins.int or other is cls
-
-    def __hash__(cls) -> int:
-        return hash(builtins.int)
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_aggregate
 
 from fxprune.assumptions import assume_size
 from fxprune.channels import Channels, analyse
@@ -21,6 +21,7 @@ from fxprune.cuts import Arguments, Cut, Literal, Scaled
 from fxprune.errors import where
 from fxprune.fixed_sizes import is_fixed
 from fxprune.foresight import foreseen
+from fxprune.literals import put_literal
 from fxprune.liveness import settle
 from fxprune.modules import device_of, free_name, submodule
 from fxprune.observation import Observation, observe
@@ -176,7 +177,7 @@ def _settled(answer: Arguments | Literal, plan: _Plan) -> Arguments | Literal:
 
 def _apply(program: Program, node: fx.Node, answer: Arguments | Literal, seen: Observation) -> None:
     if isinstance(answer, Literal):
-        _freeze(node, answer.value)
+        put_literal(node, answer.value)
         return
     tensor = node.args[0] if answer.binds else None
     for axis in answer.binds:
@@ -220,15 +221,3 @@ def _append(node: fx.Node, function: Callable[..., Any], number: float) -> None:
         call = node.graph.call_function(function, (node, number))
     call.meta["source"] = node.meta.get("source")
     node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-
-
-def _freeze(node: fx.Node, value: Any) -> None:
-    """Replace a number computed in the graph by a literal."""
-    for user in list(node.users):
-
-        def literal(arg: fx.Node) -> Any:
-            return value if arg is node else arg
-
-        user.args = map_arg(user.args, literal)
-        user.kwargs = map_arg(user.kwargs, literal)
-    node.graph.erase_node(node)

@@ -3,10 +3,7 @@
 What is folded is of that mode; where a flag is still read, `train` would change a part of it.
 """
 
-from typing import Any
-
-from torch import fx
-
+from fxprune.literals import put_literal
 from fxprune.modes import by_mode, follows_mode
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
@@ -19,17 +16,7 @@ def settle_modes(program: Program) -> list[Change]:
     for flag in [node for node in program.graph.nodes if follows_mode(node)]:
         for user in list(flag.users):
             if user.target is by_mode:
-                _replace(user, user.args[1])
-        _replace(flag, False)
+                put_literal(user, user.args[1])
+        put_literal(flag, False)
         changes.append(Change(str(flag.target), "read no more: the result is one of evaluation"))
     return changes
-
-
-def _replace(node: fx.Node, value: Any) -> None:
-    def settled(one: fx.Node) -> Any:
-        return value if one is node else one
-
-    for user in list(node.users):
-        user.args = fx.map_arg(user.args, settled)
-        user.kwargs = fx.map_arg(user.kwargs, settled)
-    node.graph.erase_node(node)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.rules import STRICT
 
@@ -32,6 +32,17 @@ class Golden:
             self.path.write_text(text + "\n", encoding="utf-8")
         assert self.path.exists(), f"no {self.path.name}: run pytest --update-golden and read it"
         assert text + "\n" == self.path.read_text(encoding="utf-8")
+
+
+class Layers(nn.Module):
+    """A part that does nothing but compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
 
 
 def reloaded(model: nn.Module) -> Any:

@@ -1,6 +1,7 @@
 """What a forward asks about gradients and autocast is answered when it runs, not when traced."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,19 +9,10 @@ import torch
 from torch import Tensor, is_autocast_enabled, nn
 
 import fxprune
+from fxprune.call_state import CallState, asked_of
+from fxprune.errors import TraceError
 from fxprune.testing import close_half
-from tests.conftest import randomise
-
-
-class Layers(nn.Module):
-    """A part that only computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x)))
+from tests.conftest import Layers, randomise
 
 
 class Asking(nn.Module):
@@ -112,3 +104,13 @@ def test_whether_it_is_compiled_or_exported_may_be_asked(tmp_path: Any) -> None:
     compiled = torch.compile(gated, backend="eager")
     torch.testing.assert_close(compiled(x), gated(x))
     fxprune.export_onnx(fxprune.finalize(gated), tmp_path / "small.onnx")
+
+
+def test_who_is_imported_while_a_model_is_traced_may_keep_what_it_finds() -> None:
+    tracer: Any = SimpleNamespace(answering=False)
+    with asked_of(CallState(refused=True), [], tracer):
+        kept: Any = torch.is_grad_enabled
+        with pytest.raises(TraceError, match=r"it asks torch\.is_grad_enabled"):
+            kept()
+    assert torch.is_grad_enabled in {kept} and torch.is_grad_enabled in [kept]
+    assert kept() is True

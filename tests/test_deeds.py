@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.testing import close_half
-from tests.conftest import randomise
+from tests.conftest import Layers, randomise
 
 LOG: list[Any] = []
 NOTES: dict[str, Any] = {"calls": 0}
@@ -32,17 +32,6 @@ class Recorder:
 
 
 RECORDER = Recorder()
-
-
-class Layers(nn.Module):
-    """A part that does nothing but compute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x)))
 
 
 class Net(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.dtype_limits import asking_for_limits
 from fxprune.testing import close_half
 from tests.conftest import reloaded
 
@@ -81,3 +82,12 @@ def test_limits_of_a_dtype_that_is_known_are_numbers() -> None:
     x = torch.randn(3, 8)
     model = Known()
     assert torch.equal(fxprune.instrument(model, x)(x), model(x))
+
+
+def test_who_is_imported_while_a_model_is_traced_may_keep_what_it_finds() -> None:
+    with asking_for_limits():
+        kept: Any = torch.finfo
+    known = torch.finfo(torch.float32)
+    assert kept is not torch.finfo and kept == torch.finfo
+    assert isinstance(known, kept) and type(known) in {kept}
+    assert kept(torch.float32).min == known.min
