@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxprune.averaged_models import averages_of, cut_
+from fxprune.averaged_models import Cuts, averages_of, cut_
 from fxprune.compiler import GatedModel, gated_model, inputs_for
 from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
@@ -37,8 +37,6 @@ from fxprune.plain_weights import computes_weights
 from fxprune.program import Program, narrowed
 from fxprune.progress import shown
 from fxprune.selection import strongest, units_of
-
-_Cuts = dict[str, list[tuple[int, Tensor]]]
 
 
 @uncompiled
@@ -134,7 +132,7 @@ def _is_untouchable(module: nn.Module) -> bool:
     return computes_weights(module) or is_hooked(module)
 
 
-def _hand_over(old: nn.Module, new: nn.Module, optimizers: Sequence[Any], cuts: _Cuts) -> None:
+def _hand_over(old: nn.Module, new: nn.Module, optimizers: Sequence[Any], cuts: Cuts) -> None:
     """Give the gradients to the new parameters, and the new parameters to the optimizers."""
     carry_tags_(old, new, {})
     successors = dict(new.named_parameters())
