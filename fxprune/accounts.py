@@ -7,7 +7,7 @@ What folding does is counted: where batch norms go (`fxprune.absorption`), and w
 become where linearity gates are open, or where nothing is between them (`fxprune.mergers`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -98,7 +98,7 @@ class _Accountant:
         gone = self._gone()
         parameters = [
             term
-            for tensor in self.program.module.parameters()
+            for tensor in self._parameters()
             if id(tensor) not in layers
             for term in self._unless(self._parameter(tensor), gone.get(id(tensor)))
         ]
@@ -114,6 +114,13 @@ class _Accountant:
             chains=chains,
             timings=timings,
         )
+
+    def _parameters(self) -> Iterator[Tensor]:
+        """Yield what the graph uses: what training alone does is not finalised."""
+        used = {name for names in self.channels.uses.values() for name in names}
+        for name, tensor in self.program.module.named_parameters():
+            if self.program.in_training is None or name in used:
+                yield tensor
 
     def _gone(self) -> dict[int, tuple[int, ...]]:
         """Return which parameters go when the linearity gates given are open."""

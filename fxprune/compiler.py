@@ -38,19 +38,21 @@ from fxprune.naming import renamed_in
 from fxprune.observation import TensorSpec, observe
 from fxprune.parameter_tags import carry_tags_, renamed_path
 from fxprune.passes.instrumentation import insert_gates
+from fxprune.passes.latest_names import read_latest_names
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
 from fxprune.pipeline import Change, Pass, run, with_options
 from fxprune.pipelines import CUT, PLAIN, READABLE, folding
 from fxprune.plain_weights import plain_weights_in, with_plain_weights
 from fxprune.precision import reading_float64
-from fxprune.program import Program, widened
+from fxprune.program import Program, trained_outputs, widened
 from fxprune.progress import shown
 from fxprune.recording import copies
 from fxprune.regions import Region
 from fxprune.report import Report
 from fxprune.retracing import keep_buffers_, keep_questions_, marks_in
 from fxprune.sharding import require_whole
+from fxprune.two_modes import has_both_modes, join, require_parts
 from fxprune.values import flatten
 from fxprune.verification import Verification, verify
 
@@ -82,6 +84,11 @@ _OVERWRITTEN = (
     "the model overwrites this argument, which the result may leave as it was: its outputs are the "
     "same, but do not count on what is in the argument after a call"
 )
+_BOTH_MODES = (
+    "runs other operators than evaluation: costs are those of evaluation, gates go where both do "
+    "the same, and operators of training alone have none"
+)
+_NOT_HOISTED = "not moved: that is for models traced whole, by one graph for both modes"
 _EVALUATION_ONLY = (
     "not as in the model, which runs other operators then: gated, it computes in training what it "
     "does in evaluation, only batch norms and dropout modules follow the mode"
@@ -142,19 +149,31 @@ def instrument(
         report = reports[region.path] = Report("instrument", name, {})
         report.passes |= _renaming(region) | _modes(region)
         report.refused += _overwritten(region)
+        in_training = region.program.in_training
         if region.program.module.meta["evaluation_only"]:
-            report.refused.append(Change("training", _EVALUATION_ONLY))
-        if hoist_padding and region.path:
-            report.refused.append(Change("padding", "not moved: that is for models traced whole"))
+            text = _EVALUATION_ONLY if in_training is None else _BOTH_MODES
+            report.refused.append(Change("training", text))
+        hoists = hoist_padding and not region.path and in_training is None
+        if hoist_padding and not hoists:
+            report.refused.append(Change("padding", _NOT_HOISTED))
         before = _outputs(region.program) if check else None
+        trained = _outputs_in_training(region.program) if check else None
         report.passes |= run(region.program, READABLE, recompile=check)
-        if hoist_padding and not region.path:
+        if hoists:
             report.passes |= run(region.program, (with_options(hoist, ends=ends),))
             before = _outputs(region.program) if check else None
+        if in_training is not None:
+            run(in_training.program, (read_latest_names,), recompile=False)
         with plain_weights_in(region.program.module):
             report.passes |= run(region.program, (insertion,), recompile=False)
+        if in_training is not None:
+            require_parts(region.program.module, in_training.program.graph)
+            join(region.program.graph, in_training.program.graph)
         lower_(region.program.module)
-        if check and not same(before, _outputs(region.program)):
+        if check and not (
+            same(before, _outputs(region.program))
+            and same(trained, _outputs_in_training(region.program), nan=True)
+        ):
             raise VerificationError(
                 f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"
             )
@@ -200,13 +219,15 @@ def finalize(
     reference = with_plain_weights(original)
     inputs = inputs_for(reference, example_inputs)
     require_copyable(original, inputs)
-    parts = parts_in_evaluation(reference, inputs, check=check)
+    parts = parts_in_evaluation(reference, inputs, check=check, in_training=not fold)
     if check and reference is not original:
         _require_plain(original, reference, inputs)
     name = str(memory_of(reference).get("model", type(model).__name__))
     passes = (*CUT, *folding(cost)) if fold else CUT
     reports = {
-        region.path: _cut(region, reference.get_submodule(region.path), passes, check=check)
+        region.path: _cut(
+            region, reference.get_submodule(region.path), passes, check=check, trained=not fold
+        )
         for region in parts.regions
     }
     small = _assembled("finalize", name, inputs, parts, reports)
@@ -307,8 +328,15 @@ def _set_back(own: Tensor | None, tensor: Tensor) -> None:
         own.data.copy_(tensor)  # in place: others may share its memory
 
 
-def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, check: bool) -> Report:
-    """Make a part of a model smaller, in place."""
+def _cut(
+    region: Region,
+    reference: nn.Module,
+    passes: tuple[Pass, ...],
+    *,
+    check: bool,
+    trained: bool,
+) -> Report:
+    """Make a part of a model smaller, in place. trained: it is trained on."""
     program = region.program
     source = program.clone() if check else None
     formats = formats_in(program.module)
@@ -328,6 +356,9 @@ def _cut(region: Region, reference: nn.Module, passes: tuple[Pass, ...], *, chec
         for place, reason in program.barriers.items()
     ]
     report.refused += _overwritten(region)
+    of_evaluation = program.module.meta.get("evaluation_only")
+    if trained and of_evaluation and not has_both_modes(program.graph):
+        report.refused.append(Change("training", _EVALUATION_ONLY))
     if source is not None:
         proof = _prove(reference, source, program, (*PLAIN, *passes), region.other_inputs())
         report.verification = proof
@@ -368,6 +399,15 @@ def _costs(model: nn.Module, inputs: Inputs) -> Costs:
 def _outputs(program: Program) -> Any:
     with evaluating(program.module):
         return program.run()
+
+
+def _outputs_in_training(program: Program) -> Any:
+    """Return what a program with a graph of training computes then; of others, None."""
+    if has_both_modes(program.graph):
+        return trained_outputs(program.module, (program.args, program.kwargs))
+    if program.in_training is None:
+        return None
+    return trained_outputs(program.in_training.program.module, (program.args, program.kwargs))
 
 
 def _prove(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.graph import CodeGen
+from torch.fx.graph import CodeGen, PythonCode
 
 from fxprune.deferral import (
     add_to,
@@ -29,19 +29,22 @@ from fxprune.gates import Gates, WidthSite, linear_gate, width_gate
 from fxprune.kinds import LAYERS, NORMS, OVERWROTE, SUMS
 from fxprune.modules import memory_of, submodule
 from fxprune.ops.elementwise import NONLINEARITIES
-from fxprune.retracing import LiveTracer, mark_
+from fxprune.retracing import LiveTracer, TracerOfBothModes, mark_
 from fxprune.rules import key_of
+from fxprune.two_modes import CodeGenOfBothModes, has_both_modes
 
 
 def lower_(module: fx.GraphModule) -> None:
     """Let a gated graph module, and copies of it, run in lowered form."""
-    _set(module, LoweringCodeGen(), RetracingTracer)
+    both = has_both_modes(module.graph)
+    _set(module, LoweringCodeGen(), RetracingTracerOfBothModes if both else RetracingTracer)
     module.recompile()
 
 
 def raise_(module: fx.GraphModule) -> None:
     """Let a graph module, once it is recompiled, run as its graph says."""
-    _set(module, CodeGen(), None)
+    both = has_both_modes(module.graph)
+    _set(module, CodeGenOfBothModes() if both else CodeGen(), TracerOfBothModes if both else None)
 
 
 def _set(module: fx.GraphModule, codegen: CodeGen, tracer: type[fx.Tracer] | None) -> None:
@@ -49,14 +52,18 @@ def _set(module: fx.GraphModule, codegen: CodeGen, tracer: type[fx.Tracer] | Non
     module._tracer_cls = module.graph._tracer_cls = tracer
 
 
-class LoweringCodeGen(CodeGen):
+class LoweringCodeGen(CodeGenOfBothModes):
     """Writes the code of the lowered form, made anew whenever a graph is recompiled."""
 
     def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **options: Any) -> Any:
         module = nodes.graph.owning_module
-        if module is None:
+        if module is None or has_both_modes(nodes.graph):
             return super()._gen_python_code(nodes, root_module, namespace, **options)
-        code = lowered(module).python_code(root_module, **options)
+        return self.code_of(module, copy.deepcopy(nodes.graph), root_module, options)
+
+    def code_of(self, module: Any, graph: fx.Graph, root_module: str, options: Any) -> PythonCode:
+        """Write the code of a copy of a module's graph, or of a part of it."""
+        code = lowered(module, graph).python_code(root_module, **options)
         return replace(code, _lineno_map={})  # its lines are those of no node of the module's graph
 
 
@@ -71,9 +78,12 @@ class RetracingTracer(LiveTracer):
         return graph
 
 
-def lowered(module: fx.GraphModule) -> fx.Graph:
-    """Return the graph of what runs; the module's own stays as it is."""
-    graph = copy.deepcopy(module.graph)
+class RetracingTracerOfBothModes(RetracingTracer, TracerOfBothModes):
+    """The same of a module whose code is one for each mode."""
+
+
+def lowered(module: fx.GraphModule, graph: fx.Graph) -> fx.Graph:
+    """Let a copy of a module's graph, or of that of a mode, say what runs, and return it."""
     graph.set_codegen(CodeGen())
     gates = getattr(module, "gates", None)
     if isinstance(gates, Gates):

@@ -20,6 +20,7 @@ from fxprune.macs import MacCounter
 from fxprune.modules import device_of, evaluating
 from fxprune.program import Program
 from fxprune.randomness import drawing_alike, generator_state
+from fxprune.two_modes import nodes_of_training
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Observation:
     values: every tensor replaced by its `TensorSpec`, everything else as it was.
     mutated: the nodes whose tensor a node wrote into.
     alias: a representative of the nodes that share memory with a node.
-    macs: the multiply-accumulates of a node that has any, for the whole batch.
+    macs: the multiply-accumulates of a node that has any, for the whole batch, in evaluation.
     draws: the nodes that drew random numbers.
     """
 
@@ -118,8 +119,14 @@ class _Observer(fx.Interpreter):
 
     def observe(self) -> Observation:
         args, kwargs = self.program.inputs()
+        kept = [(one, one._version, one.clone()) for one in self.program.module.buffers()]
         with torch.no_grad(), drawing_alike(self.device), self.counter:
             self.run(*_positional(self.program.graph, args, kwargs))
+            for buffer, version, numbers in kept:  # what a forward counts, it counts no further
+                if buffer._version != version:
+                    buffer.copy_(numbers)
+        for node in nodes_of_training(self.program.graph):
+            self.seen.macs.pop(node, None)
         return self.seen
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:

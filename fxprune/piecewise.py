@@ -22,6 +22,7 @@ from fxprune.errors import NothingToDoError, TraceError, VerificationError
 from fxprune.gates import gate_owners
 from fxprune.graph_modules import borrowing_copy
 from fxprune.inputs import Inputs, describe, to_device
+from fxprune.lowering import raise_
 from fxprune.memories import recalled
 from fxprune.modules import check_parameters, copy_model, device_of, memory_of
 from fxprune.naming import renamed_in
@@ -31,6 +32,7 @@ from fxprune.program import Program, capture
 from fxprune.recording import copies, record
 from fxprune.regions import Region, find_regions, leaves_of, put_in_place, recorded_region
 from fxprune.report import Report
+from fxprune.two_modes import join, keep_mode_
 from fxprune.verdicts import Check
 from fxprune.verification import Verification
 
@@ -109,35 +111,46 @@ def _with_insides(whole: Region, inputs: Inputs, *, in_training: bool, treat: Tr
 
 def _require_both_modes(program: Program, model: nn.Module) -> None:
     """Raise `TraceError` for a model to be trained whose graph is that of evaluation."""
-    if program.module.meta["evaluation_only"] and model.training:
+    of_evaluation = program.module.meta["evaluation_only"] and program.in_training is None
+    if of_evaluation and model.training:
+        because = program.module.meta["untrained"] or "it switches gradients off"
         raise TraceError(
-            f"{type(model).__name__} runs other operators in training than in evaluation, as no "
-            "one graph does (auxiliary heads, added noise, code under torch.no_grad): move them "
-            "into a submodule of their own, which is kept whole, switch them off, or call "
-            "model.eval() first to instrument the model as it is in evaluation"
+            f"{type(model).__name__} does something else in training than in evaluation, of which "
+            f"there is no graph to train by ({because}): move that into a submodule of its own, "
+            "which is kept whole, switch it off, or call model.eval() first to instrument the "
+            "model as it is in evaluation"
         )
 
 
-def parts_in_evaluation(model: nn.Module, inputs: Inputs, *, check: bool = True) -> Parts:
-    """Copy a model, gated or not, into evaluation mode, in parts to cut."""
+def parts_in_evaluation(
+    model: nn.Module, inputs: Inputs, *, check: bool = True, in_training: bool = False
+) -> Parts:
+    """Copy a model, gated or not, into evaluation mode, in parts to cut.
+
+    in_training: with what they do in training, where that is something else.
+    """
     memory = memory_of(model)
     found = _found_before(model, inputs, memory.get("regions", ()))
+    treat = _with_training if in_training else _without_training
+    for region in [] if found is None else found.regions:
+        treat(region)
     if found and not memory.get("whole"):
         return found
     try:
         program = capture_any(model, inputs, check=check)
     except TraceError as error:
         root = copy_model(model).eval()
-        return _search(root, inputs, error, in_training=False, treat=_leave)
+        return _search(root, inputs, error, in_training=False, treat=treat)
     program.module.eval()
     whole = Region("", program, ())
+    treat(whole)
     if found:
         return Parts(program.module, [whole, *found.regions])
     if gate_owners(model):
         return Parts(program.module, [whole])
     if leaves_of(program):
         program.module.recompile()
-    return _with_insides(whole, inputs, in_training=False, treat=_leave)
+    return _with_insides(whole, inputs, in_training=False, treat=treat)
 
 
 def _found_before(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> Parts | None:
@@ -155,8 +168,17 @@ def _found_before(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> Par
     return Parts(root, regions)
 
 
-def _leave(region: Region) -> None:
-    """Treat a region that nothing needs to be done to."""
+def _without_training(region: Region) -> None:
+    """Leave of a region what it does in evaluation."""
+    keep_mode_(region.program.graph, training=False)
+
+
+def _with_training(region: Region) -> None:
+    """Let a region that has just been traced do in training what it does then."""
+    program = region.program
+    if program.in_training is not None:
+        join(program.graph, program.in_training.program.graph)
+        raise_(program.module)
 
 
 def capture_any(model: nn.Module, inputs: Inputs, *, check: bool) -> Program:

@@ -17,13 +17,27 @@ from torch.utils import _pytree as pytree
 from fxprune.assumptions import assumptions
 from fxprune.deeds import Given, contents_of, written_into
 from fxprune.errors import ExampleInputError, TraceError
+from fxprune.graph_modules import without_code
 from fxprune.inputs import Inputs, copied, describe, same, to_device
 from fxprune.keeping import count_on_
 from fxprune.memory_formats import like
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating, run_alike, run_on
 from fxprune.naming import free_names_
+from fxprune.randomness import Generators
 from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
 from fxprune.tracing import bound_arguments, trace, without_fused_layers
+from fxprune.two_modes import Twins
+
+
+@dataclass
+class InTraining:
+    """What a program does in training, where that is something else; it shares all parts with it.
+
+    twins: the nodes that do what a node of evaluation does.
+    """
+
+    program: "Program"
+    twins: Twins
 
 
 @dataclass
@@ -34,6 +48,7 @@ class Program:
     a shape, or how much a node computes, leaves None here. barriers: operators around which every
     channel stayed, and why. plans: how chains of layers were put together, by their names.
     cuts: what stayed of parameters and buffers that were cut, by name: axes and positions.
+    in_training: the graph of training, where that of the module is of evaluation only.
     """
 
     module: fx.GraphModule
@@ -45,11 +60,16 @@ class Program:
     cuts: dict[str, list[tuple[int, Tensor]]] = field(
         default_factory=dict[str, list[tuple[int, Tensor]]]
     )
+    in_training: InTraining | None = None
 
     @property
     def graph(self) -> fx.Graph:
         """The graph passes edit; `check` regenerates the module's code from it."""
         return self.module.graph
+
+    def trains(self, node: fx.Node) -> bool:
+        """Tell whether training does what a node does."""
+        return self.in_training is None or node in self.in_training.twins
 
     def clone(self) -> "Program":
         """Return an independent copy; the example inputs are shared, nothing writes to them."""
@@ -97,10 +117,53 @@ def capture(
         program = _without_size_memos(root, program, given, inside=inside) or program
     if renamed:
         program.module.meta["renamed"] = renamed
+    program.in_training = _in_training(program)
     if check:
         program.module.recompile()
         _check_faithful(root, program)
+        if program.in_training is not None and not _is_faithful_in_training(root, program):
+            program.in_training = None
+            program.module.meta["untrained"] = "traced in training, it computes something else"
     return program
+
+
+def _in_training(program: Program) -> InTraining | None:
+    """Return what a trace found out about training, where that is another graph."""
+    found: Any = program.module.meta.pop("in_training", None)
+    if found is None:
+        return None
+    graph, twins = found
+    module = without_code(program.module, graph, type(program.module).__name__)
+    return InTraining(Program(module, program.args, program.kwargs), twins)
+
+
+def _is_faithful_in_training(root: nn.Module, program: Program) -> bool:
+    """Tell whether a graph of training computes what the model does, as far as that runs."""
+    assert program.in_training is not None
+    trace = program.in_training.program.module
+    example = program.args, program.kwargs
+    for inputs in (example, pytree.tree_map_only(Tensor, another, example)):
+        expected = trained_outputs(root, inputs)
+        if expected is not None and not same(expected, trained_outputs(trace, inputs), nan=True):
+            return False
+    return True
+
+
+def trained_outputs(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a copy of a model makes of inputs in training; None if that fails (a batch of 1).
+
+    It draws the same numbers in every run, in Python, too.
+    """
+    twin, generators = copy_model(model).train(), Generators()
+    if isinstance(twin, fx.GraphModule):
+        twin.recompile()
+    with torch.no_grad(), without_fused_layers(), quiet():
+        try:
+            return run_alike(twin, inputs)
+        except Exception:
+            return None
+        finally:
+            generators.put_back()
 
 
 def _without_size_memos(

@@ -19,6 +19,7 @@ from fxprune.modules import copy_model, evaluating
 from fxprune.pipeline import Change
 from fxprune.program import Program, capture
 from fxprune.recording import Call, Recording, Uses, record, uses_in
+from fxprune.two_modes import nodes_of_training
 
 _WITHOUT_GRADIENTS = (
     "the model calls it under torch.no_grad, where nothing says what its units are worth"
@@ -65,9 +66,14 @@ def recorded_region(root: nn.Module, path: str, calls: list[Call], remembered: I
 
 
 def leaves_of(program: Program) -> list[str]:
-    """Return the submodules of a program that could not be traced, each once."""
-    leaves = [str(node.target) for node in program.graph.nodes if node.meta.get("leaf_because")]
-    return [*dict.fromkeys(leaves)]
+    """Return the submodules of a program that could not be traced, each once.
+
+    What training alone calls is not among them: it is not finalised.
+    """
+    graph = program.graph
+    of_training = nodes_of_training(graph)
+    leaves = [node for node in graph.nodes if node.meta.get("leaf_because")]
+    return [*dict.fromkeys(str(node.target) for node in leaves if node not in of_training)]
 
 
 def put_in_place(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -148,8 +154,10 @@ class _Search:
         if example is None:
             raise ExampleInputError("it is called with empty tensors only on the example inputs")
         program = capture(module, example.inputs, inside=True)
-        if self.in_training and program.module.meta["evaluation_only"]:
-            raise TraceError("it runs other operators in training than in evaluation")
+        of_evaluation = program.module.meta["evaluation_only"] and program.in_training is None
+        if self.in_training and of_evaluation:
+            because = program.module.meta["untrained"] or "it switches gradients off"
+            raise TraceError(f"it does something else in training: {because}")
         _carry_attributes(module, program.module)
         if not all(_agrees(program.module, call) for call in calls):
             raise TraceError("its trace on one call computes something else on another")

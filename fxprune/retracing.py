@@ -16,6 +16,7 @@ from fxprune.dtype_limits import LIMITS, asking_for_limits
 from fxprune.kinds import PASSES
 from fxprune.modes import answering_modes, follows_mode
 from fxprune.modules import free_name
+from fxprune.two_modes import CodeGenOfBothModes, has_both_modes, join
 
 # Modules of Python's own functions, which do not dispatch on proxies.
 _PYTHONS = ("builtins", "_operator")
@@ -36,6 +37,25 @@ class LiveTracer(fx.Tracer):
     def _flag(self, module: nn.Module) -> Any:
         path = self.path_of_module(module)
         return self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
+
+
+class TracerOfBothModes(LiveTracer):
+    """The same for a model with a graph for each mode: traced in either, one behind the other."""
+
+    mode = False
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace in evaluation, then in training."""
+        self.mode = True
+        training = super().trace(root, concrete_args)
+        self.mode = False
+        evaluation = super().trace(root, concrete_args)
+        join(evaluation, training)
+        evaluation.set_codegen(CodeGenOfBothModes())
+        return evaluation
+
+    def _flag(self, module: nn.Module) -> Any:
+        return self.mode if module is self.root else super()._flag(module)
 
 
 def wrap_functions_(graph: fx.Graph) -> None:
@@ -75,6 +95,8 @@ def keep_questions_(module: fx.GraphModule) -> None:
 
     That takes our tracer: it cannot be loaded without fxprune.
     """
+    if has_both_modes(module.graph):
+        return  # it has a tracer of ours
     if any(follows_mode(node) or node.target in LIMITS for node in module.graph.nodes):
         module._tracer_cls = module.graph._tracer_cls = LiveTracer
 

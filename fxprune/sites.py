@@ -62,7 +62,7 @@ def find_candidates(program: Program, seen: Observation) -> tuple[list[Candidate
     """Return the nonlinearities a gate may stand at, and a reason for each other one.
 
     These are those with f(0) = 0, and those written out as products, unless what they give is
-    detached.
+    detached, or training does something else there.
     """
     modules: dict[str, nn.Module] = dict(program.module.named_modules())
     found: list[Candidate] = []
@@ -74,18 +74,21 @@ def find_candidates(program: Program, seen: Observation) -> tuple[list[Candidate
         module = modules[str(node.target)] if node.op == "call_module" else None
         spec = seen.values[node]
         if is_handwritten(node, modules, seen, gateable):
-            found.append(Candidate(_name(node, names), node, _behind_affine(node, modules)))
+            found.append(Candidate(_name(node, names), node, _behind(program, node, modules)))
         if key_of(node, module) not in NONLINEARITIES or not isinstance(spec, TensorSpec):
             continue
         name = _name(node, names)
         if preserves_zero(node, module, spec.dtype):
             gateable.add(node)
-            found.append(Candidate(name, node, _behind_affine(node, modules)))
+            found.append(Candidate(name, node, _behind(program, node, modules)))
         else:
             refused.append(Change(name, f"no gate: f(0) is not 0: {where(node)}"))
     for one in [one for one in found if one.position not in reached]:
         found.remove(one)
         refused.append(Change(one.name, f"no gate: no gradient reaches it: {where(one.node)}"))
+    for one in [one for one in found if not program.trains(one.node)]:
+        found.remove(one)
+        refused.append(Change(one.name, f"no gate: not so in training: {where(one.node)}"))
     return found, refused
 
 
@@ -130,6 +133,12 @@ def _name(node: fx.Node, names: dict[str, int]) -> str:
     name = str(node.target) if node.op == "call_module" else node.name
     names[name] = names.get(name, 0) + 1
     return name if names[name] == 1 else f"{name}:{names[name]}"
+
+
+def _behind(program: Program, node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
+    """Return where the gate of a nonlinearity goes: behind what is affine, in training as well."""
+    last = _behind_affine(node, modules)
+    return last if program.trains(last) else node
 
 
 def _behind_affine(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:

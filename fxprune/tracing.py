@@ -54,6 +54,7 @@ from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 from fxprune.scripts import inlined
 from fxprune.tables import sliced_by_name
+from fxprune.two_modes import find_twins, hold_
 from fxprune.watching import OwnTensors, left_alone
 from fxprune.whole_numbers import kept_whole
 
@@ -96,6 +97,8 @@ class ModelTracer(AskedTracer):
         self.keeping: list[Held] = []
         self.arguments = contents_of({})
         self.beside: Beside | None = None
+        self.other: ModelTracer | None = None  # of training, if that has a graph of its own
+        self.untrained = ""  # why it has none
 
     def create_args_for_root(
         self,
@@ -378,7 +381,8 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
 
     The graph module shares the parameters of `root`, and has no code yet. Where the two modes run
     different operators (auxiliary heads), it is the graph of evaluation and
-    `meta["evaluation_only"]` says so. Raises `TraceError`.
+    `meta["evaluation_only"]` says so; `meta["in_training"]` is then the graph of training, and the
+    twins in it of the other's nodes, if that can be traced as well. Raises `TraceError`.
     """
     flags, parts = {module: module.training for module in root.modules()}, Parts(root)
     try:
@@ -400,14 +404,23 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     if after:
         module.meta["modes"] = {path: after[0][path] for path in keep_flags_(module, *after)}
     module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
+    module.meta["untrained"] = tracer.untrained
+    if tracer.other is not None:
+        hold_(module, root, training)
+        module.meta["in_training"] = training, find_twins(root, evaluation, training)
+        _say_why_whole(training, tracer.other)
     for name, part in module.named_modules():
         part.training = flags[root.get_submodule(name)]
-    for node in module.graph.nodes:
-        if node.op == "call_module" and node.target in tracer.leaves:
-            node.meta["leaf_because"] = tracer.leaves[node.target]
-        if node.op == "call_module" and node.target in tracer.idle:
-            node.meta[PASSES] = True
+    _say_why_whole(module.graph, tracer)
     return module
+
+
+def _say_why_whole(graph: fx.Graph, tracer: ModelTracer) -> None:
+    for node in graph.find_nodes(op="call_module"):
+        if node.target in tracer.leaves:
+            node.meta["leaf_because"] = tracer.leaves[node.target]
+        if node.target in tracer.idle:
+            node.meta[PASSES] = True
 
 
 def bound_arguments(
@@ -436,7 +449,9 @@ def _trace_in_both_modes(
     """Return the graphs of training and evaluation, which is one where nobody asks for the mode.
 
     A module that does something in training only (stochastic depth) is kept whole if then the
-    graphs have one structure; in a model that is `trained`, also one that does something else.
+    graphs have one structure; in a model that is `trained`, also one without parameters that does
+    something else then (in evaluation its graph would do). Otherwise the model has two graphs, or,
+    where that of training is none to train by, modules with parameters are kept whole, too.
     """
     in_mode = functools.partial(_trace_in_mode, root, given, inside=inside)
     with uncollected(), mode_questions() as asked:
@@ -463,18 +478,59 @@ def _trace_in_both_modes(
             tracer.evaluation_only = True
             return evaluation, evaluation, tracer
         return training, evaluation, tracer
-    busy_ones = [set[str]()] if idle else []
-    if trained:  # in evaluation its graph will do, in which nothing is kept whole for this
-        busy_ones.append(_innermost(root, asked | asked_in_training) - idle)
-    with uncollected():
-        for busy in busy_ones:
-            found, keeping = in_mode(training=False, whole=idle | busy)
-            wanted, _ = in_mode(training=True, whole=idle | busy)
-            if same_structure(root, wanted, found):
-                keeping.idle = idle
-                keeping.leaves |= dict.fromkeys(busy, "it runs other operators in training")
-                return wanted, found, keeping
+
+    if idle and (one_graph := _with_leaves(root, in_mode, idle)):
+        return one_graph
+    busy = _innermost(root, asked | asked_in_training) - idle if trained else set[str]()
+    plain = {path for path in busy if not any(True for _ in root.get_submodule(path).parameters())}
+    if plain and (one_graph := _with_leaves(root, in_mode, idle, plain)):
+        return one_graph
+    tracer.untrained = _why_untrained(tracer, other)
+    if not tracer.untrained and not _repeats(root, in_mode, training, other.written):
+        tracer.untrained = _CHANGES
+    if not tracer.untrained:
+        tracer.other = other
+    elif busy - plain:
+        return _with_leaves(root, in_mode, idle, busy) or (training, evaluation, tracer)
     return training, evaluation, tracer
+
+
+def _with_leaves(
+    root: nn.Module,
+    in_mode: Callable[..., tuple[fx.Graph, ModelTracer]],
+    idle: set[str],
+    busy: Collection[str] = (),
+) -> tuple[fx.Graph, fx.Graph, ModelTracer] | None:
+    """Trace with some modules kept whole; None if that makes no graph for both modes."""
+    whole = idle.union(busy)
+    with uncollected():
+        evaluation, tracer = in_mode(training=False, whole=whole)
+        training, _ = in_mode(training=True, whole=whole)
+    if not same_structure(root, training, evaluation):
+        return None
+    tracer.idle = idle
+    tracer.leaves |= dict.fromkeys(busy, "it runs other operators in training")
+    return training, evaluation, tracer
+
+
+def _why_untrained(tracer: ModelTracer, other: ModelTracer) -> str:
+    """Return why a graph of training is none to train by, nothing if it may be one.
+
+    tracer, other: those of evaluation and of training.
+    """
+    if other.evaluation_only:
+        return "it switches gradients off in training"
+    if kept := sorted(other.written - tracer.written):
+        return f"its forward sets {kept[0]} in training only, which a graph forgets"
+    for one, twin in ((other, tracer), (tracer, other)):
+        used = {
+            str(node.target) for node in twin.graph.nodes if node.op in ("call_module", "get_attr")
+        }
+        for path in one.leaves:
+            if any(name.startswith(f"{path}.") for name in used):
+                mode = "training" if one is other else "evaluation"
+                return f"in {mode} alone {path} cannot be traced into: {one.leaves[path]}"
+    return ""
 
 
 def _repeats(

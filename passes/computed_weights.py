@@ -127,6 +127,10 @@ def _is_alone(program: Program, owner: str, old: nn.Module, mine: set[fx.Node]) 
     held = (*old._parameters, *old._buffers, *old._modules)
     if is_hooked(old) or any(name in _OWN for name in held):
         return False
+    twin = program.in_training
+    others = () if twin is None else twin.program.graph.find_nodes(op="get_attr")
+    if any(str(node.target).rpartition(".")[0] == owner for node in others):
+        return False  # training computes with them by itself
     for node in program.graph.nodes:
         if node.op == "get_attr" and str(node.target).rpartition(".")[0] == owner:
             if node not in mine or not mine.issuperset(node.users):

@@ -48,14 +48,18 @@ def restore_gates(program: Program) -> list[Change]:
     """Put gates in the place of the masks, over the units that remain, with the values they had."""
     old = _gates(program)
     sites = list(old.width_sites)
+    masks: set[str] = set()
     for node in list(program.graph.nodes):
         if "gate" not in node.meta:
             continue
         vector, mask = node.meta.pop("gate"), node.args[1]
         node.target, node.args = width_gate, (node.args[0], vector)
         program.graph.erase_node(mask)
-        sites[_place(node)] = _remaining(sites[_place(node)], program.cuts.get(mask.target, []))
-        delattr(program.module, mask.target)
+        place = _place(node)
+        sites[place] = _remaining(old.width_sites[place], program.cuts.get(mask.target, []))
+        masks.add(mask.target)
+    for name in masks:  # evaluation and training may each have a gate of one site
+        delattr(program.module, name)
     units = sorted({u for site in sites for u in site.units if u != UNGATED})
     number = {unit: index for index, unit in enumerate(units)}
     renumbered = [replace(s, units=tuple(number.get(u, UNGATED) for u in s.units)) for s in sites]

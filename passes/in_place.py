@@ -27,6 +27,8 @@ def make_functional(program: Program) -> list[Change]:
     def is_read_again(writer: fx.Node) -> bool:
         shared = [node for one in seen.mutated[writer] for node in members[seen.alias[one]]]
         before = [node for node in shared if order[node] < order[writer]]
+        if any(node.op == "get_attr" for node in shared):
+            return True  # a buffer, when the model is called again
         return any(
             order[user] > order[writer] and seen.reads(user, node, writer)
             for node in before

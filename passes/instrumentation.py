@@ -157,26 +157,48 @@ def _insert(
     seen: Observation,
 ) -> None:
     """Rewrite the graph: one call of the gates, then a gate function at every site."""
-    graph = program.graph
-    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        gates = graph.call_module("gates")
-        places = range(len(sites) + len(depth))
-        vectors = [graph.call_function(operator.getitem, (gates, place)) for place in places]
+    graph, twin = program.graph, program.in_training
+    gates, vectors = _call_gates(graph, len(sites) + len(depth))
     _note_gates(program, gates, vectors, seen)
+    there: list[fx.Node] = []
+    if twin is not None:
+        twin.program.module.gates = program.module.gates
+        _, there = _call_gates(twin.program.graph, len(vectors))
     gated: dict[fx.Node, fx.Node] = {}
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for (node, _), vector in zip(depth.items(), vectors[len(sites) :], strict=True):
+    for place, node in enumerate(depth, len(sites)):
+        twins = [] if twin is None else twin.twins[node]
         if calls[node.target] > 1 and overwrites(node, program.module):
             calls[node.target] -= 1
             give_own_module(node, program.module)  # the other calls may have to overwrite
+            for other in twins:
+                other.target = node.target
         if make_out_of_place(node, program.module):
             seen.mutated.pop(node, None)
-        gated[node] = _insert_after(node, linear_gate, (node.all_input_nodes[0], node, vector))
+        gated[node] = _gate_linearity(node, vectors[place])
         seen.add(gated[node], seen.values[node])
-    for site, vector in zip(sites, vectors, strict=False):
+        for other in twins:
+            make_out_of_place(other, program.module)
+            gated[other] = _gate_linearity(other, there[place])
+    for place, site in enumerate(sites):
         position = gated.get(site.position, site.position)
-        gate = _insert_after(position, width_gate, (position, vector))
+        gate = _insert_after(position, width_gate, (position, vectors[place]))
         seen.add(gate, seen.values[position])
+        for other in [] if twin is None else twin.twins[site.position]:
+            position = gated.get(other, other)
+            _insert_after(position, width_gate, (position, there[place]))
+
+
+def _call_gates(graph: fx.Graph, count: int) -> tuple[fx.Node, list[fx.Node]]:
+    """Let a graph call the gates first of all, and return that call and the vectors it gives."""
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        gates = graph.call_module("gates")
+        vectors = (graph.call_function(operator.getitem, (gates, place)) for place in range(count))
+        return gates, list(vectors)
+
+
+def _gate_linearity(node: fx.Node, vector: fx.Node) -> fx.Node:
+    return _insert_after(node, linear_gate, (node.all_input_nodes[0], node, vector))
 
 
 def _note_gates(

@@ -64,6 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("selection",),
     ("estimators",),
     ("modes",),
+    ("two_modes",),
     ("graph_modules",),
     ("example_values", "expressions"),
     ("lookups",),

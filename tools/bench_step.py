@@ -10,6 +10,7 @@ the shapes of every gate, as shares of the plain step. Memory is what a forward 
 backward, on CUDA the peak of a step, with the model and what its optimizer keeps.
 """
 
+import copy
 import gc
 import statistics
 import time
@@ -134,7 +135,7 @@ class Parts(fx.Interpreter):
     """The gates of a model alone, on the activations and weights one run multiplies them with."""
 
     def __init__(self, gated: GatedModel, variant: Variant, x: Tensor) -> None:
-        super().__init__(fx.GraphModule(gated, lowered(gated)))
+        super().__init__(fx.GraphModule(gated, lowered(gated, copy.deepcopy(gated.graph))))
         self.gated, self.device = gated, x.device.type
         self.calls: list[tuple[Callable[..., Tensor], list[Tensor]]] = []
         with variant.autocast(self.device), torch.no_grad():

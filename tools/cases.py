@@ -36,6 +36,10 @@ def draw(number: int) -> tuple[Network, Surgery]:
     network = Network(chance.choice(INPUTS), tuple(steps), chance.random() < 0.7, number)
     share = chance.choice((0.2, 0.3, 0.4, 0.5, 0.5, 0.7, 1.0))
     how = chance.choice(("gates", "gates", "zeros"))
+    if chance.random() < 0.25:
+        places = range(chance.randint(1, 3))
+        more = tuple(Step("", chance.randrange(60), (chance.randrange(60),)) for _ in places)
+        network = replace(network, training=more)
     return network, Surgery(how, share, chance.random() < 0.5, number)
 
 
@@ -47,6 +51,9 @@ def simpler(network: Network, surgery: Surgery) -> Iterator[tuple[Network, Surge
     for place, step in enumerate(steps):
         for simple in _simpler_steps(step):
             yield replace(network, steps=(*steps[:place], simple, *steps[place + 1 :])), surgery
+    for place in range(len(network.training)):
+        left = (*network.training[:place], *network.training[place + 1 :])
+        yield replace(network, training=left), surgery
     if len(network.inputs) > 1:
         yield replace(network, inputs=network.inputs[:1]), surgery
     if surgery.linearise:

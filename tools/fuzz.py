@@ -10,6 +10,7 @@ mattered.)
 
 import copy
 import random
+import re
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 from unittest.mock import patch
 
@@ -26,6 +28,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fxprune
 from fxprune.errors import FxpruneError
@@ -70,7 +73,8 @@ class Tally:
 
 def check(network: Network, surgery: Surgery, tally: Tally) -> None:
     """Raise AssertionError, or whatever fxprune raises that it should not, if the case fails."""
-    model = build(write(network), network.seed).to(tally.device)
+    source = write(network)
+    model = build(source, network.seed).to(tally.device)
     inputs = drawn(network, tally, BATCH)
     exchanged = exchange_units(capture(model, (inputs, {})))
     assert exchanged.error <= TOLERANCE, f"units are not what they seem: {exchanged}"
@@ -91,6 +95,50 @@ def check(network: Network, surgery: Surgery, tally: Tally) -> None:
     tally.picks += any("picks" in str(c) for c in small.report.passes["remove_dead_units"])
     if shrank:
         tally.spreads.append(spreads[0])
+    draws_alike = not re.search("Transformer|dropout", source, re.IGNORECASE)
+    if network.training and draws_alike and hasattr(reference, "gates"):
+        check_training(reference, inputs, source)
+
+
+def check_training(gated: nn.Module, inputs: tuple[Tensor, ...], source: str) -> None:
+    """Hold what is cut and trained on against the gated model, in training.
+
+    What is always the same number is another where norms take the statistics of a batch.
+    """
+    expected = in_training(gated, inputs)
+    if expected is None:
+        return
+    cuts: list[Callable[[Any], nn.Module]] = [fxprune.compact]
+    if "Norm" not in source:
+        cuts.append(partial(fxprune.finalize, fold=False, check=False))
+    for cut in cuts:
+        found = in_training(cut(gated), inputs)
+        assert found is not None, "what was cut does not run in training"
+        require_close(expected, found, f"in training, by {cut}")
+
+
+def in_training(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor] | None:
+    """Return the outputs of a copy in training, without dropout, which fewer units draw otherwise.
+
+    None if that fails: there may be too few elements for the statistics of a batch.
+    """
+    twin = copy.deepcopy(model).train()
+    for part in twin.modules():
+        part.train(not isinstance(part, nn.modules.dropout._DropoutNd) and part.training)
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad(), without_fused_layers(), quiet():
+            return tree_leaves(twin(*(x.clone() for x in inputs)))
+    except ValueError:
+        return None
+
+
+def require_close(expected: list[Tensor], found: list[Tensor], where: str) -> None:
+    """Raise unless outputs are the same up to rounding."""
+    for left, right in zip(expected, found, strict=True):
+        assert left.shape == right.shape, f"{tuple(left.shape)} became {tuple(right.shape)}"
+        wrong = float((left - right).abs().max()) / max(float(left.abs().max()), 1e-2)
+        assert wrong <= TOLERANCE, f"outputs moved by {wrong} {where}"
 
 
 def drawn(network: Network, tally: Tally, batch: int, size: int = 6) -> tuple[Tensor, ...]:
@@ -148,10 +196,7 @@ def compare(reference: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) 
         actual = small(*(x.clone() for x in inputs))
     found = [expected] if isinstance(expected, Tensor) else list(expected)
     results = [actual] if isinstance(actual, Tensor) else list(actual)
-    for left, right in zip(found, results, strict=True):
-        assert left.shape == right.shape, f"{tuple(left.shape)} became {tuple(right.shape)}"
-        wrong = float((left - right).abs().max()) / max(float(left.abs().max()), 1e-2)
-        assert wrong <= TOLERANCE, f"outputs moved by {wrong} at {[tuple(x.shape) for x in inputs]}"
+    require_close(found, results, f"at {[tuple(x.shape) for x in inputs]}")
     return max(float(t.std(0).mean()) if len(t) > 1 else 0.0 for t in found)
 
 

@@ -32,12 +32,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Network:
-    """A network: kinds of its inputs, its steps, whether its outputs are mixed once more."""
+    """A network: kinds of its inputs, its steps, whether its outputs are mixed once more.
+
+    training: what it does besides in training, each a step taken behind a line of the others.
+    """
 
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
     head: bool = True
     seed: int = 0
+    training: tuple[Step, ...] = ()
 
 
 SHAPES = {"map": (BATCH, 3, 6, 6), "vector": (BATCH, 5), "last": (BATCH, 4, 6)}
@@ -155,6 +159,12 @@ def write(network: Network) -> str:
                 _take(draft, Step("linear", draft.streams().index(end)))
     outputs = list(dict.fromkeys([*draft.outputs, *_ends(draft)]))
     returned = outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"
+    lines = list(draft.lines)
+    for step in network.training:
+        lines = _in_training(draft, lines, step)
+    if lines != draft.lines:
+        lines.insert(0, "beside = []")
+        lines += ["if self.training and beside:", f"    return {returned}, beside"]
     arguments = ", ".join(f"i{place}" for place in range(len(network.inputs)))
     return "\n".join(
         [
@@ -163,10 +173,42 @@ def write(network: Network) -> str:
             "        super().__init__()",
             *(f"        {line}" for line in draft.layers),
             f"    def forward(self, {arguments}):",
-            *(f"        {line}" for line in draft.lines),
+            *(f"        {line}" for line in lines),
             f"        return {returned}",
         ]
     )
+
+
+def _in_training(draft: Draft, lines: list[str], step: Step) -> list[str]:
+    """Let a network do more in training, behind the line that makes one of its streams."""
+    pick = Pick(step.picks)
+    made = [place for place, line in enumerate(lines) if line.startswith("x")]
+    place = made[step.stream % len(made)]
+    name, _, text = lines[place].partition(" = ")
+    if not draft.names[name].is_floating_point():
+        return lines
+    kind, channels = draft.kinds[name], draft.channels(name)
+    head = f"nn.Linear({channels}, 2)"
+    if kind == "map":
+        head = f"nn.Conv{len(draft.shape(name)) - 2}d({channels}, 2, 1)"
+    options = {
+        "noise": f"{name} = {name} + 0.1 * torch.randn_like({name})",
+        "factors": f"{name} = {name} * (1 + 0.1 * torch.randn_like({name}))",
+        "scale": f"{name} = {name} * 1.5",
+        "activation": f"{name} = torch.tanh({name})",
+        "again": f"{name} = {name} + {text}",
+        "flip": f"{name} = {name}.flip({draft.axis(name)})",
+        "output": f"beside.append({name})",
+        "head": f"beside.append(HEAD({name}))",
+        "deep head": f"beside.append(HEAD(torch.relu({name})))",
+        "absolute": f"{name} = {name}.abs()",
+    }
+    line = options[pick(sorted(options))]
+    if "HEAD" in line:
+        if kind == "map" and not 3 <= len(draft.shape(name)) <= 5:
+            return lines
+        line = line.replace("HEAD", draft.layer(head))
+    return [*lines[: place + 1], "if self.training:", f"    {line}", *lines[place + 1 :]]
 
 
 def _ends(draft: Draft) -> list[str]:

@@ -1,0 +1,220 @@
+"""Two graphs of one model, where training and evaluation run other operators.
+
+Auxiliary heads, added noise, a loss that the forward returns: no one graph says both. Analyses and
+costs are those of evaluation, which is what a model is finalised for; a gate that goes behind a
+node there goes behind its twins in the graph of training, too. A gated model holds both in one
+graph, one after the other, of which only that of its mode is run.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.graph import CodeGen, PythonCode
+from torch.fx.graph_module import _copy_attr
+from torch.fx.node import map_arg
+
+from fxprune.errors import TraceError
+from fxprune.kinds import MADE_BY_TRACING
+
+Twins = dict[fx.Node, list[fx.Node]]
+_EVALUATION, _TRAINING = "_forward_in_evaluation", "_forward_in_training"
+_OPERATORS = ("call_module", "call_function", "call_method")
+
+
+def in_either_mode(training: bool, in_evaluation: Any, in_training: Any) -> Any:
+    """Return what a model gives in the mode it is in; what a graph with both modes ends with."""
+    return in_training if training else in_evaluation
+
+
+def find_twins(root: nn.Module, evaluation: fx.Graph, training: fx.Graph) -> Twins:
+    """Return which nodes of training do what a node of evaluation does, on the same channels.
+
+    They are one operator of one module's forward, and the same layers make what they read. Called
+    as often, the first is the first's twin. Called once, all of training's are twins, if there is
+    nothing else between them and those layers than in evaluation.
+    """
+    layers = {path for path, m in root.named_modules() if any(True for _ in m.parameters())}
+    ways = _ways(evaluation, layers) | _ways(training, layers)
+    there = _by_place(training, ways)
+    twins: Twins = {}
+    for place, nodes in _by_place(evaluation, ways).items():
+        others = there.get(place, [])
+        if len(nodes) == len(others):
+            twins |= {node: [other] for node, other in zip(nodes, others, strict=True)}
+        elif len(nodes) == 1 and all(ways[other] == ways[nodes[0]] for other in others):
+            twins |= {nodes[0]: others} if others else {}
+    return twins
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The parameters, and modules with parameters, that make what a node gives; and how.
+
+    by: stands for the operators from there to the node.
+    """
+
+    makers: frozenset[str]
+    by: int
+
+
+def _by_place(graph: fx.Graph, ways: Mapping[fx.Node, _Way]) -> dict[Hashable, list[fx.Node]]:
+    """Return a graph's operators by what they are, in whose forward, and by what they read."""
+    found: defaultdict[Hashable, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op in _OPERATORS:
+            stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+            owner = list(stack.values())[-1][0]
+            found[node.op, node.target, owner, ways[node].makers].append(node)
+    return found
+
+
+def _ways(graph: fx.Graph, layers: Collection[str]) -> dict[fx.Node, _Way]:
+    ways: dict[fx.Node, _Way] = {}
+    for node in graph.nodes:
+        is_maker = node.op == "get_attr" or (node.op == "call_module" and node.target in layers)
+        if is_maker or node.op == "placeholder":
+            # torch.fx gives a constant tensor another name in every trace.
+            name = str(node.target) if not str(node.target).startswith(MADE_BY_TRACING) else ""
+            ways[node] = _Way(frozenset((name,)), hash(name))
+            continue
+        makers = frozenset[str]().union(*(ways[one].makers for one in node.all_input_nodes))
+        read = map_arg((node.args, node.kwargs), lambda one: ways[one].by)
+        ways[node] = _Way(makers, hash((node.op, node.target, repr(read))))
+    return ways
+
+
+def hold_(module: fx.GraphModule, root: nn.Module, graph: fx.Graph) -> None:
+    """Let a traced module of `root` hold what another graph of it calls and reads."""
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            _copy_attr(root, module, str(node.target))
+
+
+def require_parts(module: fx.GraphModule, training: fx.Graph) -> None:
+    """Raise `TraceError` if a part of a module is gone that a graph of training calls, or reads."""
+    for node in training.nodes:
+        if node.op in ("call_module", "get_attr") and not _has(module, str(node.target)):
+            raise TraceError(
+                f"in training it uses {node.target} otherwise than in evaluation, where it became "
+                "part of a layer; call it as a module in both"
+            )
+
+
+def join(evaluation: fx.Graph, training: fx.Graph) -> None:
+    """Put the graph of training behind that of evaluation, which has the same inputs."""
+    end = evaluation.output_node()
+    pairs = (graph.find_nodes(op="placeholder") for graph in (training, evaluation))
+    known: dict[fx.Node, fx.Node] = dict(zip(*pairs, strict=True))
+    with evaluation.inserting_before(end):
+        flag = evaluation.create_node("get_attr", "training")  # asks no module whether it has one
+        output = evaluation.graph_copy(training, known)
+        result = evaluation.call_function(in_either_mode, (flag, end.args[0], output))
+    result.meta["is_wrapped"] = True
+    end.args = (result,)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        if found is None:
+            return False
+    return True
+
+
+def has_both_modes(graph: fx.Graph) -> bool:
+    """Tell whether a graph is one of evaluation with one of training behind it."""
+    return _choice(graph) is not None
+
+
+def _choice(graph: fx.Graph) -> fx.Node | None:
+    end = next(iter(reversed(graph.nodes)), None)
+    last: Any = end.args[0] if end is not None and end.op == "output" else None
+    is_choice = isinstance(last, fx.Node) and last.target is in_either_mode
+    return last if is_choice else None
+
+
+def keep_mode_(graph: fx.Graph, *, training: bool) -> None:
+    """Leave the graph of one mode of a graph of both."""
+    choice = _choice(graph)
+    if choice is None:
+        return
+    flag: Any
+    flag, in_evaluation, in_training = choice.args
+    graph.output_node().args = (in_training if training else in_evaluation,)
+    operators = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    border = operators.index(flag)
+    others = operators[:border] if training else operators[border + 1 :]
+    graph.erase_node(choice)
+    for node in reversed([one for one in others if one is not choice]):
+        graph.erase_node(node)
+    graph.erase_node(flag)
+
+
+def of_mode(graph: fx.Graph, *, training: bool) -> fx.Graph:
+    """Return the graph of one mode; the given one stays as it is."""
+    part = copy.deepcopy(graph)
+    keep_mode_(part, training=training)
+    return part
+
+
+def nodes_of_training(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that run in training only, of a graph of both modes; of others none."""
+    choice = _choice(graph)
+    if choice is None:
+        return set()
+    operators = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    return set(operators[operators.index(choice.args[0]) :])
+
+
+class CodeGenOfBothModes(CodeGen):
+    """Writes one function for each mode, and a forward that calls that of its mode."""
+
+    def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **options: Any) -> Any:
+        graph: fx.Graph = nodes.graph
+        if not has_both_modes(graph):
+            return super()._gen_python_code(nodes, root_module, namespace, **options)
+        in_evaluation, in_training = (
+            self.code_of(graph.owning_module, of_mode(graph, training=mode), root_module, options)
+            for mode in (False, True)
+        )
+        return _code_of_both(graph, in_evaluation, in_training)
+
+    def code_of(self, module: Any, graph: fx.Graph, root_module: str, options: Any) -> PythonCode:
+        """Write the code of one mode."""
+        graph.set_codegen(CodeGen())
+        return graph.python_code(root_module, **options)
+
+
+def _code_of_both(
+    graph: fx.Graph, in_evaluation: PythonCode, in_training: PythonCode
+) -> PythonCode:
+    """Return code that runs that of the mode its module is in.
+
+    Raises `TraceError` if both call two things by one name.
+    """
+    known, others = in_evaluation.globals, in_training.globals
+    for name in known.keys() & others.keys():
+        if known[name] is not others[name] and known[name] != others[name]:
+            raise TraceError(f"training and evaluation call two functions by one name, {name}")
+    heads: list[str] = []
+    bodies: list[str] = []
+    for code, name in ((in_evaluation, _EVALUATION), (in_training, _TRAINING)):
+        head, line, body = code.src.partition("def forward(")
+        heads.append(head)
+        bodies.append(f"{line.replace('forward', name)}{body}".rstrip())
+    signature, _, _ = in_evaluation.src.partition("def forward(")[2].partition("\n")
+    inputs = "".join(f", {node.target}" for node in graph.find_nodes(op="placeholder"))
+    forward = [
+        f"def forward({signature}",
+        "    if self.training:",
+        f"        return {_TRAINING}(self{inputs})",
+        f"    return {_EVALUATION}(self{inputs})",
+    ]
+    wrapped = dict.fromkeys(line for head in heads for line in head.splitlines() if line)
+    source = "\n".join(["", *wrapped, "", *bodies, "", *forward, ""])
+    return replace(in_evaluation, src=source, globals={**others, **known}, _lineno_map={})
