@@ -218,7 +218,8 @@ class ModelTracer(AskedTracer):
         node = super().create_node(*args, **kwargs)
         if node.op == "call_method" and node.target in ADDING:
             self._require_no_object(node)
-        node.meta["source"] = _user_line(sys._getframe(1))
+        is_end = node.op in ("placeholder", "output")
+        node.meta["source"] = _first_line_of(self.root) if is_end else _user_line(sys._getframe(1))
         return node
 
     def call_module(
@@ -767,6 +768,14 @@ def _user_line(frame: FrameType | None) -> str | None:
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return None
+
+
+def _first_line_of(root: nn.Module) -> str | None:
+    """Return where a forward begins, which has the inputs and returns the outputs."""
+    code = getattr(inspect.unwrap(root.forward), "__code__", None)
+    if code is None or code.co_filename.startswith((*NOT_THE_USERS, "<")):
+        return None
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _place(error: Exception) -> str:

@@ -151,6 +151,13 @@ def test_lines_are_those_of_the_submodule_that_computes() -> None:
     assert relu.meta["source"] == f"{__file__}:{line_of(Dropped.forward, 'F.relu')}"
 
 
+def test_inputs_and_outputs_are_where_the_forward_begins() -> None:
+    module = traced(Outer())
+    first = f"{__file__}:{inspect.getsourcelines(Outer.forward)[1]}"
+    ends = [n for n in module.graph.nodes if n.op in ("placeholder", "output")]
+    assert [node.meta["source"] for node in ends] == [first] * 2
+
+
 def test_packages_whose_name_begins_with_torch_are_the_users() -> None:
     file = f"{Path(torch.__file__).parent}vision/models.py"
     names: dict[str, Any] = {}
