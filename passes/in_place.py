@@ -13,6 +13,7 @@ from fxprune.observation import observe
 from fxprune.out_of_place import make_out_of_place
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
+from fxprune.two_modes import nodes_of_training
 
 
 @keeps_shapes
@@ -20,6 +21,7 @@ def make_functional(program: Program) -> list[Change]:
     """Turn in-place activations and arithmetic into their ordinary forms."""
     seen = observe(program)
     order = {node: place for place, node in enumerate(program.graph.nodes)}
+    of_training = nodes_of_training(program.graph)
     members: dict[fx.Node, list[fx.Node]] = {}
     for node, group in seen.alias.items():
         members.setdefault(group, []).append(node)
@@ -33,6 +35,7 @@ def make_functional(program: Program) -> list[Change]:
             order[user] > order[writer] and seen.reads(user, node, writer)
             for node in before
             for user in node.users
+            if (user in of_training) == (writer in of_training)  # the modes do not meet
         )
 
     needed = [writer for writer in seen.mutated if is_read_again(writer)]

@@ -122,6 +122,23 @@ class Deeper(nn.Module):
         return self.last(x)
 
 
+class Overwriting(nn.Module):
+    """What is given is overwritten, in evaluation before training would read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.beside = (
+            nn.Conv2d(3, 6, 1),
+            nn.Conv2d(6, 2, 1),
+            nn.Conv2d(6, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(F.relu(x, inplace=True))
+        y = self.last(F.relu(x))
+        return (y, self.beside(torch.relu(x))) if self.training else y
+
+
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "noise and auxiliary heads": (Noisy, (IMAGES,)),
@@ -130,11 +147,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "a chain of layers": (Chain, (IMAGES,)),
     "a loss": (Loss, (IMAGES, LABELS)),
     "a layer more": (Deeper, (IMAGES,)),
+    "inputs overwritten": (Overwriting, (IMAGES,)),
 }
 
 
-# Noise that is added to what a gate gives is read, of a closed one as well.
-SHRINKING = [name for name in MODELS if name != "a chain of layers"]
+# Noise that is added to what a gate gives is read, of a closed one as well; and in training a head
+# may read what no gate closes.
+STAYING = ("a chain of layers", "inputs overwritten")
+SHRINKING = [name for name in MODELS if name not in STAYING]
 
 
 def built(name: str) -> tuple[Any, tuple[Tensor, ...]]:
@@ -147,7 +167,7 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> list
     """Run a copy in a mode, drawing the same numbers every time; its buffers come last."""
     twin = copy.deepcopy(model).train(training)
     torch.manual_seed(3)
-    leaves = tree_leaves(twin(*inputs))
+    leaves = tree_leaves(twin(*(one.clone() for one in inputs)))
     kept = dict(twin.named_buffers())
     return [*leaves, *(kept[name] for name in ("seen", "noisy.seen") if name in kept)]
 
@@ -217,7 +237,7 @@ def test_a_compacted_model_trains_on_alike(name: str) -> None:
 
 
 def _loss(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    leaves: list[Tensor] = tree_leaves(model(*inputs))
+    leaves: list[Tensor] = tree_leaves(model(*(one.clone() for one in inputs)))
     return torch.stack([leaf.square().mean() for leaf in leaves]).sum()
 
 
