@@ -21,7 +21,7 @@ from fxprune.errors import where
 from fxprune.gradients import reached_by_gradients
 from fxprune.handwritten import is_handwritten
 from fxprune.kinds import PRODUCTS, SUMS
-from fxprune.observation import Observation, TensorSpec
+from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.ops.elementwise import NONLINEARITIES, preserves_zero
 from fxprune.pipeline import Change
 from fxprune.program import Program
@@ -69,7 +69,7 @@ def find_candidates(program: Program, seen: Observation) -> tuple[list[Candidate
     refused: list[Change] = []
     names: dict[str, int] = {}
     gateable: set[fx.Node] = set()
-    reached = reached_by_gradients(program.graph, seen)
+    reached = _reached(program, seen)
     for node in program.graph.nodes:
         module = modules[str(node.target)] if node.op == "call_module" else None
         spec = seen.values[node]
@@ -83,13 +83,22 @@ def find_candidates(program: Program, seen: Observation) -> tuple[list[Candidate
             found.append(Candidate(name, node, _behind(program, node, modules)))
         else:
             refused.append(Change(name, f"no gate: f(0) is not 0: {where(node)}"))
-    for one in [one for one in found if one.position not in reached]:
-        found.remove(one)
-        refused.append(Change(one.name, f"no gate: no gradient reaches it: {where(one.node)}"))
     for one in [one for one in found if not program.trains(one.node)]:
         found.remove(one)
         refused.append(Change(one.name, f"no gate: not so in training: {where(one.node)}"))
+    for one in [one for one in found if one.position not in reached]:
+        found.remove(one)
+        refused.append(Change(one.name, f"no gate: no gradient reaches it: {where(one.node)}"))
     return found, refused
+
+
+def _reached(program: Program, seen: Observation) -> set[fx.Node]:
+    """Return the nodes that a loss has a gradient by, which is one of training."""
+    twin = program.in_training
+    if twin is None:
+        return reached_by_gradients(program.graph, seen)
+    there = reached_by_gradients(twin.program.graph, observe(twin.program))
+    return {node for node, others in twin.twins.items() if not there.isdisjoint(others)}
 
 
 def plan_sites(program: Program, candidates: Sequence[Candidate], seen: Observation) -> Plan:

@@ -348,6 +348,24 @@ class Remembering(nn.Module):
         return self.last(x)
 
 
+class Detached(nn.Module):
+    """In training, gradients of what evaluation gives stop halfway."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(F.relu(self.second(x.detach() if self.training else x)))
+
+
+def test_gradients_are_those_of_training() -> None:
+    ours: Any = fxprune.instrument(randomise(Detached()).train(), torch.randn(4, 8))
+    assert [site.name for site in ours.gates.width_sites] == ["relu_1"]
+    assert "relu: no gate: no gradient reaches it" in str(ours.report)
+
+
 class Deciding(nn.Module):
     """Python that depends on data, around a part that does not."""
 
