@@ -16,7 +16,13 @@ from fxprune.copying import require_copyable
 from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
-from fxprune.errors import ExampleInputError, FxpruneError, GateError, VerificationError
+from fxprune.errors import (
+    ExampleInputError,
+    FxpruneError,
+    GateError,
+    TraceError,
+    VerificationError,
+)
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.frozen_attributes import freeze_
 from fxprune.gates import Gates, gate_owners, sound_inits
@@ -45,14 +51,14 @@ from fxprune.pipeline import Change, Pass, run, with_options
 from fxprune.pipelines import CUT, PLAIN, READABLE, folding
 from fxprune.plain_weights import plain_weights_in, with_plain_weights
 from fxprune.precision import reading_float64
-from fxprune.program import Program, trained_outputs, widened
+from fxprune.program import InTraining, Program, trained_outputs, widened
 from fxprune.progress import shown
 from fxprune.recording import copies
 from fxprune.regions import Region
 from fxprune.report import Report
 from fxprune.retracing import keep_buffers_, keep_questions_, marks_in
 from fxprune.sharding import require_whole
-from fxprune.two_modes import has_both_modes, join, require_parts
+from fxprune.two_modes import has_both_modes, join, missing_part
 from fxprune.values import flatten
 from fxprune.verification import Verification, verify
 
@@ -149,16 +155,17 @@ def instrument(
         report = reports[region.path] = Report("instrument", name, {})
         report.passes |= _renaming(region) | _modes(region)
         report.refused += _overwritten(region)
-        in_training = region.program.in_training
-        if region.program.module.meta["evaluation_only"]:
-            text = _EVALUATION_ONLY if in_training is None else _BOTH_MODES
-            report.refused.append(Change("training", text))
-        hoists = hoist_padding and not region.path and in_training is None
+        hoists = hoist_padding and not region.path and region.program.in_training is None
         if hoist_padding and not hoists:
             report.refused.append(Change("padding", _NOT_HOISTED))
         before = _outputs(region.program) if check else None
         trained = _outputs_in_training(region.program) if check else None
         report.passes |= run(region.program, READABLE, recompile=check)
+        in_training = _in_training(region.program, required=model.training)
+        trained = None if in_training is None else trained
+        if region.program.module.meta["evaluation_only"]:
+            text = _EVALUATION_ONLY if in_training is None else _BOTH_MODES
+            report.refused.append(Change("training", text))
         if hoists:
             report.passes |= run(region.program, (with_options(hoist, ends=ends),))
             before = _outputs(region.program) if check else None
@@ -167,7 +174,6 @@ def instrument(
         with plain_weights_in(region.program.module):
             report.passes |= run(region.program, (insertion,), recompile=False)
         if in_training is not None:
-            require_parts(region.program.module, in_training.program.graph)
             join(region.program.graph, in_training.program.graph)
         lower_(region.program.module)
         if check and not (
@@ -399,6 +405,19 @@ def _costs(model: nn.Module, inputs: Inputs) -> Costs:
 def _outputs(program: Program) -> Any:
     with evaluating(program.module):
         return program.run()
+
+
+def _in_training(program: Program, *, required: bool) -> InTraining | None:
+    """Return what a program does in training, if that has all it needs once it is readable."""
+    found = program.in_training
+    missing = "" if found is None else missing_part(program.module, found.program.graph)
+    if missing and required:
+        raise TraceError(
+            f"in training it uses {missing} otherwise than in evaluation, where it is part of a "
+            "layer; use it alike in both, or call model.eval() first"
+        )
+    program.in_training = None if missing else found
+    return program.in_training
 
 
 def _outputs_in_training(program: Program) -> Any:

@@ -7,6 +7,7 @@ graph, one after the other, of which only that of its mode is run.
 """
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ from torch.fx.graph import CodeGen, PythonCode
 from torch.fx.graph_module import _copy_attr
 from torch.fx.node import map_arg
 
-from fxprune.errors import TraceError
 from fxprune.kinds import MADE_BY_TRACING
 
 Twins = dict[fx.Node, list[fx.Node]]
@@ -94,14 +94,10 @@ def hold_(module: fx.GraphModule, root: nn.Module, graph: fx.Graph) -> None:
             _copy_attr(root, module, str(node.target))
 
 
-def require_parts(module: fx.GraphModule, training: fx.Graph) -> None:
-    """Raise `TraceError` if a part of a module is gone that a graph of training calls, or reads."""
-    for node in training.nodes:
-        if node.op in ("call_module", "get_attr") and not _has(module, str(node.target)):
-            raise TraceError(
-                f"in training it uses {node.target} otherwise than in evaluation, where it became "
-                "part of a layer; call it as a module in both"
-            )
+def missing_part(module: fx.GraphModule, training: fx.Graph) -> str:
+    """Return what a graph of training uses that the module has no more; "" if it has all."""
+    used = (str(node.target) for node in training.nodes if node.op in ("call_module", "get_attr"))
+    return next((path for path in used if not _has(module, path)), "")
 
 
 def join(evaluation: fx.Graph, training: fx.Graph) -> None:
@@ -193,14 +189,9 @@ class CodeGenOfBothModes(CodeGen):
 def _code_of_both(
     graph: fx.Graph, in_evaluation: PythonCode, in_training: PythonCode
 ) -> PythonCode:
-    """Return code that runs that of the mode its module is in.
-
-    Raises `TraceError` if both call two things by one name.
-    """
-    known, others = in_evaluation.globals, in_training.globals
-    for name in known.keys() & others.keys():
-        if known[name] is not others[name] and known[name] != others[name]:
-            raise TraceError(f"training and evaluation call two functions by one name, {name}")
+    """Return code that runs that of the mode its module is in."""
+    known, in_training = in_evaluation.globals, _renamed(in_training, in_evaluation.globals)
+    others = in_training.globals
     heads: list[str] = []
     bodies: list[str] = []
     for code, name in ((in_evaluation, _EVALUATION), (in_training, _TRAINING)):
@@ -218,3 +209,13 @@ def _code_of_both(
     wrapped = dict.fromkeys(line for head in heads for line in head.splitlines() if line)
     source = "\n".join(["", *wrapped, "", *bodies, "", *forward, ""])
     return replace(in_evaluation, src=source, globals={**others, **known}, _lineno_map={})
+
+
+def _renamed(code: PythonCode, known: Mapping[str, Any]) -> PythonCode:
+    """Return code that calls nothing by a name that stands for something else (local functions)."""
+    source, names = code.src, dict(code.globals)
+    for name in names.keys() & known.keys():
+        if known[name] is not names[name] and known[name] != names[name]:
+            names[f"{name}_in_training"] = names.pop(name)
+            source = re.sub(rf"(?<![.\w]){name}\b", f"{name}_in_training", source)
+    return replace(code, src=source, globals=names)

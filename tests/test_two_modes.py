@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.penalties import cost_of
 from fxprune.testing import close_half
+from fxprune.two_modes import CodeGenOfBothModes, join
 from tests.conftest import randomise
 
 IMAGES = torch.randn(6, 3, 8, 8, dtype=torch.float64)
@@ -346,6 +347,24 @@ class Remembering(nn.Module):
         if self.training:
             self.penalty_of_mine = x.square().mean()
         return self.last(x)
+
+
+def scaling(factor: float) -> Callable[[Tensor], Tensor]:
+    def scaled(value: Tensor) -> Tensor:
+        return value * factor
+
+    return scaled
+
+
+def test_functions_of_one_name_are_told_apart() -> None:
+    graphs = [fx.Graph(), fx.Graph()]
+    for graph, factor in zip(graphs, (2.0, 3.0), strict=True):
+        graph.output(graph.call_function(scaling(factor), (graph.placeholder("x"),)))
+    evaluation, training = graphs
+    join(evaluation, training)
+    evaluation.set_codegen(CodeGenOfBothModes())
+    module, x = fx.GraphModule(nn.Module(), evaluation), torch.randn(3)
+    assert torch.equal(module.train()(x), 3 * x) and torch.equal(module.eval()(x), 2 * x)
 
 
 class Detached(nn.Module):
