@@ -317,8 +317,13 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
             )
     _check_on_others(root, program)
     if not same(expected, actual):
+        if same(expected, actual, nan=True):
+            raise ExampleInputError(
+                f"{type(root).__name__} returns NaN on the example inputs {describe(inputs)}, of "
+                "which nothing can be proved; give others"
+            )
         raise TraceError(
-            f"{type(root).__name__} computes something else when traced (random numbers, global "
-            "state or NaN in its forward, `x += y` where x has a second name, hooks of its own?); "
+            f"{type(root).__name__} computes something else when traced (random numbers or global "
+            "state in its forward, `x += y` where x has a second name, hooks of its own?); "
             "its outputs on the same inputs differ"
         )

@@ -721,6 +721,12 @@ def test_a_model_that_is_nan_elsewhere_is_traced() -> None:
     assert captured(model, batch().abs() + 1).run().isfinite().all()
 
 
+def test_a_model_that_is_nan_on_the_example_says_so() -> None:
+    model = Model(lambda m, x: (m.layer(x) * 0 + x - 0.9).log())
+    with pytest.raises(ExampleInputError, match="returns NaN on the example inputs"):
+        captured(model, -batch().abs())
+
+
 def test_arrays_of_numpy_are_compared_by_their_numbers() -> None:
     left, right = {"boxes": np.zeros((2, 3))}, {"boxes": np.zeros((2, 3))}
     assert same(left, right)
