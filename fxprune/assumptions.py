@@ -24,7 +24,7 @@ from torch.fx.proxy import TraceError as FxTraceError
 from fxprune.assignments import CannotAssign, assigned
 from fxprune.example_values import ExampleValues, UnknownValueError
 from fxprune.expressions import expression
-from fxprune.kinds import OVERWROTE
+from fxprune.kinds import IN_PLACE, OVERWROTE
 from fxprune.lookups import is_lookup, is_name
 
 ASSUMES = "this model assumes "
@@ -163,10 +163,34 @@ class Askable(fx.Proxy):
         self.node = assigned(self, example, index, value, self.tracer.example).node
 
     def __iadd__(self, other: Any) -> Any:
-        """Add out of place, as torch.fx does, and note that the model does not."""
+        """Add out of place, as torch.fx does, and note that the model does not.
+
+        To a buffer it is added in place: the next call reads it.
+        """
+        if self._is_buffer():
+            return self._overwritten("add_", other)
         total = self + other
         total.node.meta[OVERWROTE] = True
         return total
+
+    def __isub__(self, other: Any) -> Any:
+        return self._overwritten("sub_", other) if self._is_buffer() else self - other
+
+    def __imul__(self, other: Any) -> Any:
+        return self._overwritten("mul_", other) if self._is_buffer() else self * other
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._overwritten("div_", other) if self._is_buffer() else self / other
+
+    def _is_buffer(self) -> bool:
+        """Tell whether a value is a buffer, or what remained of it once it was overwritten."""
+        node = self.node
+        while node.op == "call_method" and node.target in IN_PLACE:
+            (node, _) = node.args
+        return node.op == "get_attr" and node.target in dict(self.tracer.root.named_buffers())
+
+    def _overwritten(self, method: str, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_method", method, (self, other), {})
 
 
 class AskableAttribute(Askable, Attribute):

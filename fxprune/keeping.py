@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.kinds import MADE_BY_TRACING
+from fxprune.kinds import IN_PLACE, MADE_BY_TRACING
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype)
 _TORCHS = frozenset(vars(nn.Module()))
@@ -57,9 +57,11 @@ class Held:
         """Take proxies out of the module again, and say what was written."""
         written = Written()
         for held, before in self.registered:
-            for name in [name for name, value in held.items() if isinstance(value, fx.Proxy)]:
-                held[name] = before[name]
-                written.tensors.append(name)
+            for name, value in list(held.items()):
+                if isinstance(value, fx.Proxy):
+                    held[name] = before[name]
+                    if not self._is_still(name, value):
+                        written.tensors.append(name)
         for name, held, before in self.containers:
             traced = any(isinstance(value, fx.Proxy) for value in values_in(held))
             if traced or len(held) != len(before):
@@ -81,6 +83,16 @@ class Held:
                 else:
                     now[name] = before
         return written
+
+    def _is_still(self, name: str, value: fx.Proxy) -> bool:
+        """Tell whether what a buffer was given is the buffer itself: `self.count += 1`."""
+        node: Any = value.node
+        while node.op == "call_method" and node.target in IN_PLACE:
+            node = node.args[0]
+        owner, _, own = str(node.target).rpartition(".")
+        tracer: Any = value.tracer
+        is_own = node.op == "get_attr" and own == name
+        return is_own and tracer.root.get_submodule(owner) is self.module
 
 
 class Parts:

@@ -180,6 +180,45 @@ def test_a_model_that_keeps_the_first_it_sees_is_refused() -> None:
         fxprune.instrument(model, X)
 
 
+class Augmented(nn.Module):
+    """Buffers that are counted and averaged by augmented arithmetic, under two names."""
+
+    def __init__(self, *, always: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.always = nn.Linear(4, 8), nn.Linear(8, 3), always
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(F.relu(self.first(x)))
+        if self.training or self.always:
+            self.calls += 1
+            calls: Any = self.calls
+            calls -= 3
+            self.mean *= 0.9
+            self.mean += 0.1 * x.detach().mean(0)
+            self.mean /= 1.5
+        return x
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("always", [False, True])
+def test_augmented_arithmetic_writes_into_buffers(always: bool, inside: bool) -> None:
+    part: Any = randomise(Augmented(always=always))
+    x = torch.randn(5, 4)
+    model = nn.Sequential(part, nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)) if inside else part
+    gated: Any = fxprune.instrument(model.train(), x)
+    assert not [node for node in gated.graph.nodes if node.meta.get("leaf_because")]
+    for training in (True, False, True):
+        assert torch.equal(model.train(training)(x), gated.train(training)(x))
+        buffers = dict(model.named_buffers())
+        assert all(torch.equal(one, buffers[name]) for name, one in gated.named_buffers())
+    assert int(part.calls) == (-6 if always else -4)
+    assert close_half(gated) == (7 if inside else 4)
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+
+
 def test_a_replaced_buffer_is_refused_and_said_how_to_mend() -> None:
     model: Any = randomise(AveragedHere()).eval()
     before = model.mean.clone()
