@@ -27,7 +27,7 @@ def units_of(gates: Gates) -> Tensor:
     if gates.costs is None or gates.width is None:
         raise GateError("these gates know of no costs; instrument the model again")
     groups = gates.costs.groups()
-    size = max(map(len, groups), default=0)
+    size = max(map(len, groups), default=1)  # nobody is the strongest of none
     rows = [(*group, *(len(gates.width),) * (size - len(group))) for group in groups]
     found = torch.tensor(rows, dtype=torch.int64, device=gates.width.device)
     return found.reshape(len(rows), size)

@@ -386,3 +386,25 @@ def test_a_compacted_model_is_saved_whole() -> None:
     assert torch.equal(loaded(run.inputs), small(run.inputs))
     loaded.load_state_dict(small.state_dict())
     fxprune.penalty(loaded).backward()
+
+
+class Partly(nn.Module):
+    """A gate over channels that others read ungated, so that no tensor could be left empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(torch.relu(x)) + self.third(x[:, :2])
+
+
+def test_where_no_tensor_could_be_left_empty_all_that_is_dead_goes() -> None:
+    gated: Any = fxprune.instrument(randomise(Partly()), torch.randn(5, 3))
+    with torch.no_grad():
+        gated.gates.width.zero_()
+    small: Any = fxprune.compact(gated)
+    assert small.first.out_features == 2 and not len(small.gates.width)
+    x = torch.randn(5, 3)
+    assert torch.allclose(small(x), gated(x), atol=1e-6)
