@@ -408,15 +408,24 @@ def _outputs(program: Program) -> Any:
 
 
 def _in_training(program: Program, *, required: bool) -> InTraining | None:
-    """Return what a program does in training, if that has all it needs once it is readable."""
+    """Return what a program does in training, if that runs once the program is readable.
+
+    required: raise where it does not; else it is left out.
+    """
     found = program.in_training
-    missing = "" if found is None else missing_part(program.module, found.program.graph)
-    if missing and required:
-        raise TraceError(
-            f"in training it uses {missing} otherwise than in evaluation, where it is part of a "
-            "layer; use it alike in both, or call model.eval() first"
-        )
-    program.in_training = None if missing else found
+    if found is None:
+        return None
+    try:
+        if missing := missing_part(program.module, found.program.graph):
+            raise TraceError(
+                f"in training it uses {missing} otherwise than in evaluation, where it is part of "
+                "a layer; use it alike in both, or call model.eval() first"
+            )
+        observe(found.program)
+    except (ExampleInputError, TraceError):  # maps too small for an auxiliary head
+        if required:
+            raise
+        program.in_training = None
     return program.in_training
 
 

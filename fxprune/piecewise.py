@@ -18,7 +18,12 @@ import torch
 from torch import fx, nn
 
 from fxprune.comparison import Difference, differences, output_leaves
-from fxprune.errors import NothingToDoError, TraceError, VerificationError
+from fxprune.errors import (
+    ExampleInputError,
+    NothingToDoError,
+    TraceError,
+    VerificationError,
+)
 from fxprune.gates import gate_owners
 from fxprune.graph_modules import borrowing_copy
 from fxprune.inputs import Inputs, describe, to_device
@@ -26,6 +31,7 @@ from fxprune.lowering import raise_
 from fxprune.memories import recalled
 from fxprune.modules import check_parameters, copy_model, device_of, memory_of
 from fxprune.naming import renamed_in
+from fxprune.observation import observe
 from fxprune.pipeline import Change
 from fxprune.precision import Run, run_all
 from fxprune.program import Program, capture
@@ -176,9 +182,14 @@ def _without_training(region: Region) -> None:
 def _with_training(region: Region) -> None:
     """Let a region that has just been traced do in training what it does then."""
     program = region.program
-    if program.in_training is not None:
-        join(program.graph, program.in_training.program.graph)
-        raise_(program.module)
+    if program.in_training is None:
+        return
+    try:
+        observe(program.in_training.program)
+    except ExampleInputError:  # maps too small for an auxiliary head
+        return
+    join(program.graph, program.in_training.program.graph)
+    raise_(program.module)
 
 
 def capture_any(model: nn.Module, inputs: Inputs, *, check: bool) -> Program:

@@ -368,6 +368,34 @@ def test_functions_of_one_name_are_told_apart() -> None:
     assert torch.equal(module.train()(x), 3 * x) and torch.equal(module.eval()(x), 2 * x)
 
 
+class Pooling(nn.Module):
+    """A head for training that wants larger maps than evaluation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.beside = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.first(x))
+        if self.training:
+            return self.last(x), self.beside(F.avg_pool2d(x, 5).mean((2, 3)))
+        return self.last(x)
+
+
+def test_inputs_too_small_for_training_are_those_of_evaluation() -> None:
+    model, x = randomise(Pooling()), torch.randn(2, 3, 4, 4)
+    with pytest.raises(FxpruneError, match="avg_pool2d.* fails on the example inputs"):
+        fxprune.instrument(model.train(), x)
+    ours: Any = fxprune.instrument(model.eval(), x)
+    assert close_half(ours) == 4
+    assert any(change.where == "training" for change in ours.report.refused)
+    for fold in (True, False):
+        small: Any = fxprune.finalize(ours, fold=fold)
+        assert small.report.verification.verdict == "equal"
+    plain: Any = fxprune.finalize(model, x, fold=False)
+    assert any(change.where == "training" for change in plain.report.refused)
+
+
 class Detached(nn.Module):
     """In training, gradients of what evaluation gives stop halfway."""
 
