@@ -384,7 +384,7 @@ class Pooling(nn.Module):
 
 def test_inputs_too_small_for_training_are_those_of_evaluation() -> None:
     model, x = randomise(Pooling()), torch.randn(2, 3, 4, 4)
-    with pytest.raises(FxpruneError, match="avg_pool2d.* fails on the example inputs"):
+    with pytest.raises(FxpruneError, match=r"avg_pool2d.* fails on the example inputs"):
         fxprune.instrument(model.train(), x)
     ours: Any = fxprune.instrument(model.eval(), x)
     assert close_half(ours) == 4
