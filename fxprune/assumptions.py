@@ -24,7 +24,7 @@ from torch.fx.proxy import TraceError as FxTraceError
 from fxprune.assignments import CannotAssign, assigned
 from fxprune.example_values import ExampleValues, UnknownValueError
 from fxprune.expressions import expression
-from fxprune.kinds import IN_PLACE, OVERWROTE
+from fxprune.kinds import OVERWROTE, overwritten
 from fxprune.lookups import is_lookup, is_name
 
 ASSUMES = "this model assumes "
@@ -184,9 +184,7 @@ class Askable(fx.Proxy):
 
     def _is_buffer(self) -> bool:
         """Tell whether a value is a buffer, or what remained of it once it was overwritten."""
-        node = self.node
-        while node.op == "call_method" and node.target in IN_PLACE:
-            (node, _) = node.args
+        node = overwritten(self.node)
         return node.op == "get_attr" and node.target in dict(self.tracer.root.named_buffers())
 
     def _overwritten(self, method: str, other: Any) -> fx.Proxy:

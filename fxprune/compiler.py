@@ -16,13 +16,7 @@ from fxprune.copying import require_copyable
 from fxprune.costs import Costs, costs_of, count_costs
 from fxprune.default_device import on_cpu
 from fxprune.eager import uncompiled
-from fxprune.errors import (
-    ExampleInputError,
-    FxpruneError,
-    GateError,
-    TraceError,
-    VerificationError,
-)
+from fxprune.errors import ExampleInputError, FxpruneError, GateError, VerificationError
 from fxprune.example_inputs import infer_example_inputs
 from fxprune.frozen_attributes import freeze_
 from fxprune.gates import Gates, gate_owners, sound_inits
@@ -46,19 +40,26 @@ from fxprune.parameter_tags import carry_tags_, renamed_path
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.latest_names import read_latest_names
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
-from fxprune.piecewise import Parts, joined, parts_in_evaluation, parts_in_training, with_whole
+from fxprune.piecewise import (
+    Parts,
+    in_training_if_it_runs,
+    joined,
+    parts_in_evaluation,
+    parts_in_training,
+    with_whole,
+)
 from fxprune.pipeline import Change, Pass, run, with_options
 from fxprune.pipelines import CUT, PLAIN, READABLE, folding
 from fxprune.plain_weights import plain_weights_in, with_plain_weights
 from fxprune.precision import reading_float64
-from fxprune.program import InTraining, Program, trained_outputs, widened
+from fxprune.program import Program, trained_outputs, widened
 from fxprune.progress import shown
 from fxprune.recording import copies
 from fxprune.regions import Region
 from fxprune.report import Report
 from fxprune.retracing import keep_buffers_, keep_questions_, marks_in
 from fxprune.sharding import require_whole
-from fxprune.two_modes import has_both_modes, join, missing_part
+from fxprune.two_modes import has_both_modes, join
 from fxprune.values import flatten
 from fxprune.verification import Verification, verify
 
@@ -161,7 +162,7 @@ def instrument(
         before = _outputs(region.program) if check else None
         trained = _outputs_in_training(region.program) if check else None
         report.passes |= run(region.program, READABLE, recompile=check)
-        in_training = _in_training(region.program, required=model.training)
+        in_training = in_training_if_it_runs(region.program, required=model.training)
         trained = None if in_training is None else trained
         if region.program.module.meta["evaluation_only"]:
             text = _EVALUATION_ONLY if in_training is None else _BOTH_MODES
@@ -405,28 +406,6 @@ def _costs(model: nn.Module, inputs: Inputs) -> Costs:
 def _outputs(program: Program) -> Any:
     with evaluating(program.module):
         return program.run()
-
-
-def _in_training(program: Program, *, required: bool) -> InTraining | None:
-    """Return what a program does in training, if that runs once the program is readable.
-
-    required: raise where it does not; else it is left out.
-    """
-    found = program.in_training
-    if found is None:
-        return None
-    try:
-        if missing := missing_part(program.module, found.program.graph):
-            raise TraceError(
-                f"in training it uses {missing} otherwise than in evaluation, where it is part of "
-                "a layer; use it alike in both, or call model.eval() first"
-            )
-        observe(found.program)
-    except (ExampleInputError, TraceError):  # maps too small for an auxiliary head
-        if required:
-            raise
-        program.in_training = None
-    return program.in_training
 
 
 def _outputs_in_training(program: Program) -> Any:

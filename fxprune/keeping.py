@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.kinds import IN_PLACE, MADE_BY_TRACING
+from fxprune.kinds import MADE_BY_TRACING, overwritten
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype)
 _TORCHS = frozenset(vars(nn.Module()))
@@ -86,9 +86,7 @@ class Held:
 
     def _is_still(self, name: str, value: fx.Proxy) -> bool:
         """Tell whether what a buffer was given is the buffer itself: `self.count += 1`."""
-        node: Any = value.node
-        while node.op == "call_method" and node.target in IN_PLACE:
-            node = node.args[0]
+        node = overwritten(value.node)
         owner, _, own = str(node.target).rpartition(".")
         tracer: Any = value.tracer
         is_own = node.op == "get_attr" and own == name

@@ -25,6 +25,15 @@ QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_poin
 FORMS = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested"}
 
 
+def overwritten(node: fx.Node) -> fx.Node:
+    """Return what augmented arithmetic was done on: the node itself if it is none."""
+    while node.op == "call_method" and node.target in IN_PLACE:
+        first = node.args[0]
+        assert isinstance(first, fx.Node)
+        node = first
+    return node
+
+
 def asks_form(node: fx.Node) -> bool:
     """Tell whether an operator asks a tensor for its form only: its sizes, its type, its place."""
     if node.target is getattr:

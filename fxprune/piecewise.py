@@ -34,11 +34,11 @@ from fxprune.naming import renamed_in
 from fxprune.observation import observe
 from fxprune.pipeline import Change
 from fxprune.precision import Run, run_all
-from fxprune.program import Program, capture
+from fxprune.program import InTraining, Program, capture
 from fxprune.recording import copies, record
 from fxprune.regions import Region, find_regions, leaves_of, put_in_place, recorded_region
 from fxprune.report import Report
-from fxprune.two_modes import join, keep_mode_
+from fxprune.two_modes import join, keep_mode_, missing_part
 from fxprune.verdicts import Check
 from fxprune.verification import Verification
 
@@ -117,14 +117,12 @@ def _with_insides(whole: Region, inputs: Inputs, *, in_training: bool, treat: Tr
 
 def _require_both_modes(program: Program, model: nn.Module) -> None:
     """Raise `TraceError` for a model to be trained whose graph is that of evaluation."""
-    of_evaluation = program.module.meta["evaluation_only"] and program.in_training is None
-    if of_evaluation and model.training:
-        because = program.module.meta["untrained"] or "it switches gradients off"
+    if program.untrained and model.training:
         raise TraceError(
             f"{type(model).__name__} does something else in training than in evaluation, of which "
-            f"there is no graph to train by ({because}): move that into a submodule of its own, "
-            "which is kept whole, switch it off, or call model.eval() first to instrument the "
-            "model as it is in evaluation"
+            f"there is no graph to train by ({program.untrained}): move that into a submodule of "
+            "its own, which is kept whole, switch it off, or call model.eval() first to instrument "
+            "the model as it is in evaluation"
         )
 
 
@@ -182,14 +180,32 @@ def _without_training(region: Region) -> None:
 def _with_training(region: Region) -> None:
     """Let a region that has just been traced do in training what it does then."""
     program = region.program
-    if program.in_training is None:
-        return
+    in_training = in_training_if_it_runs(program, required=False)
+    if in_training is not None:
+        join(program.graph, in_training.program.graph)
+        raise_(program.module)
+
+
+def in_training_if_it_runs(program: Program, *, required: bool) -> InTraining | None:
+    """Return what a program does in training, if that runs once the program is readable.
+
+    required: raise where it does not; else it is left out.
+    """
+    found = program.in_training
+    if found is None:
+        return None
     try:
-        observe(program.in_training.program)
-    except ExampleInputError:  # maps too small for an auxiliary head
-        return
-    join(program.graph, program.in_training.program.graph)
-    raise_(program.module)
+        if missing := missing_part(program.module, found.program.graph):
+            raise TraceError(
+                f"in training it uses {missing} otherwise than in evaluation, where it is part of "
+                "a layer; use it alike in both, or call model.eval() first"
+            )
+        observe(found.program)
+    except (ExampleInputError, TraceError):  # maps too small for an auxiliary head
+        if required:
+            raise
+        program.in_training = None
+    return program.in_training
 
 
 def capture_any(model: nn.Module, inputs: Inputs, *, check: bool) -> Program:

@@ -67,6 +67,13 @@ class Program:
         """The graph passes edit; `check` regenerates the module's code from it."""
         return self.module.graph
 
+    @property
+    def untrained(self) -> str:
+        """Say why nobody can train what was traced; "" if one can."""
+        if not self.module.meta["evaluation_only"] or self.in_training is not None:
+            return ""
+        return self.module.meta["untrained"] or "it switches gradients off"
+
     def trains(self, node: fx.Node) -> bool:
         """Tell whether training does what a node does."""
         return self.in_training is None or node in self.in_training.twins

@@ -154,10 +154,8 @@ class _Search:
         if example is None:
             raise ExampleInputError("it is called with empty tensors only on the example inputs")
         program = capture(module, example.inputs, inside=True)
-        of_evaluation = program.module.meta["evaluation_only"] and program.in_training is None
-        if self.in_training and of_evaluation:
-            because = program.module.meta["untrained"] or "it switches gradients off"
-            raise TraceError(f"it does something else in training: {because}")
+        if self.in_training and program.untrained:
+            raise TraceError(f"it does something else in training: {program.untrained}")
         _carry_attributes(module, program.module)
         if not all(_agrees(program.module, call) for call in calls):
             raise TraceError("its trace on one call computes something else on another")

@@ -109,7 +109,6 @@ def join(evaluation: fx.Graph, training: fx.Graph) -> None:
         flag = evaluation.create_node("get_attr", "training")  # asks no module whether it has one
         output = evaluation.graph_copy(training, known)
         result = evaluation.call_function(in_either_mode, (flag, end.args[0], output))
-    result.meta["is_wrapped"] = True
     end.args = (result,)
 
 
@@ -139,16 +138,14 @@ def keep_mode_(graph: fx.Graph, *, training: bool) -> None:
     choice = _choice(graph)
     if choice is None:
         return
-    flag: Any
     flag, in_evaluation, in_training = choice.args
+    of_training = nodes_of_training(graph)
+    kept = {"placeholder", "output"}
     graph.output_node().args = (in_training if training else in_evaluation,)
-    operators = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    border = operators.index(flag)
-    others = operators[:border] if training else operators[border + 1 :]
-    graph.erase_node(choice)
-    for node in reversed([one for one in others if one is not choice]):
-        graph.erase_node(node)
-    graph.erase_node(flag)
+    for node in reversed(graph.nodes):
+        is_other = node.op not in kept and (node in of_training) != training
+        if is_other or node is choice or node is flag:
+            graph.erase_node(node)
 
 
 def of_mode(graph: fx.Graph, *, training: bool) -> fx.Graph:

@@ -217,6 +217,12 @@ def test_augmented_arithmetic_writes_into_buffers(always: bool, inside: bool) ->
     assert close_half(gated) == (7 if inside else 4)
     small: Any = fxprune.finalize(gated)
     assert small.report.verification.verdict == "equal"
+    gated.eval()(x)
+    small(x)
+    written = {name: one for name, one in small.named_buffers() if name.endswith(("calls", "mean"))}
+    assert len(written) == (2 if always else 0)
+    for name, one in written.items():
+        torch.testing.assert_close(one, dict(gated.named_buffers())[name])
 
 
 def test_a_replaced_buffer_is_refused_and_said_how_to_mend() -> None:

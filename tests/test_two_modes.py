@@ -1,7 +1,6 @@
 """Models that run other operators in training: noise, auxiliary heads, losses, second views."""
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from fxprune.errors import FxpruneError
 from fxprune.penalties import cost_of
 from fxprune.testing import close_half
 from fxprune.two_modes import CodeGenOfBothModes, join
-from tests.conftest import randomise
+from tests.conftest import randomise, reloaded
 
 IMAGES = torch.randn(6, 3, 8, 8, dtype=torch.float64)
 
@@ -275,10 +274,7 @@ def test_both_modes_are_saved(name: str, what: str) -> None:
         ours = fxprune.finalize(ours, fold=False)
     if what == "compacted":
         ours = fxprune.compact(ours)
-    file = io.BytesIO()
-    torch.save(ours, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
+    loaded = reloaded(ours)
     again = copy.deepcopy(loaded)
     for mode in (True, False):
         expected = run(ours, inputs, training=mode)
