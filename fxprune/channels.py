@@ -21,6 +21,7 @@ from fxprune.errors import where
 from fxprune.modules import device_of, tensors_in
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.ops.settled import require_settled
+from fxprune.overwrites import Overwrites
 from fxprune.program import Program
 from fxprune.rules import CPU, FILLED, Call, Flow, Read, barrier_flow, flow_of, rule_name
 from fxprune.tags import TagTable
@@ -118,7 +119,9 @@ class _Forward:
         device = device_of(program.module)
         self.device = device if device.type == "cuda" else CPU  # others may have no float64
         self._name_tensors()
-        self.overwritten = self._overwritten()
+        overwrites = Overwrites(program.graph, self.seen)
+        read_again = (overwrites.read_again(writer) for writer in self.seen.mutated)
+        self.overwritten = set[fx.Node]().union(*read_again)
 
     def run(self) -> Channels:
         for node in self.program.graph.nodes:
@@ -255,29 +258,6 @@ class _Forward:
         module = self.modules[str(node.target)]
         held = (t for t in tensors_in(module) if isinstance(t, nn.Parameter))
         return all(self.users[self.tensors[id(t)]] == 1 for t in held)
-
-    def _overwritten(self) -> set[fx.Node]:
-        """Return the alias groups of which a member is read after another was written to.
-
-        A buffer is read again when the model runs again.
-        """
-        order = {node: place for place, node in enumerate(self.program.graph.nodes)}
-        groups: dict[fx.Node, list[fx.Node]] = {}
-        for node, group in self.seen.alias.items():
-            groups.setdefault(group, []).append(node)
-        unsafe: set[fx.Node] = set()
-        for writer, written in self.seen.mutated.items():
-            for node in written:
-                group = self.seen.alias[node]
-                for member in groups[group]:
-                    if member.op == "get_attr":
-                        unsafe.add(group)
-                    elif order[member] < order[writer] and any(
-                        order[user] > order[writer] and self.seen.reads(user, member, writer)
-                        for user in member.users
-                    ):
-                        unsafe.add(group)
-        return unsafe
 
 
 def _zero(value: Value) -> Value:

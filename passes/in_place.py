@@ -7,38 +7,19 @@ the channel analysis keeps all that shares that memory.
 
 from typing import Any
 
-from torch import fx
-
 from fxprune.observation import observe
 from fxprune.out_of_place import make_out_of_place
+from fxprune.overwrites import Overwrites
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
-from fxprune.two_modes import nodes_of_training
 
 
 @keeps_shapes
 def make_functional(program: Program) -> list[Change]:
     """Turn in-place activations and arithmetic into their ordinary forms."""
     seen = observe(program)
-    order = {node: place for place, node in enumerate(program.graph.nodes)}
-    of_training = nodes_of_training(program.graph)
-    members: dict[fx.Node, list[fx.Node]] = {}
-    for node, group in seen.alias.items():
-        members.setdefault(group, []).append(node)
-
-    def is_read_again(writer: fx.Node) -> bool:
-        shared = [node for one in seen.mutated[writer] for node in members[seen.alias[one]]]
-        before = [node for node in shared if order[node] < order[writer]]
-        if any(node.op == "get_attr" for node in shared):
-            return True  # a buffer, when the model is called again
-        return any(
-            order[user] > order[writer] and seen.reads(user, node, writer)
-            for node in before
-            for user in node.users
-            if (user in of_training) == (writer in of_training)  # the modes do not meet
-        )
-
-    needed = [writer for writer in seen.mutated if is_read_again(writer)]
+    overwrites = Overwrites(program.graph, seen)
+    needed = [writer for writer in seen.mutated if overwrites.read_again(writer)]
     # A module has one flag for all its calls.
     stay = {node.target for node in needed if node.op == "call_module"}
     changes: list[Change] = []

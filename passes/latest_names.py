@@ -10,17 +10,16 @@ from torch import fx
 
 from fxprune.observation import observe
 from fxprune.out_of_place import returns_its_input
+from fxprune.overwrites import Overwrites
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program
-from fxprune.two_modes import nodes_of_training
 
 
 @keeps_shapes
 def read_latest_names(program: Program) -> list[Change]:
     """Let whoever reads a tensor after an operator overwrote it read that operator's result."""
     seen = observe(program)
-    order = {node: place for place, node in enumerate(program.graph.nodes)}
-    of_training = nodes_of_training(program.graph)
+    overwrites = Overwrites(program.graph, seen)
     changes: list[Change] = []
     for writer, written in seen.mutated.items():
         source = writer.args[0] if writer.args else None
@@ -31,11 +30,7 @@ def read_latest_names(program: Program) -> list[Change]:
         same = (
             seen.alias[source] is seen.alias[writer] and seen.values[source] == seen.values[writer]
         )
-        later = [
-            user
-            for user in source.users
-            if order[user] > order[writer] and (user in of_training) == (writer in of_training)
-        ]
+        later = overwrites.later_readers(source, writer)
         if same and later and returns_its_input(writer, program.module):
             for user in later:
                 user.replace_input_with(source, writer)

@@ -76,6 +76,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program",),
     ("sharing", "out_of_place", "copying"),
     ("observation",),
+    ("overwrites",),
     ("affine_maps", "convolutions"),
     ("average_pools", "transposed_convolutions", "whole_maps"),
     ("affine_neighbours",),

@@ -139,6 +139,20 @@ class Overwriting(nn.Module):
         return (y, self.beside(torch.relu(x))) if self.training else y
 
 
+class Rereading(nn.Module):
+    """What is returned in evaluation was overwritten under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 16), nn.Linear(16, 8)
+        self.beside = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.second(F.relu(self.first(x.mean((2, 3)))))
+        x.view(-1).relu_()
+        return (x, self.beside(x), torch.randn_like(x)) if self.training else x
+
+
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "noise and auxiliary heads": (Noisy, (IMAGES,)),
@@ -148,6 +162,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "a loss": (Loss, (IMAGES, LABELS)),
     "a layer more": (Deeper, (IMAGES,)),
     "inputs overwritten": (Overwriting, (IMAGES,)),
+    "read by an older name": (Rereading, (IMAGES,)),
 }
 
 
