@@ -26,8 +26,8 @@ demo: $(READY) ## train a gated LeNet on MNIST, finalise it, show what it became
 	@$(BIN)/python -m tools.train_demo $(ARGS)
 
 test: $(READY) ## run the tests that are neither slow nor for a GPU
-	@echo "==> test: python -m pytest -m 'not slow and not gpu' $(ARGS)"
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@echo "==> test: python -m pytest -n auto -m 'not slow and not gpu' $(ARGS)"
+	@$(BIN)/python -m pytest -n auto -m "not slow and not gpu" $(ARGS)
 
 check: $(READY) ## lint, format, types and tests: what must pass before a commit
 	@$(BIN)/python -m tools.check $(ARGS)

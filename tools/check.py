@@ -14,7 +14,7 @@ CHECKS = {
     "lint": ("ruff", "check", "."),
     "format": ("ruff", "format", "--check", "."),
     "types": ("pyright", "--pythonpath", sys.executable),
-    "tests": ("pytest", "-m", "not slow and not gpu"),
+    "tests": ("pytest", "-n", "auto", "-m", "not slow and not gpu"),
 }
 
 
