@@ -27,6 +27,7 @@ from fxprune.modules import (
     memory_of,
     require_no_gradient_hooks,
 )
+from fxprune.notes import erase_notes_, noted
 from fxprune.optimizer_states import as_optimizers, hand_over_, require_replaceable, states_of
 from fxprune.parameter_tags import carry_tags_
 from fxprune.passes.dead_channels import eliminate_dead_channels
@@ -97,6 +98,7 @@ def compact(
     def cut(program: Program) -> list[Change]:
         return eliminate_dead_channels(program, in_training=True)
 
+    erase_notes_(program.module, noted(program.graph))
     run(program, (mark, cut, restore_gates))
     _require_gone(program, keep)
     _hand_over(model, program.module, optimizers, program.cuts)

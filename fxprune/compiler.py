@@ -35,6 +35,7 @@ from fxprune.modules import (
     require_no_gradient_hooks,
 )
 from fxprune.naming import renamed_in
+from fxprune.notes import erase_notes_, left_in, noted
 from fxprune.observation import TensorSpec, observe
 from fxprune.parameter_tags import carry_tags_, renamed_path
 from fxprune.passes.instrumentation import insert_gates
@@ -95,6 +96,10 @@ _BOTH_MODES = (
     "runs other operators than evaluation: costs are those of evaluation, gates go where both do "
     "the same, and operators of training alone have none"
 )
+_NOTED = "is set by every call, as the model does; what is finalised sets no attributes"
+_FORGOTTEN = (
+    "is set by the model's forward, not by the result: let the forward return what is to be read"
+)
 _NOT_HOISTED = "not moved: that is for models traced whole, by one graph for both modes"
 _EVALUATION_ONLY = (
     "not as in the model, which runs other operators then: gated, it computes in training what it "
@@ -154,8 +159,8 @@ def instrument(
 
     def gate(region: Region) -> None:
         report = reports[region.path] = Report("instrument", name, {})
-        report.passes |= _renaming(region) | _modes(region)
-        report.refused += _overwritten(region)
+        report.passes |= _renaming(region) | _modes(region) | _notes(region)
+        report.refused += _overwritten(region) + _forgotten(region)
         hoists = hoist_padding and not region.path and region.program.in_training is None
         if hoist_padding and not hoists:
             report.refused.append(Change("padding", _NOT_HOISTED))
@@ -188,6 +193,7 @@ def instrument(
     parts = parts_in_training(model, inputs, gate, check=check)
     _count_insides_once(parts)
     gated = _assembled("instrument", name, inputs, parts, reports)
+    erase_notes_(gated, noted(gated.graph))
     _restore_state(model, gated)
     carry_tags_(model, gated, renamed_in(gated))
     return cast(GatedModel, gated)
@@ -272,6 +278,21 @@ def _overwritten(region: Region) -> list[Change]:
     """Return what to report of arguments that the model overwrites: its result may not."""
     names: list[str] = region.program.module.meta.get("overwrites", [])
     return [Change(name, _OVERWRITTEN) for name in names]
+
+
+def _notes(region: Region) -> dict[str, list[Change]]:
+    """Return what to report of attributes that are set by every call."""
+    program = region.program
+    names = noted(program.graph)
+    if program.in_training is not None:
+        names |= noted(program.in_training.program.graph)
+    changes = [Change(name, _NOTED) for name in sorted(names)]
+    return {"notes": changes} if changes else {}
+
+
+def _forgotten(region: Region) -> list[Change]:
+    """Return what to report of attributes that are not set any more."""
+    return [Change(name, _FORGOTTEN) for name in region.program.module.meta.get("forgotten", [])]
 
 
 def _modes(region: Region) -> dict[str, list[Change]]:
@@ -362,7 +383,7 @@ def _cut(
         Change(place, f"all channels around it stay: {reason}")
         for place, reason in program.barriers.items()
     ]
-    report.refused += _overwritten(region)
+    report.refused += _overwritten(region) + _forgotten(region)
     of_evaluation = program.module.meta.get("evaluation_only")
     if trained and of_evaluation and not has_both_modes(program.graph):
         report.refused.append(Change("training", _EVALUATION_ONLY))
@@ -404,8 +425,9 @@ def _costs(model: nn.Module, inputs: Inputs) -> Costs:
 
 
 def _outputs(program: Program) -> Any:
+    """Return what a program computes, and leaves in attributes."""
     with evaluating(program.module):
-        return program.run()
+        return program.run(), left_in(program.module, noted(program.graph))
 
 
 def _outputs_in_training(program: Program) -> Any:

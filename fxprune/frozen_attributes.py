@@ -9,6 +9,7 @@ A graph module has a class of its own, and lets its copies have the same; module
 others get one, and are plain modules to pickle. What was saved and loaded refuses nothing.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -39,9 +40,12 @@ def freeze_(model: nn.Module) -> None:
             _freeze_one_(module, frozen)
 
 
-def note_(traced: fx.GraphModule, root: nn.Module) -> None:
-    """Note in a trace what the attributes of its model are."""
-    traced.meta[_KEPT] = attributes_of(root, traced)
+def note_(traced: fx.GraphModule, root: nn.Module, *, but: Collection[str]) -> None:
+    """Note in a trace what the attributes of its model are, `but` those that its calls set."""
+    traced.meta[_KEPT] = {
+        path: {name: one for name, one in held.items() if f"{path}.{name}".lstrip(".") not in but}
+        for path, held in attributes_of(root, traced).items()
+    }
 
 
 def _freeze_one_(module: fx.GraphModule, frozen: dict[str, dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from fxprune.passes.latest_names import read_latest_names
 from fxprune.passes.layer_modules import make_layers_modules
 from fxprune.passes.linear_chains import fold_linear_chains
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
+from fxprune.passes.notes import drop_notes
 from fxprune.passes.parallel_branches import fold_parallel_branches
 from fxprune.passes.rank_questions import ask_inputs_for_ranks
 from fxprune.passes.settled_modes import settle_modes
@@ -35,6 +36,8 @@ READABLE: tuple[Pass, ...] = (
 )
 
 PLAIN: tuple[Pass, ...] = (
+    # What only attributes hold is read by nobody.
+    drop_notes,
     # What the gates decided becomes zeros, which all later passes understand.
     remove_gates,
     read_latest_names,

@@ -23,6 +23,7 @@ from fxprune.keeping import count_on_
 from fxprune.memory_formats import like
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating, run_alike, run_on
 from fxprune.naming import free_names_
+from fxprune.notes import left_in, noted
 from fxprune.randomness import Generators
 from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
 from fxprune.tracing import bound_arguments, trace, without_fused_layers
@@ -322,6 +323,11 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
                 f"forward keeps something in self.{written[0]}; a trace forgets that, so pass what "
                 "is kept as an argument, and return it"
             )
+        names = noted(program.graph)
+        expected, actual = (
+            (expected, left_in(root, names)),
+            (actual, left_in(program.module, names)),
+        )
     _check_on_others(root, program)
     if not same(expected, actual):
         if same(expected, actual, nan=True):

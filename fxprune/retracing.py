@@ -16,6 +16,7 @@ from fxprune.dtype_limits import LIMITS, asking_for_limits
 from fxprune.kinds import PASSES
 from fxprune.modes import answering_modes, follows_mode
 from fxprune.modules import free_name
+from fxprune.notes import OWNER
 from fxprune.two_modes import CodeGenOfBothModes, has_both_modes, join
 
 # Modules of Python's own functions, which do not dispatch on proxies.
@@ -33,6 +34,10 @@ class LiveTracer(fx.Tracer):
         """Trace as torch.fx does; who reads a flag meanwhile is the code that is traced."""
         with answering_modes(self._flag), asking_for_limits():
             return super().trace(root, concrete_args)
+
+    def create_arg(self, a: Any) -> Any:
+        """Lower an argument; the model itself is whose attributes the code sets."""
+        return OWNER if a is self.root else super().create_arg(a)
 
     def _flag(self, module: nn.Module) -> Any:
         path = self.path_of_module(module)

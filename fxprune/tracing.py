@@ -50,6 +50,8 @@ from fxprune.modes import (
     thaw_modes,
 )
 from fxprune.modules import has_hooks, tensors_in
+from fxprune.naming import RESERVED
+from fxprune.notes import OWNER, leave_note, noted
 from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 from fxprune.scripts import inlined
@@ -333,6 +335,28 @@ class ModelTracer(AskedTracer):
             )
         self.written |= {f"{path}.{name}" if path else name for name in written.attributes}
 
+    def leave_notes(self, held: Held) -> None:
+        """Let the graph set the attributes that something traced was put in, by whatever part.
+
+        held: what the model itself held before. In a part of a model, which may be kept for what it
+        is, nobody is told of them.
+        """
+        end = self.graph.output_node()
+        for one in () if self.inside else (*self.keeping, held):
+            path = self.path_of_module(one.module) if one is not held else ""
+            for name, value in one.kept().items():
+                if path or name not in RESERVED:
+                    self._leave_note(end, f"{path}.{name}".lstrip("."), value, one.module)
+
+    def _leave_note(self, end: fx.Node, path: str, value: Any, part: nn.Module) -> None:
+        try:
+            with self.graph.inserting_before(end):
+                args: Any = (OWNER, path, self.create_arg(value))
+                node = self.graph.call_function(leave_note, args)
+        except TraceError:  # in an object of the user's
+            return
+        node.meta |= {"source": _first_line_of(part), "is_wrapped": True}
+
     def _require_no_object(self, node: fx.Node) -> None:
         """Raise `TraceError` where a method writes into an object that is an argument."""
         held: Any = node.args[0] if node.args else None
@@ -401,7 +425,10 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
         thaw_modes(training, evaluation, steady_flags(after))
     module = without_code(root, evaluation, type(root).__name__)
     module.meta["written"] = sorted(tracer.written)
-    note_(module, root)
+    tracers = [tracer] if tracer.other is None else [tracer, tracer.other]
+    set_by_calls = {name for one in tracers for name in noted(one.graph)}
+    module.meta["forgotten"] = sorted({n for one in tracers for n in one.written} - set_by_calls)
+    note_(module, root, but=set_by_calls)
     if after:
         module.meta["modes"] = {path: after[0][path] for path in keep_flags_(module, *after)}
     module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
@@ -521,7 +548,7 @@ def _why_untrained(tracer: ModelTracer, other: ModelTracer) -> str:
     """
     if other.evaluation_only:
         return "it switches gradients off in training"
-    if kept := sorted(other.written - tracer.written):
+    if kept := sorted(other.written - tracer.written - noted(other.graph)):
         return f"its forward sets {kept[0]} in training only, which a graph forgets"
     for one, twin in ((other, tracer), (tracer, other)):
         used = {
@@ -656,6 +683,7 @@ def _traced(
             asking_for_limits(),
         ):
             graph = tracer.trace(root)
+            tracer.leave_notes(held)
     finally:
         tracer.put_back()
         written = held.put_back()

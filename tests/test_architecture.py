@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "dtype_limits",
         "frozen_attributes",
         "keeping",
+        "notes",
         "randomness",
         "scripts",
         "tables",

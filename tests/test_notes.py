@@ -1,0 +1,243 @@
+"""Attributes that a forward sets, for others to read after a call."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import fxprune
+from fxprune.penalties import cost_of
+from fxprune.testing import close_half
+from tests.conftest import randomise, reloaded
+
+X = torch.randn(6, 8, dtype=torch.float64)
+
+
+class Scores(nn.Module):
+    """A part without weights that shows what it last made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x.softmax(-1)
+        return self.last
+
+
+class Experts(nn.Module):
+    """Experts, and what they would have their loads cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.scores = nn.Linear(8, 3), Scores()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3)
+        )
+        self.balance = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        loads = self.scores(self.router(x))
+        self.balance = loads.mean(0).square().sum()
+        outputs = [expert(x) for expert in self.experts]
+        return torch.stack([loads[:, i, None] * y for i, y in enumerate(outputs)]).sum(0)
+
+
+class Mixture(nn.Module):
+    """Everything is set in every call: a loss, a map of features, a list and a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(8, 8), Experts(), nn.Linear(8, 4)
+        self.losses: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.losses = []
+        x = F.relu(self.first(x))
+        self.features = x
+        x = x + self.experts(x)
+        self.losses.append(self.experts.balance)
+        self.losses.append(x.abs().mean())
+        self.shown = {"sum": x.sum(-1), "experts": (self.experts.scores.last,)}
+        return self.last(x)
+
+
+class InTraining(nn.Module):
+    """A part with a random code, of which training wants the divergence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.mean, self.spread = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+        self.decoder = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.encoder(x))
+        code = self.mean(x)
+        if self.training:
+            spread = self.spread(x)
+            self.divergence = (code.square() + spread.exp() - spread).mean()
+            code = code + spread.mul(0.5).exp() * torch.randn_like(code)
+        return self.decoder(code)
+
+
+class Twice(nn.Module):
+    """A part that is called twice, and shows the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.experts, self.last = nn.Linear(8, 8), Experts(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.experts(F.relu(self.layer(self.experts(x)))))
+
+
+LOSSES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
+    "experts": (Mixture, lambda m: [*m.losses, m.features, *m.shown.values(), m.experts.balance]),
+    "in training": (InTraining, lambda m: [m.divergence]),
+    "called twice": (Twice, lambda m: [m.experts.balance, m.experts.scores.last]),
+}
+
+
+def built(name: str) -> tuple[Any, Callable[[Any], Any]]:
+    kind, notes = LOSSES[name]
+    return randomise(kind()).double().train(), notes
+
+
+def run(model: nn.Module, notes: Callable[[Any], Any]) -> list[Tensor]:
+    """Return outputs, notes, and the gradients of all of them."""
+    torch.manual_seed(1)
+    outputs = [model(X), *tree_leaves(notes(model))]
+    model.zero_grad()
+    torch.stack([one.square().mean() for one in outputs]).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "gates" not in name}
+    return [*outputs, *(one for _, one in sorted(gradients.items()) if one is not None)]
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("instrumented_in", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gated_model_sets_what_the_model_sets(
+    name: str, instrumented_in: bool, ran: bool
+) -> None:
+    model, notes = built(name)
+    if ran:
+        model(X * 2)
+    gated: Any = fxprune.instrument(model.train(instrumented_in), X)
+    with pytest.raises(AttributeError):
+        notes(gated)  # nothing is left of the run on the example inputs
+    for one in (model, gated):
+        one.train()
+    expected, found = run(model, notes), run(gated, notes)
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    assert min(one.abs().max() for one in found[:2]) > 1e-3
+    if name != "in training":
+        for one in (model, gated):
+            one.eval()(X)
+        assert all(map(torch.equal, tree_leaves(notes(gated)), tree_leaves(notes(model))))
+
+
+def test_the_report_says_what_is_set() -> None:
+    gated: Any = fxprune.instrument(built("experts")[0], X)
+    told = [change.where for change in gated.report.passes["notes"]]
+    assert told == ["experts.balance", "experts.scores.last", "features", "losses", "shown"]
+    assert not gated.report.refused
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_set_plans_nothing(name: str) -> None:
+    """A model without notes is gated, and counted, alike."""
+    model, _ = built(name)
+    plain: Any = fxprune.finalize(model, X, fold=False)
+    for one in (plain, plain.train()):
+        assert not hasattr(one, "features")
+    close_half(gated := fxprune.instrument(model, X))
+    small: Any = fxprune.finalize(gated)
+    told = [change.where for change in small.report.passes["drop_notes"]]
+    assert told or name == "in training"
+    found = float(cost_of(gated.gates, "parameters").detach())
+    assert found == small.report.after.parameters < small.report.before.parameters
+
+
+def test_a_finalised_model_sets_nothing(without_fxprune: Callable[[nn.Module, str], str]) -> None:
+    model, notes = built("experts")
+    gated: Any = fxprune.instrument(model, X)
+    gated(X)
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    small(X)
+    with pytest.raises(AttributeError):
+        notes(small)
+    assert not any(hasattr(part, "balance") for part in small.modules())
+    assert "Linear" in without_fxprune(small, "m")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_compacted_model_sets_what_the_gated_one_does(name: str) -> None:
+    model, notes = built(name)
+    gated: Any = fxprune.instrument(model, X)
+    gated(X)
+    close_half(gated)
+    small: Any = fxprune.compact(gated)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in gated.parameters())
+    with pytest.raises(AttributeError):
+        notes(small)
+    one, other = ([found.train()(X), *tree_leaves(notes(found))] for found in (gated, small))
+    if name != "in training":
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+    assert [part.shape for part in one] == [part.shape for part in other]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_saved_model_sets_it_still(name: str) -> None:
+    model, notes = built(name)
+    gated: Any = fxprune.instrument(model, X)
+    expected = run(gated, notes)
+    for one in (reloaded(gated), copy.deepcopy(reloaded(gated))):
+        assert all(map(torch.equal, run(one, notes), expected))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_compiled_model_sets_it_too(name: str) -> None:
+    model, notes = built(name)
+    gated: Any = fxprune.instrument(model, X)
+    expected = [gated.train()(X), *tree_leaves(notes(gated))]
+    if name == "in training":
+        expected = expected[1:]
+    torch.compiler.reset()
+    compiled = torch.compile(gated, backend="aot_eager", fullgraph=True)
+    found = [compiled(X), *tree_leaves(notes(gated))][-len(expected) :]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_onnx_files_are_of_the_outputs(name: str, tmp_path: Any) -> None:
+    model, _ = built(name)
+    gated: Any = fxprune.instrument(model.float(), X.float())
+    gated.eval()(X.float())
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    for place, one in enumerate((gated, small)):
+        assert fxprune.export_onnx(one, tmp_path / f"{place}.onnx").outputs
+
+
+class Forgetful(nn.Module):
+    """What is set is no value: a count, a list that goes on, an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.calls, self.seen = 0, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = F.relu(self.first(x))
+        self.seen.append(x)
+        return self.last(x)
+
+
+def test_what_cannot_be_set_is_said() -> None:
+    gated: Any = fxprune.instrument(randomise(Forgetful()).double().eval(), X)
+    told = {change.where for change in gated.report.refused if "forward" in change.what}
+    assert told >= {"calls", "seen"}
