@@ -18,6 +18,7 @@ import torch
 
 from fxprune.errors import TraceError
 from fxprune.lookups import NOT_THE_USERS
+from fxprune.stand_ins import standing_in
 
 _QUESTIONS = (
     *("is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled"),
@@ -83,21 +84,19 @@ def asked_of(state: CallState, users: Sequence[ModuleType], tracer: Any) -> Gene
     tracer: says whether it is `answering`, when code runs that is not traced.
     """
     torchs: dict[str, Any] = {name: getattr(torch, name, None) for name in _QUESTIONS}
-    patched: list[tuple[dict[str, Any], str]] = [
-        (names, name)
-        for names in map(vars, (torch, *users))
-        for name in torchs.keys() & names.keys()
-        if torchs[name] is not None and names[name] is torchs[name]
-    ]
     asked = {name: _Asking(name, function, state, tracer) for name, function in torchs.items()}
-    for names, name in patched:
-        names[name] = asked[name]
+    names = [
+        (owner, name, asked[name])
+        for owner in (torch, *users)
+        for name in torchs.keys() & vars(owner).keys()
+        if torchs[name] is not None and vars(owner)[name] is torchs[name]
+    ]
     try:
-        yield
+        with standing_in(*names):
+            yield
     finally:
-        for names, name in patched:
-            names[name] = torchs[name]
-            asked[name].is_over = True
+        for one in asked.values():
+            one.is_over = True
 
 
 class _Asking:

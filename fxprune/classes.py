@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.stand_ins import standing_in
+
 
 @contextmanager
 def of_their_classes(modules: Sequence[ModuleType], tracer: Any) -> Generator[None]:
@@ -41,20 +43,15 @@ def of_their_classes(modules: Sequence[ModuleType], tracer: Any) -> Generator[No
 
     def is_scripted_instance(value: Any, kinds: Any) -> bool:
         traced = issubclass(type(value), fx.Proxy)
-        return is_instance(value, kinds) if traced else before[1](value, kinds)
+        return is_instance(value, kinds) if traced else scripted(value, kinds)
 
-    users = [vars(one) for one in modules if "isinstance" not in vars(one)]
     torchs: Any = torch.jit
-    before: tuple[Any, Any] = (torch.is_tensor, torchs.isinstance)
-    torch.is_tensor, torchs.isinstance = is_tensor, is_scripted_instance
-    for names in users:
-        names["isinstance"] = is_instance
-    try:
+    scripted: Any = torchs.isinstance
+    users = [(one, "isinstance", is_instance) for one in modules if "isinstance" not in vars(one)]
+    with standing_in(
+        (torch, "is_tensor", is_tensor), (torchs, "isinstance", is_scripted_instance), *users
+    ):
         yield
-    finally:
-        torch.is_tensor, torchs.isinstance = before
-        for names in users:
-            names.pop("isinstance", None)  # a module may stand under two names
 
 
 def modules_of(root: nn.Module) -> list[ModuleType]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.stand_ins import StandIn
+from fxprune.stand_ins import StandIn, standing_in
 
 LIMITS: tuple[type, ...] = (torch.finfo, torch.iinfo)
 
@@ -21,14 +21,10 @@ LIMITS: tuple[type, ...] = (torch.finfo, torch.iinfo)
 @contextmanager
 def asking_for_limits() -> Generator[None]:
     """Let `torch.finfo` and `torch.iinfo` of a traced dtype be nodes of the graph."""
-    names: Any = torch
-    for kind in LIMITS:
-        setattr(names, kind.__name__, _Asking(kind.__name__, (), {"kind": kind}))
-    try:
+    kinds = {kind.__name__: kind for kind in LIMITS}
+    asking = [(torch, name, _Asking(name, (), {"kind": kind})) for name, kind in kinds.items()]
+    with standing_in(*asking):
         yield
-    finally:
-        for kind in LIMITS:
-            setattr(names, kind.__name__, kind)
 
 
 class _Asking(StandIn):

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from fxprune.kinds import MADE_BY_TRACING
+from fxprune.stand_ins import standing_in
 
 
 def by_mode(training: bool, in_evaluation: Any, in_training: Any) -> Any:
@@ -69,11 +70,8 @@ def answering_modes(answer: Callable[[nn.Module], Any]) -> Generator[None]:
     def write(module: nn.Module, flag: bool) -> None:
         vars(module)["training"] = flag
 
-    nn.Module.training = property(answer, write)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
+    with standing_in((nn.Module, "training", property(answer, write))):
         yield
-    finally:
-        del nn.Module.training
 
 
 def flags_after(root: nn.Module, *, training: bool) -> dict[str, bool]:

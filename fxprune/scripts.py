@@ -8,6 +8,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxprune.stand_ins import standing_in
+
 # Where torch keeps that Python, for its own compiler to look into.
 _PYTHON = "_torchdynamo_inline"
 
@@ -27,8 +29,5 @@ def inlined(tracer: Any) -> Generator[None]:
         function = python if traced and python is not None and not tracer.answering else None
         return compiled(self, *args, **kwargs) if function is None else function(*args, **kwargs)
 
-    kind.__call__ = call
-    try:
+    with standing_in((kind, "__call__", call)):
         yield
-    finally:
-        kind.__call__ = compiled

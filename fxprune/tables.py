@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.stand_ins import standing_in
+
 
 @contextmanager
 def sliced_by_name(root: nn.Module, tracer: Any) -> Generator[None]:
@@ -37,11 +39,8 @@ def sliced_by_name(root: nn.Module, tracer: Any) -> Generator[None]:
             return inherited(self, index)
         return tracer.create_proxy("get_attr", name, (), {})[index]
 
-    Tensor.__getitem__ = read  # pyright: ignore[reportAttributeAccessIssue]
-    try:
+    with standing_in((Tensor, "__getitem__", read)):
         yield
-    finally:
-        del Tensor.__getitem__  # it is that of the class above again
 
 
 def _is_traced(index: Any) -> bool:

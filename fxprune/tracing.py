@@ -34,6 +34,7 @@ from fxprune.errors import ExampleInputError, TraceError
 from fxprune.frozen_attributes import note_
 from fxprune.garbage import uncollected
 from fxprune.graph_modules import without_code
+from fxprune.imports import imported_unchanged
 from fxprune.keeping import Held, Parts, Written, count_on_
 from fxprune.kinds import PASSES
 from fxprune.lookups import NOT_THE_USERS
@@ -55,6 +56,7 @@ from fxprune.notes import OWNER, leave_note, noted
 from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 from fxprune.scripts import inlined
+from fxprune.stand_ins import standing_in
 from fxprune.tables import sliced_by_name
 from fxprune.two_modes import find_twins, hold_
 from fxprune.watching import OwnTensors, left_alone
@@ -320,11 +322,8 @@ class ModelTracer(AskedTracer):
                 return enter(self)
             raise TraceError("it switches autocast, which no graph does")
 
-        torch.autocast.__enter__ = refuse
-        try:
+        with standing_in((torch.autocast, "__enter__", refuse)):
             yield
-        finally:
-            torch.autocast.__enter__ = enter
 
     def note(self, written: Written, path: str = "") -> None:
         """Remember which attributes a forward wrote; `TraceError` if it replaced a tensor."""
@@ -672,6 +671,7 @@ def _traced(
     try:
         with (
             torch.enable_grad(),
+            imported_unchanged(),
             left_alone(tracer.own, tracer),
             without_fused_layers(),
             tracer.refusing_autocast(),

@@ -8,16 +8,17 @@ tensor like any other: what is computed with it is computed once, while the mode
 what is written into it is written then. Modes and `requires_grad` are switched then, too.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.dispatch import DispatchMode
 from fxprune.errors import TraceError
+from fxprune.stand_ins import standing_in
 
 
 class OwnTensors:
@@ -43,13 +44,13 @@ def left_alone(own: OwnTensors, tracer: Any) -> Generator[None]:
         yield
 
 
-class _Refusing(TorchDispatchMode):
+class _Refusing(DispatchMode):
     def __init__(self, own: OwnTensors, tracer: Any) -> None:
         super().__init__()
         self.own, self.tracer = own, tracer
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if not self.tracer.answering:
@@ -68,7 +69,6 @@ class _Refusing(TorchDispatchMode):
 def _refusing_switches(own: OwnTensors, tracer: Any) -> Generator[None]:
     modules: Any = nn.Module
     train, set_attribute = modules.train, modules.__setattr__
-    before: Any = vars(torch.Tensor).get("requires_grad_")
     requires_grad_: Any = torch.Tensor.requires_grad_
 
     def refuse_train(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -90,17 +90,12 @@ def _refusing_switches(own: OwnTensors, tracer: Any) -> Generator[None]:
             )
         return requires_grad_(tensor, requires_grad)
 
-    names: Any = torch.Tensor
-    modules.train, modules.__setattr__ = refuse_train, refuse_flag
-    names.requires_grad_ = refuse_requires_grad
-    try:
+    with standing_in(
+        (modules, "train", refuse_train),
+        (modules, "__setattr__", refuse_flag),
+        (torch.Tensor, "requires_grad_", refuse_requires_grad),
+    ):
         yield
-    finally:
-        modules.train, modules.__setattr__ = train, set_attribute
-        if before is None:
-            del names.requires_grad_
-        else:
-            names.requires_grad_ = before
 
 
 def _memory(tensor: Tensor) -> int | None:

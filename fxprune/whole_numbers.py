@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx
 
-from fxprune.stand_ins import StandIn
+from fxprune.stand_ins import StandIn, standing_in
 
 _DEFINED = (type, FunctionType, type(functools.lru_cache(int)))
 _QUESTIONS = ("isinstance", "issubclass")
@@ -39,16 +39,10 @@ def kept_whole(modules: Sequence[ModuleType], tracer: Any) -> Generator[None]:
         return tracer.first_size(value) if of_tensor else builtins.len(value)
 
     whole = _Whole("int", (), {"kind": int, "tracer": tracer})
-    users = [(vars(one), "int", whole) for one in modules if _calls_int(one)]
-    users += [(vars(one), "len", length) for one in modules]
-    users = [(names, name, ours) for names, name, ours in users if name not in names]
-    for names, name, ours in users:
-        names[name] = ours
-    try:
+    users: list[tuple[ModuleType, str, Any]] = [(one, "len", length) for one in modules]
+    users += [(one, "int", whole) for one in modules if _calls_int(one)]
+    with standing_in(*((one, name, ours) for one, name, ours in users if name not in vars(one))):
         yield
-    finally:
-        for names, name, _ in users:
-            names.pop(name, None)  # a module may stand under two names
 
 
 class _Whole(StandIn):
