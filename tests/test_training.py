@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fxprune
@@ -53,7 +54,8 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)
+    heads: list[Tensor] = tree_leaves(model(x))
+    return torch.stack([F.cross_entropy(head, y) for head in heads]).sum()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -226,6 +228,21 @@ class Plain(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class TwoHeads(Plain):
+    """A head beside, and another scale, in training; a layer that only evaluation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside, self.only = nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.first(x))
+        features = F.relu(self.second(x * 1.5 if self.training else x)).mean((2, 3))
+        if not self.training:
+            return self.only(self.head(features))
+        return self.head(features), self.beside(x.mean((2, 3)))
+
+
 def replicated(gated: Any) -> nn.Module:
     return nn.parallel.DistributedDataParallel(gated, find_unused_parameters=True)
 
@@ -241,11 +258,13 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
-def worker(rank: int, spread: Callable[[Any], nn.Module], port: int, path: str) -> None:
+def worker(
+    rank: int, kind: type[Plain], spread: Callable[[Any], nn.Module], port: int, path: str
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    gated = gated_model(Plain)
+    gated = gated_model(kind)
     model = spread(gated)
     widths: list[Tensor] = []
 
@@ -269,18 +288,21 @@ def worker(rank: int, spread: Callable[[Any], nn.Module], port: int, path: str) 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over sockets")
 @pytest.mark.parametrize("spread", [replicated, sharded])
-def test_two_processes_train_as_one(spread: Callable[[Any], nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Plain, TwoHeads])
+def test_two_processes_train_as_one(
+    kind: type[Plain], spread: Callable[[Any], nn.Module], tmp_path: Path
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(worker, (spread, port, str(tmp_path)), nprocs=2)
-    alone = gated_model(Plain)
+    spawn(worker, (kind, spread, port, str(tmp_path)), nprocs=2)
+    alone = gated_model(kind)
     x, y = batch()
     train(alone, x, y)
     assert not gates_of(alone).live().all() and not alone.gates.width.requires_grad
     state = torch.load(tmp_path / "0.pt", weights_only=True)
     close(state, alone.state_dict())
-    gathered = gated_model(Plain)
+    gathered = gated_model(kind)
     gathered.load_state_dict(state)
     proof = fxprune.finalize(gathered).report.verification
     assert proof and proof.verdict == "equal"
