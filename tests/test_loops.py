@@ -38,16 +38,35 @@ class WithLoss(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
+class LossInTraining(WithLoss):
+    """The same with a head beside; the loss is there in training only, of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.first(x).relu()
+        logits = self.head(self.second(x).relu())
+        if not self.training:
+            return {"logits": logits}
+        beside = F.cross_entropy(self.beside(x), labels)
+        return {"loss": F.cross_entropy(logits, labels) + 0.3 * beside, "logits": logits}
+
+
+KINDS = [WithLoss, LossInTraining]
+
+
 def data() -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(8 * BATCHES, 6, generator=generator, dtype=torch.float64)
     return TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 1).long())
 
 
-def gated_model() -> Any:
+def gated_model(kind: type[WithLoss] = WithLoss) -> Any:
     torch.manual_seed(0)
     x, labels = data()[:2]
-    gated = fxprune.instrument(WithLoss().double(), {"x": x, "labels": labels}).double()
+    gated = fxprune.instrument(kind().double(), {"x": x, "labels": labels}).double()
     width = gates_of(gated).width
     assert width is not None
     width.data += torch.linspace(-0.2, 0.2, len(width))
@@ -64,9 +83,9 @@ def budget_of(gated: nn.Module, wanted: bool) -> fxprune.Budget | None:
     return fxprune.Budget(gated, parameters=0.4, steps=steps, strength=0.05) if wanted else None
 
 
-def plain_loop(with_budget: bool) -> Any:
+def plain_loop(with_budget: bool, kind: type[WithLoss] = WithLoss) -> Any:
     """Train two epochs, with gradients of two batches a step."""
-    gated = gated_model()
+    gated = gated_model(kind)
     optimizer, budget = optimizer_of(gated), budget_of(gated, with_budget)
     for _ in range(2):
         for place, (x, labels) in enumerate(DataLoader(data(), batch_size=8), 1):
@@ -159,14 +178,17 @@ def lightning_fit(path: Path, callback: Any, model: nn.Module, **options: Any) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_budget", [False, True])
-def test_lightning_trains_as_a_plain_loop(with_budget: bool, tmp_path: Path) -> None:
+def test_lightning_trains_as_a_plain_loop(
+    with_budget: bool, kind: type[WithLoss], tmp_path: Path
+) -> None:
     pytest.importorskip("lightning.pytorch")
     from fxprune.lightning import GateCallback
 
-    gated = gated_model()
+    gated = gated_model(kind)
     lightning_fit(tmp_path, GateCallback(budget_of(gated, with_budget)), gated)
-    close(gated.state_dict(), plain_loop(with_budget).state_dict())
+    close(gated.state_dict(), plain_loop(with_budget, kind).state_dict())
     assert not gates_of(gated).live().all()
 
 
@@ -232,14 +254,17 @@ def transformers_train(path: Path, callback: Any, model: nn.Module, **options: A
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_budget", [False, True])
-def test_transformers_train_as_a_plain_loop(with_budget: bool, tmp_path: Path) -> None:
+def test_transformers_train_as_a_plain_loop(
+    with_budget: bool, kind: type[WithLoss], tmp_path: Path
+) -> None:
     pytest.importorskip("transformers")
     from fxprune.huggingface import GateCallback
 
-    gated = gated_model()
+    gated = gated_model(kind)
     transformers_train(tmp_path, GateCallback(budget_of(gated, with_budget)), gated)
-    close(gated.state_dict(), plain_loop(with_budget).state_dict())
+    close(gated.state_dict(), plain_loop(with_budget, kind).state_dict())
 
 
 @pytest.mark.slow
