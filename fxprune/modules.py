@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -14,9 +15,13 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError, TraceError
 from fxprune.garbage import uncollected
+from fxprune.gates import Gates
 from fxprune.inputs import Inputs, copied
 from fxprune.keeping import values_in
 from fxprune.randomness import drawing_alike
+from fxprune.structure import Unchanging
+
+_HELD = "_fxprune"
 
 
 def check_parameters(model: nn.Module) -> None:
@@ -199,17 +204,29 @@ def evaluating(*modules: nn.Module) -> Generator[None]:
             part.training = flag
 
 
+@dataclass(frozen=True)
+class _Held(Unchanging):
+    memory: dict[str, Any]
+
+
 def memory_of(model: nn.Module) -> dict[str, Any]:
     """Return what a verb left in its result: the model's name, example inputs, regions; or {}."""
-    kept = vars(model).get("_fxprune", {})
-    return model.meta.get("fxprune", kept) if isinstance(model, fx.GraphModule) else kept
+    kept = vars(model).get("_fxprune")
+    if isinstance(model, fx.GraphModule):
+        kept = model.meta.get("fxprune", kept) or _held_by_gates(model)
+    return kept or {}
+
+
+def _held_by_gates(model: nn.Module) -> dict[str, Any]:
+    held = (vars(part).get(_HELD) for part in model.children() if isinstance(part, Gates))
+    return next((one.memory for one in held if one is not None), {})
 
 
 def remember_(model: nn.Module, report: Any, example_inputs: Inputs, /, **memory: Any) -> None:
     """Leave a report in a result, and what the next verb asks for; copies and pickles keep both.
 
-    Of a graph module a deep copy keeps the meta data, a pickle the attributes. What a run did is
-    for copies only.
+    Of a graph module a deep copy keeps the meta data, a pickle the attributes, and a copy of what
+    was loaded neither: but its gates. What a run did is for copies only.
     """
     memory["example_inputs"] = pytree.tree_map_only(Tensor, Tensor.cpu, example_inputs)
     vars(model)["report"] = report
@@ -218,3 +235,6 @@ def remember_(model: nn.Module, report: Any, example_inputs: Inputs, /, **memory
         model.meta["fxprune"] = memory
         kept = {"report": report, "_fxprune": vars(model)["_fxprune"]}  # a copy may be pickled
         model.meta.setdefault("_user_preserved_attributes", {}).update(kept)
+        for part in model.children():
+            if isinstance(part, Gates):
+                vars(part)[_HELD] = _Held(vars(model)["_fxprune"])

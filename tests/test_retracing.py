@@ -1,5 +1,6 @@
 """Saved models: what torch.fx traces again when it loads them computes the same."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.testing import close_half
-from tests.conftest import reloaded
+from tests.conftest import Layers, reloaded
 
 
 @torch.fx.wrap
@@ -240,3 +241,27 @@ def test_a_folded_model_has_one_mode() -> None:
     assert torch.equal(small.train()(x), small.eval()(x))
     assert not any("training" in str(node.target) for node in small.graph.nodes)
     assert torch.equal(reloaded(small)(x), small(x))
+
+
+class Deciding(nn.Module):
+    """Python that depends on data, between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Layers(), Layers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if float(x.detach().sum()) > -1e9 else x
+
+
+@pytest.mark.parametrize("kind", [Layers, Deciding])
+def test_a_copy_of_a_loaded_model_knows_its_inputs(kind: type[nn.Module]) -> None:
+    x = torch.randn(3, 8)
+    gated = fxprune.instrument(kind(), x)
+    close_half(gated)
+    small = fxprune.finalize(gated)
+    twin = copy.deepcopy(copy.deepcopy(reloaded(gated)))
+    for copied in (twin, reloaded(twin), torch.optim.swa_utils.AveragedModel(reloaded(gated))):
+        again: Any = fxprune.finalize(copied)
+        assert torch.equal(again(x), small(x)) and again.report.before == small.report.before
