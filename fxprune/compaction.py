@@ -24,6 +24,7 @@ from fxprune.modules import (
     copy_model,
     device_of,
     is_hooked,
+    leave_with_gates_,
     memory_of,
     require_no_gradient_hooks,
 )
@@ -101,6 +102,7 @@ def compact(
     erase_notes_(program.module, noted(program.graph))
     run(program, (mark, cut, restore_gates))
     _require_gone(program, keep)
+    leave_with_gates_(program.module, memory)  # they are new ones
     _hand_over(model, program.module, optimizers, program.cuts)
     for one in averages:
         cut_(one, program.module, program.cuts)

@@ -235,6 +235,12 @@ def remember_(model: nn.Module, report: Any, example_inputs: Inputs, /, **memory
         model.meta["fxprune"] = memory
         kept = {"report": report, "_fxprune": vars(model)["_fxprune"]}  # a copy may be pickled
         model.meta.setdefault("_user_preserved_attributes", {}).update(kept)
-        for part in model.children():
-            if isinstance(part, Gates):
-                vars(part)[_HELD] = _Held(vars(model)["_fxprune"])
+        leave_with_gates_(model, memory)
+
+
+def leave_with_gates_(model: nn.Module, memory: dict[str, Any]) -> None:
+    """Leave what a verb asks for with the gates of a module, if it has any."""
+    kept = _Held({key: value for key, value in memory.items() if key != "run"})
+    for part in model.children():
+        if isinstance(part, Gates):
+            vars(part)[_HELD] = kept

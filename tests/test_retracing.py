@@ -265,3 +265,12 @@ def test_a_copy_of_a_loaded_model_knows_its_inputs(kind: type[nn.Module]) -> Non
     for copied in (twin, reloaded(twin), torch.optim.swa_utils.AveragedModel(reloaded(gated))):
         again: Any = fxprune.finalize(copied)
         assert torch.equal(again(x), small(x)) and again.report.before == small.report.before
+
+
+@pytest.mark.parametrize("what", [reloaded, lambda gated: copy.deepcopy(reloaded(gated))])
+def test_so_does_what_it_was_compacted_to(what: Callable[[nn.Module], Any]) -> None:
+    gated = fxprune.instrument(Layers(), torch.randn(3, 8))
+    close_half(gated)
+    compacted = fxprune.compact(what(gated))
+    after = fxprune.finalize(what(compacted)).report.after
+    assert after == fxprune.finalize(gated).report.after
