@@ -50,7 +50,7 @@ from fxprune.piecewise import (
     with_whole,
 )
 from fxprune.pipeline import Change, Pass, run, with_options
-from fxprune.pipelines import CUT, PLAIN, READABLE, folding
+from fxprune.pipelines import CUT, CUT_TO_BE_TRAINED, PLAIN, READABLE, folding
 from fxprune.plain_weights import plain_weights_in, with_plain_weights
 from fxprune.precision import reading_float64
 from fxprune.program import Program, trained_outputs, widened
@@ -236,7 +236,7 @@ def finalize(
     if check and reference is not original:
         _require_plain(original, reference, inputs)
     name = str(memory_of(reference).get("model", type(model).__name__))
-    passes = (*CUT, *folding(cost)) if fold else CUT
+    passes = (*CUT, *folding(cost)) if fold else CUT_TO_BE_TRAINED
     reports = {
         region.path: _cut(
             region, reference.get_submodule(region.path), passes, check=check, trained=not fold

@@ -50,13 +50,14 @@ PLAIN: tuple[Pass, ...] = (
 
 
 @keeps_shapes
-def remove_dead_units(program: Program) -> list[Change]:
+def remove_dead_units(program: Program, *, trained: bool = False) -> list[Change]:
     """Remove constant branches, then dead channels: one analysis serves all that change nothing.
 
     A branch that nothing is left of would keep a unit, and the stream it joins from shrinking.
+    trained: the result is trained on.
     """
     known = analyse(program)
-    changes = remove_constant_branches(program, known)
+    changes = remove_constant_branches(program, known, trained=trained)
     known = analyse(program) if changes else known
     gathers = insert_gathers(program, known)
     changes += gathers + eliminate_dead_channels(program, None if gathers else known)
@@ -68,6 +69,12 @@ CUT: tuple[Pass, ...] = (
     # Units go before anything is folded: a merged layer no longer has them.
     remove_dead_units,
     # Gates that kept all they still have are products with ones by now.
+    remove_products_with_ones,
+)
+
+CUT_TO_BE_TRAINED: tuple[Pass, ...] = (
+    # What parameters alone compute is another constant after the next step.
+    with_options(remove_dead_units, trained=True),
     remove_products_with_ones,
 )
 

@@ -28,12 +28,16 @@ _DIFFERENCES = (operator.sub, torch.sub, "sub")
 _QUOTIENTS = (operator.truediv, torch.div, "div")
 
 
-def remove_constant_branches(program: Program, known: Channels | None = None) -> list[Change]:
+def remove_constant_branches(
+    program: Program, known: Channels | None = None, *, trained: bool = False
+) -> list[Change]:
     """Let elementwise operators meet a constant operand as a buffer, and drop what computed it.
 
-    known: the analysis of the program as it is, if there is one already.
+    known: the analysis of the program as it is, if there is one already. trained: the result is
+    trained on, so that what is computed from parameters alone is constant until the next step only.
     """
     seen = observe(program)
+    learnt = _computed_from_parameters(program) if trained else set[fx.Node]()
     channels = known or analyse(program, observation=seen)
     changes: list[Change] = []
     for node, call in channels.calls.items():
@@ -46,13 +50,26 @@ def remove_constant_branches(program: Program, known: Channels | None = None) ->
         if rule_for(node, call.module).name not in ("elementwise", "product"):
             continue
         for operand in dict.fromkeys(node.all_input_nodes):
-            constant = _constant(channels, operand)
+            constant = None if operand in learnt else _constant(channels, operand)
             if constant is not None and _broadcasts(call, seen, operand, constant):
                 changes.append(_replace(program, seen, node, operand, constant))
     if changes:
         seen.drop_dead_code(program.graph)
         program.module.delete_all_unused_submodules()
     return changes
+
+
+def _computed_from_parameters(program: Program) -> set[fx.Node]:
+    """Return the nodes that read nothing but state, some of which an optimizer moves."""
+    moved: dict[fx.Node, bool] = {}
+    parameters = dict(program.module.named_parameters(remove_duplicate=False))
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            parameter = parameters.get(str(node.target))
+            moved[node] = parameter is not None and parameter.requires_grad
+        elif node.all_input_nodes and all(source in moved for source in node.all_input_nodes):
+            moved[node] = any(moved[source] for source in node.all_input_nodes)
+    return {node for node, is_moved in moved.items() if is_moved}
 
 
 def _constant(channels: Channels, node: fx.Node) -> Tensor | None:

@@ -196,6 +196,35 @@ def test_without_folding_what_training_needs_is_kept() -> None:
     assert [type(m).__name__ for _, m in folded.named_children()] == ["Linear", "ReLU", "Linear"]
 
 
+class Learnt(nn.Module):
+    """Scales and shifts that a forward brings into shape, some where they begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.scale, self.shift = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) * self.scale[:, None, None] + self.shift.view(-1, 1, 1)
+        return self.last(F.relu(x)).mean((2, 3))
+
+
+def test_without_folding_parameters_are_no_constants() -> None:
+    x = torch.randn(3, 3, 5, 5).double()
+    gated = fxprune.instrument(randomise(Learnt()).double(), x)
+    close_half(gated)
+    small: Any = fxprune.finalize(gated, fold=False)
+    assert small.scale.shape == small.shift.shape == (4,)
+    for model in (gated, small):
+        optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if n[0] == "s"], lr=1.0)
+        model(x).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(small(x), gated.eval()(x), rtol=1e-9, atol=1e-10)
+    folded = fxprune.finalize(small)
+    assert [name for name, _ in folded.named_children()] == ["first", "last"]
+    assert not hasattr(folded, "scale")
+
+
 class Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
