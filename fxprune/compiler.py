@@ -180,7 +180,7 @@ def instrument(
         with plain_weights_in(region.program.module):
             report.passes |= run(region.program, (insertion,), recompile=False)
         if in_training is not None:
-            join(region.program.graph, in_training.program.graph)
+            join(region.program.graph, in_training.program.graph, in_training.told)
         lower_(region.program.module)
         if check and not (
             same(before, _outputs(region.program))

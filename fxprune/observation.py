@@ -20,7 +20,7 @@ from fxprune.macs import MacCounter
 from fxprune.modules import device_of, evaluating
 from fxprune.program import Program
 from fxprune.randomness import drawing_alike, generator_state
-from fxprune.two_modes import nodes_of_training
+from fxprune.two_modes import nodes_of_training, require_mode
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,10 @@ class _Observer(fx.Interpreter):
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         """Return arguments whose lists are ordinary ones, as in the generated code."""
         return _ordinary(super().fetch_args_kwargs_from_env(n))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function; both modes are looked at in evaluation."""
+        return None if target is require_mode else super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         inputs = {node: self.env[node] for node in n.all_input_nodes}

@@ -38,7 +38,7 @@ from fxprune.program import InTraining, Program, capture
 from fxprune.recording import copies, record
 from fxprune.regions import Region, find_regions, leaves_of, put_in_place, recorded_region
 from fxprune.report import Report
-from fxprune.two_modes import join, keep_mode_, missing_part
+from fxprune.two_modes import drop_requirements_, join, keep_mode_, missing_part
 from fxprune.verdicts import Check
 from fxprune.verification import Verification
 
@@ -116,7 +116,12 @@ def _with_insides(whole: Region, inputs: Inputs, *, in_training: bool, treat: Tr
 
 
 def _require_both_modes(program: Program, model: nn.Module) -> None:
-    """Raise `TraceError` for a model to be trained whose graph is that of evaluation."""
+    """Raise `TraceError` for a model to be trained whose graph is that of evaluation.
+
+    Or for one of which a part is in another mode, so that neither graph is what it does.
+    """
+    if program.other_mode:
+        raise TraceError(program.other_mode)
     if program.untrained and model.training:
         raise TraceError(
             f"{type(model).__name__} does something else in training than in evaluation, of which "
@@ -175,6 +180,7 @@ def _found_before(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> Par
 def _without_training(region: Region) -> None:
     """Leave of a region what it does in evaluation."""
     keep_mode_(region.program.graph, training=False)
+    drop_requirements_(region.program.graph)
 
 
 def _with_training(region: Region) -> None:
@@ -182,7 +188,7 @@ def _with_training(region: Region) -> None:
     program = region.program
     in_training = in_training_if_it_runs(program, required=False)
     if in_training is not None:
-        join(program.graph, in_training.program.graph)
+        join(program.graph, in_training.program.graph, in_training.told)
         raise_(program.module)
 
 

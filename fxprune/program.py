@@ -27,18 +27,19 @@ from fxprune.notes import left_in, noted
 from fxprune.randomness import Generators
 from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
 from fxprune.tracing import bound_arguments, trace, without_fused_layers
-from fxprune.two_modes import Twins
+from fxprune.two_modes import Flags, Twins
 
 
 @dataclass
 class InTraining:
     """What a program does in training, where that is something else; it shares all parts with it.
 
-    twins: the nodes that do what a node of evaluation does.
+    twins: the nodes that do what a node of evaluation does. told: parts' flags in either.
     """
 
     program: "Program"
     twins: Twins
+    told: Flags
 
 
 @dataclass
@@ -74,6 +75,11 @@ class Program:
         if not self.module.meta["evaluation_only"] or self.in_training is not None:
             return ""
         return self.module.meta["untrained"] or "it switches gradients off"
+
+    @property
+    def other_mode(self) -> str:
+        """Say which part is in another mode than the model around it; "" if none that matters."""
+        return self.module.meta.get("other_mode", "")
 
     def trains(self, node: fx.Node) -> bool:
         """Tell whether training does what a node does."""
@@ -140,9 +146,9 @@ def _in_training(program: Program) -> InTraining | None:
     found: Any = program.module.meta.pop("in_training", None)
     if found is None:
         return None
-    graph, twins = found
+    graph, twins, told = found
     module = without_code(program.module, graph, type(program.module).__name__)
-    return InTraining(Program(module, program.args, program.kwargs), twins)
+    return InTraining(Program(module, program.args, program.kwargs), twins, told)
 
 
 def _is_faithful_in_training(root: nn.Module, program: Program) -> bool:

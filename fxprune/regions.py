@@ -156,6 +156,8 @@ class _Search:
         program = capture(module, example.inputs, inside=True)
         if self.in_training and program.untrained:
             raise TraceError(f"it does something else in training: {program.untrained}")
+        if self.in_training and program.other_mode:
+            raise TraceError(program.other_mode)
         _carry_attributes(module, program.module)
         if not all(_agrees(program.module, call) for call in calls):
             raise TraceError("its trace on one call computes something else on another")

@@ -12,7 +12,7 @@ import inspect
 import keyword
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import FrameType
@@ -58,7 +58,7 @@ from fxprune.retracing import wrap_functions_
 from fxprune.scripts import inlined
 from fxprune.stand_ins import standing_in
 from fxprune.tables import sliced_by_name
-from fxprune.two_modes import find_twins, hold_
+from fxprune.two_modes import Flags, find_twins, hold_, other_mode
 from fxprune.watching import OwnTensors, left_alone
 from fxprune.whole_numbers import kept_whole
 
@@ -103,6 +103,7 @@ class ModelTracer(AskedTracer):
         self.beside: Beside | None = None
         self.other: ModelTracer | None = None  # of training, if that has a graph of its own
         self.untrained = ""  # why it has none
+        self.asked: set[nn.Module] = set()  # who asks for its mode, in either
 
     def create_args_for_root(
         self,
@@ -406,7 +407,8 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     The graph module shares the parameters of `root`, and has no code yet. Where the two modes run
     different operators (auxiliary heads), it is the graph of evaluation and
     `meta["evaluation_only"]` says so; `meta["in_training"]` is then the graph of training, and the
-    twins in it of the other's nodes, if that can be traced as well. Raises `TraceError`.
+    twins in it of the other's nodes, and what parts are told of the mode, if that can be traced as
+    well. Raises `TraceError`.
     """
     flags, parts = {module: module.training for module in root.modules()}, Parts(root)
     try:
@@ -422,6 +424,8 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     same_in_both_modes = training is evaluation or same_structure(root, training, evaluation)
     if same_in_both_modes and training is not evaluation:
         thaw_modes(training, evaluation, steady_flags(after))
+    evaluation_only = tracer.evaluation_only or not same_in_both_modes
+    told = _told(root, tracer, after) if evaluation_only else {}
     module = without_code(root, evaluation, type(root).__name__)
     module.meta["written"] = sorted(tracer.written)
     tracers = [tracer] if tracer.other is None else [tracer, tracer.other]
@@ -430,16 +434,44 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     note_(module, root, but=set_by_calls)
     if after:
         module.meta["modes"] = {path: after[0][path] for path in keep_flags_(module, *after)}
-    module.meta["evaluation_only"] = tracer.evaluation_only or not same_in_both_modes
+    module.meta["evaluation_only"] = evaluation_only
     module.meta["untrained"] = tracer.untrained
+    module.meta["other_mode"] = _other_mode(root, told)
     if tracer.other is not None:
         hold_(module, root, training)
-        module.meta["in_training"] = training, find_twins(root, evaluation, training)
+        module.meta["in_training"] = training, find_twins(root, evaluation, training), told
         _say_why_whole(training, tracer.other)
     for name, part in module.named_modules():
         part.training = flags[root.get_submodule(name)]
     _say_why_whole(module.graph, tracer)
     return module
+
+
+def _told(root: nn.Module, tracer: ModelTracer, after: Sequence[dict[str, bool]]) -> Flags:
+    """Return what the traced modules in `root` that ask for their mode are told in either.
+
+    In training, and in evaluation. after: what `flags_after` said of both, if they do not follow.
+    """
+    leaves = [*tracer.leaves, *tracer.whole, *(tracer.other.leaves if tracer.other else ())]
+    paths = [
+        path
+        for path, module in root.named_modules()
+        if path and module in tracer.asked and not _is_inside(path, leaves)
+    ]
+    return {path: (after[0][path], after[1][path]) if after else (True, False) for path in paths}
+
+
+def _is_inside(path: str, others: Collection[str]) -> bool:
+    return any(f"{path}.".startswith(f"{other}.") for other in others)
+
+
+def _other_mode(root: nn.Module, told: Flags) -> str:
+    """Say which part is in another mode than the model has it in, nothing if none is."""
+    for path, (in_training, in_evaluation) in told.items():
+        expected = in_training if root.training else in_evaluation
+        if text := other_mode(root.get_submodule(path).training, expected, path):
+            return text
+    return ""
 
 
 def _say_why_whole(graph: fx.Graph, tracer: ModelTracer) -> None:
@@ -487,6 +519,7 @@ def _trace_in_both_modes(
         evaluation, tracer = in_mode(training=False)
     if not asked:
         return evaluation, evaluation, tracer
+    tracer.asked = asked
     try:
         with uncollected(), mode_questions() as asked_in_training:
             training, other = in_mode(training=True)
@@ -495,6 +528,7 @@ def _trace_in_both_modes(
             raise
         tracer.evaluation_only = True
         return evaluation, evaluation, tracer
+    tracer.asked = asked | asked_in_training
     idle = {path for path, passes in tracer.passes.items() if passes}
     idle -= {path for path, passes in other.passes.items() if passes}
     copy_alike(training, evaluation)

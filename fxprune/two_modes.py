@@ -16,18 +16,40 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.graph import CodeGen, PythonCode
 from torch.fx.graph_module import _copy_attr
-from torch.fx.node import map_arg
+from torch.fx.node import has_side_effect, map_arg
 
+from fxprune.errors import TraceError
 from fxprune.kinds import MADE_BY_TRACING
 
+Flags = Mapping[str, tuple[bool, bool]]
+"""What parts of a model that ask for their mode are told in training, and in evaluation."""
 Twins = dict[fx.Node, list[fx.Node]]
 _EVALUATION, _TRAINING = "_forward_in_evaluation", "_forward_in_training"
+_NAMES = {True: "training", False: "evaluation"}
 _OPERATORS = ("call_module", "call_function", "call_method")
 
 
 def in_either_mode(training: bool, in_evaluation: Any, in_training: Any) -> Any:
     """Return what a model gives in the mode it is in; what a graph with both modes ends with."""
     return in_training if training else in_evaluation
+
+
+def other_mode(flag: bool, expected: bool, path: str) -> str:
+    """Say what is wrong if a part is not in the mode that the model around it has it in."""
+    if flag == expected:
+        return ""
+    return (
+        f"{path} is in {_NAMES[flag]} instead of {_NAMES[expected]}, where train() or eval() of "
+        "the whole model puts it; training runs other operators than evaluation, and a graph is "
+        "one of either: call train() or eval() of the whole model"
+    )
+
+
+@has_side_effect
+def require_mode(flag: bool, expected: bool, path: str) -> None:
+    """Raise `TraceError` unless a part is in the mode that the graph around it is one of."""
+    if flag != expected:
+        raise TraceError(other_mode(flag, expected, path))
 
 
 def find_twins(root: nn.Module, evaluation: fx.Graph, training: fx.Graph) -> Twins:
@@ -100,8 +122,12 @@ def missing_part(module: fx.GraphModule, training: fx.Graph) -> str:
     return next((path for path in used if not _has(module, path)), "")
 
 
-def join(evaluation: fx.Graph, training: fx.Graph) -> None:
-    """Put the graph of training behind that of evaluation, which has the same inputs."""
+def join(evaluation: fx.Graph, training: fx.Graph, told: Flags | None = None) -> None:
+    """Put the graph of training behind that of evaluation, which has the same inputs.
+
+    told: parts that either requires to be in its mode, as they have asked for it.
+    """
+    _require_modes(evaluation, training, told or {})
     end = evaluation.output_node()
     pairs = (graph.find_nodes(op="placeholder") for graph in (training, evaluation))
     known: dict[fx.Node, fx.Node] = dict(zip(*pairs, strict=True))
@@ -110,6 +136,34 @@ def join(evaluation: fx.Graph, training: fx.Graph) -> None:
         output = evaluation.graph_copy(training, known)
         result = evaluation.call_function(in_either_mode, (flag, end.args[0], output))
     end.args = (result,)
+
+
+def _require_modes(evaluation: fx.Graph, training: fx.Graph, told: Flags) -> None:
+    """Let either graph refuse to run where a part is not in the mode it was traced in.
+
+    The model's own flag says which graph runs. Where `train` leaves a part as it is, its flag
+    decides nothing; nor can anyone set that of a part of which nothing was left.
+    """
+    root = evaluation.owning_module
+    there = set[str]() if root is None else {path for path, _ in root.named_modules()}
+    for path, (in_training, in_evaluation) in told.items():
+        if in_training == in_evaluation or path not in there:
+            continue
+        for graph, expected in ((training, in_training), (evaluation, in_evaluation)):
+            first = next(node for node in graph.nodes if node.op != "placeholder")
+            with graph.inserting_before(first):
+                flag = graph.create_node("get_attr", f"{path}.training")
+                required = graph.call_function(require_mode, (flag, expected, path))
+            required.meta["is_wrapped"] = True  # it asks for the flag
+
+
+def drop_requirements_(graph: fx.Graph) -> None:
+    """Let a graph of one mode run whatever mode its parts are in."""
+    for node in graph.find_nodes(op="call_function", target=require_mode):
+        flag = node.args[0]
+        graph.erase_node(node)
+        if isinstance(flag, fx.Node) and not flag.users:
+            graph.erase_node(flag)
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -29,6 +29,7 @@ from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program, narrowed
 from fxprune.rules import rewritten, rule_for
+from fxprune.two_modes import in_either_mode
 from fxprune.values import Barrier, State
 
 _Plan = dict[fx.Node, Arguments | Literal]
@@ -46,7 +47,12 @@ def eliminate_dead_channels(
     """
     channels, cut, plan = _plan(program, known, in_training=in_training)
     seen = observe(program)
-    program.barriers = {where(node): reason for node, reason in channels.barriers.items()}
+    # Which mode's outputs are returned is no operator of the model.
+    program.barriers = {
+        where(node): reason
+        for node, reason in channels.barriers.items()
+        if node.target is not in_either_mode
+    }
     followers = {
         node: call
         for node, call in channels.calls.items()

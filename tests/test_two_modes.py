@@ -484,6 +484,92 @@ def test_weights_that_training_computes_otherwise_stay_what_they_are() -> None:
         torch.testing.assert_close(run(small, (x,), training=mode), expected, rtol=1e-9, atol=1e-10)
 
 
+class Backbone(nn.Module):
+    """Noise in training, between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        if self.training:
+            x = x + torch.randn_like(x)
+        return self.last(F.relu(self.second(x)))
+
+
+class Tuned(nn.Module):
+    """A head on a backbone, with another one for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head, self.beside = Backbone(), nn.Linear(8, 4), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.backbone(x))
+        return (self.head(x), self.beside(x)) if self.training else self.head(x)
+
+
+def drawn(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Run a model as it is, drawing the same numbers every time."""
+    torch.manual_seed(3)
+    return tree_leaves(model(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_with_a_part_in_another_mode_is_gated_in_parts(training: bool) -> None:
+    model, x = randomise(Tuned()).train(training), torch.randn(4, 8)
+    model.get_submodule("backbone").train(not training)
+    ours = fxprune.instrument(model, x)
+    assert all(map(torch.equal, drawn(ours, x), drawn(model, x)))
+    assert "backbone is in" in str(ours.report) and "of the whole model" in str(ours.report)
+    assert close_half(ours) > 0
+    plain = fxprune.finalize(model, x)  # which is one of evaluation, whatever it is given in
+    assert torch.equal(plain(x), model.eval()(x)) and "the whole" not in str(plain.report)
+
+
+@pytest.mark.parametrize("how", ["gated", "copied", "saved", "compacted", "fold=False"])
+def test_a_part_that_is_put_into_another_mode_is_refused(how: str) -> None:
+    model, x = randomise(Tuned()).train(), torch.randn(4, 8)
+    ours: Any = fxprune.instrument(model, x)
+    if how in ("copied", "saved"):
+        ours = copy.deepcopy(reloaded(ours) if how == "saved" else ours)
+    if how in ("compacted", "fold=False"):
+        close_half(ours)
+        ours = fxprune.compact(ours) if how == "compacted" else fxprune.finalize(ours, fold=False)
+    for mode in (True, False):
+        ours.train(mode)
+        drawn(ours, x)
+        ours.backbone.train(not mode)
+        with pytest.raises(FxpruneError, match=r"backbone is in .* of the whole model"):
+            drawn(ours, x)
+    small = fxprune.finalize(ours, x)
+    assert "require_mode" not in small.code
+
+
+class Frozen(Tuned):
+    """Its backbone stays as it is in evaluation, whatever happens."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+def test_a_part_that_train_leaves_alone_stays_as_it_is() -> None:
+    model, x = randomise(Frozen()).train(), torch.randn(4, 8)
+    ours = fxprune.instrument(model, x)
+    for one in (ours, copy.deepcopy(ours), reloaded(ours)):
+        for mode in (True, False):
+            assert all(map(torch.equal, drawn(one.train(mode), x), drawn(model.train(mode), x)))
+
+
+def test_the_choice_of_a_mode_is_no_operator_to_report() -> None:
+    _, ours, _ = gated("noise and auxiliary heads")
+    small = fxprune.finalize(ours, fold=False)
+    assert "in_either_mode" not in str(small.report) + str(fxprune.inspect(ours))
+
+
 def test_what_is_kept_in_training_only_is_refused() -> None:
     with pytest.raises(FxpruneError, match="sets penalty_of_mine in training only"):
         fxprune.instrument(Remembering().train(), torch.randn(3, 4))
