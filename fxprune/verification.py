@@ -122,6 +122,7 @@ def verify(
     example_inputs: Any,
     *,
     exact: nn.Module | None = None,
+    traced: nn.Module | None = None,
     batches: Sequence[int] = (1, 3),
     extra_inputs: Sequence[Any] = (),
     float64_tolerance: float | None = None,
@@ -138,7 +139,8 @@ def verify(
     if its weights are half or double.
 
     exact: the candidate as it was before its weights were rounded to their dtype; it stands for it
-    in float64. float64_tolerance: 1e-9 if not given, or 1e-5 where a candidate of shorter weights
+    in float64. traced: the same for the reference, where a trace holds constants in float32 that its
+    forward would compute in float64 there. float64_tolerance: 1e-9 if not given, or 1e-5 where a candidate of shorter weights
     has no such stand-in, as merged weights were rounded once; with weights in float16 or bfloat16
     both tolerances are at least two of their ε.
 
@@ -158,11 +160,12 @@ def verify(
     models = (reference, candidate)
     single = _runs(models, cases, torch.float32 if any(map(lacks_float32, models)) else None)
     _require_runs(reference, given, single)
-    double = _runs((reference, candidate if exact is None else exact), cases, torch.float64)
+    in64 = reference if traced is None else traced
+    double = _runs((in64, candidate if exact is None else exact), cases, torch.float64)
 
     @cache
     def wide() -> nn.Module:
-        return _copy_in(torch.float64, reference)
+        return _copy_in(torch.float64, in64)
 
     def nudge(name: str, epsilon: float) -> list[Run]:
         return run_nudged(wide(), cases[name], seed, epsilon)
