@@ -171,8 +171,8 @@ def instrument(
         in_training = in_training_if_it_runs(region.program, required=model.training)
         trained = None if in_training is None else trained
         if region.program.module.meta["evaluation_only"]:
-            text = _EVALUATION_ONLY if in_training is None else _BOTH_MODES
-            report.refused.append(Change("training", text))
+            only = f"{_EVALUATION_ONLY} ({region.program.untrained})"
+            report.refused.append(Change("training", only if in_training is None else _BOTH_MODES))
         if hoists:
             report.passes |= run(region.program, (with_options(hoist, ends=ends),))
             before = _outputs(region.program) if check else None
@@ -387,7 +387,7 @@ def _cut(
     report.refused += _overwritten(region) + _forgotten(region)
     of_evaluation = program.module.meta.get("evaluation_only")
     if trained and of_evaluation and not has_both_modes(program.graph):
-        report.refused.append(Change("training", _EVALUATION_ONLY))
+        report.refused.append(Change("training", f"{_EVALUATION_ONLY} ({program.untrained})"))
     if source is not None:
         proof = _prove(reference, source, program, (*PLAIN, *passes), region.other_inputs())
         report.verification = proof

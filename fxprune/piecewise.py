@@ -118,10 +118,17 @@ def _with_insides(whole: Region, inputs: Inputs, *, in_training: bool, treat: Tr
 def _require_both_modes(program: Program, model: nn.Module) -> None:
     """Raise `TraceError` for a model to be trained whose graph is that of evaluation.
 
-    Or for one of which a part is in another mode, so that neither graph is what it does.
+    Or for one of which a part is in another mode, so that neither graph is what it does; or that
+    would be trained by another backward than its own, whatever its mode is now.
     """
     if program.other_mode:
         raise TraceError(program.other_mode)
+    if name := program.module.meta["backward"]:
+        raise TraceError(
+            f"{type(model).__name__} calls {name}.apply, whose backward is its own, which no graph "
+            f"has; call it in a module of its own, which is kept whole (class {name}Layer("
+            f"nn.Module): def forward(self, x): return {name}.apply(x))"
+        )
     if program.untrained and model.training:
         raise TraceError(
             f"{type(model).__name__} does something else in training than in evaluation, of which "

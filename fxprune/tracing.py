@@ -104,6 +104,7 @@ class ModelTracer(AskedTracer):
         self.other: ModelTracer | None = None  # of training, if that has a graph of its own
         self.untrained = ""  # why it has none
         self.asked: set[nn.Module] = set()  # who asks for its mode, in either
+        self.backward = ""  # whose backward a graph to train by would lose
 
     def create_args_for_root(
         self,
@@ -326,6 +327,33 @@ class ModelTracer(AskedTracer):
         with standing_in((torch.autocast, "__enter__", refuse)):
             yield
 
+    @contextmanager
+    def noting_functions(self) -> Generator[None]:
+        """Note a function of autograd that the model itself applies: its backward would be lost.
+
+        In a submodule it is refused, so that the submodule is kept whole. Torch's own, which save
+        memory by computing twice, have the backward that a graph has.
+        """
+        apply, tracer = inspect.getattr_static(torch.autograd.Function, "apply"), self
+
+        def noting(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            is_torchs = str(cls.__module__).startswith("torch.")
+            traced = any(isinstance(one, fx.Proxy) for one in args)
+            if traced and not is_torchs and not tracer.answering:
+                tracer.note_backward(cls.__name__)
+            return apply.__get__(None, cls)(*args, **kwargs)
+
+        with standing_in((torch.autograd.Function, "apply", classmethod(noting))):
+            yield
+
+    def note_backward(self, name: str) -> None:
+        """Note that a model needs the backward of a function; `TraceError` in a submodule."""
+        if self.module_stack:
+            raise TraceError(f"it calls {name}, whose backward is its own, which no graph has")
+        self.evaluation_only = True
+        self.backward = name
+        self.untrained = f"it calls {name}, whose backward is its own"
+
     def note(self, written: Written, path: str = "") -> None:
         """Remember which attributes a forward wrote; `TraceError` if it replaced a tensor."""
         if written.tensors:
@@ -437,6 +465,7 @@ def trace(root: nn.Module, given: Mapping[str, Any], *, inside: bool = False) ->
     module.meta["evaluation_only"] = evaluation_only
     module.meta["untrained"] = tracer.untrained
     module.meta["other_mode"] = _other_mode(root, told)
+    module.meta["backward"] = tracer.backward
     if tracer.other is not None:
         hold_(module, root, training)
         module.meta["in_training"] = training, find_twins(root, evaluation, training), told
@@ -709,6 +738,7 @@ def _traced(
             left_alone(tracer.own, tracer),
             without_fused_layers(),
             tracer.refusing_autocast(),
+            tracer.noting_functions(),
             sliced_by_name(root, tracer),
             of_their_classes(users, tracer),
             asked_of(state, users, tracer),

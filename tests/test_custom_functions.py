@@ -113,3 +113,54 @@ def test_what_is_not_certain_to_be_one_keeps_all_channels(name: str) -> None:
     model = randomise(Net(OTHERS[name])).eval()
     with pytest.raises((fxprune.NothingToDoError, fxprune.TraceError)):
         fxprune.instrument(model, torch.randn(2, 3, 9, 9))
+
+
+class Sign(torch.autograd.Function):
+    """What binary networks round by: a straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Binary(nn.Module):
+    """Applies a function with a backward of its own where no submodule is kept whole for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(16, 4)
+        self.middle = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.middle(Sign.apply(self.first(x)))))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_does_not_lose_a_backward_of_its_own(training: bool) -> None:
+    model, x = Binary().double().train(training), torch.randn(3, 6, dtype=torch.float64)
+    gated: Any = fxprune.instrument(model, x)  # its parts are
+    for one in (model, gated):
+        one.train()(x).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(gated.get_parameter(name).grad, parameter.grad)
+    assert any("whose backward is its own" in str(change) for change in gated.report.refused)
+
+
+def test_without_parts_to_gate_the_remedy_is_told() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(Sign.apply(self.first(x))))
+
+    with pytest.raises(fxprune.TraceError, match=r"Sign\.apply.*module of its own"):
+        fxprune.instrument(Bare().eval(), torch.randn(3, 6))
+    small = fxprune.finalize(Bare().eval(), torch.randn(3, 6))
+    assert small.report.verification is not None
