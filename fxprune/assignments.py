@@ -3,7 +3,8 @@
     y[:, 6:, 0] = x    →    y = slice_scatter(y, select_scatter(y[:, 6:], x, 2, 0), 1, 6)
 
 A graph has no assignments. What had the name of the old tensor gets that of the new, so that what
-is computed is the same wherever no other name shares its memory; a view is refused.
+is computed is the same wherever no other name that shares its memory is read later, which
+`stale_names` sees to.
 """
 
 from collections.abc import Sequence
@@ -25,11 +26,14 @@ def assigned(tensor: Any, example: Tensor, index: Any, value: Any, examples: Any
 
     example: what the tensor is on the example inputs; examples: tells it of other traced values.
     """
-    if example._is_view() or tensor.node.op == "get_attr":
+    if tensor.node.op == "get_attr":
         raise CannotAssign("it assigns to a part of what has another name (a view, a buffer)")
     if example.is_complex():
         raise CannotAssign("it assigns to a part of complex numbers")  # no gradients go that way
     entries = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(entry, (Tensor, fx.Proxy)) for entry in entries):
+        while entries and (entries[-1] is Ellipsis or _is_whole(entries[-1])):
+            entries.pop()  # positions say nothing of the axes behind theirs
     shown = [examples(entry) if isinstance(entry, fx.Proxy) else entry for entry in entries]
     if any(isinstance(entry, Tensor) for entry in shown):
         return _at_positions(tensor, example, entries, shown, value, examples)

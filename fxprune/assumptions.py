@@ -26,6 +26,7 @@ from fxprune.example_values import ExampleValues, UnknownValueError
 from fxprune.expressions import expression
 from fxprune.kinds import OVERWROTE, overwritten
 from fxprune.lookups import is_lookup, is_name
+from fxprune.stale_names import Write, plain_index, share_memory, stale_read
 
 ASSUMES = "this model assumes "
 # What an argument may be to have its value, rather than its shape, in the trace.
@@ -60,6 +61,8 @@ _ARITHMETIC: dict[Any, Callable[..., Any]] = {
     np.power: operator.pow,
 }
 _OF_NUMBERS: dict[Any, Callable[..., Any]] = {np.sqrt: math.sqrt}
+# These give whole numbers in Python, floats in numpy.
+_ROUNDED: dict[Any, Callable[..., Any]] = {np.ceil: math.ceil, np.floor: math.floor}
 _is_tensor = torch.is_tensor  # while a model is traced it has another
 _OF_GRADIENTS = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "retains_grad"})
 _WRITABLE = frozenset({"data", "grad", "requires_grad"})
@@ -97,9 +100,19 @@ class Askable(fx.Proxy):
             return NotImplemented
         if ufunc in _ARITHMETIC:
             return _ARITHMETIC[ufunc](*plain)
-        if ufunc in _OF_NUMBERS and self.tracer.class_of(self) in (int, float):
-            return self.tracer.create_proxy("call_function", _OF_NUMBERS[ufunc], (self,), {})
-        return NotImplemented
+        traced = [one for one in plain if isinstance(one, fx.Proxy)]
+        if any(self.tracer.class_of(one) not in (int, float) for one in traced):
+            return NotImplemented
+        if ufunc in _OF_NUMBERS:
+            return self.tracer.of_number(_OF_NUMBERS[ufunc], self)
+        if ufunc in _ROUNDED:
+            return self.tracer.of_number(float, self.tracer.of_number(_ROUNDED[ufunc], self))
+        return self._of_example(ufunc, plain)
+
+    def _of_example(self, ufunc: Any, plain: Sequence[Any]) -> Any:
+        """Let numpy compute what Python could to another last bit, from what the example has."""
+        known = [self.tracer.known(one) if isinstance(one, fx.Proxy) else one for one in plain]
+        return NotImplemented if None in known else ufunc(*known)
 
     def __array_function__(self, function: Any, _: Any, args: Any, options: Any) -> Any:
         """Let numpy multiply a shape: `np.prod(x.shape[1:])`."""
@@ -160,7 +173,13 @@ class Askable(fx.Proxy):
         example = self.tracer.example(self)
         if not isinstance(example, Tensor) or isinstance(self, Attribute):
             raise CannotAssign("it assigns to a part of what is no tensor")
-        self.node = assigned(self, example, index, value, self.tracer.example).node
+        if example._is_view() and self.tracer.is_lasting(example):
+            raise CannotAssign("it assigns to a part of what has another name (a view, a buffer)")
+        if isinstance(value, fx.Proxy):
+            self.tracer.drop_write(self.node, index, value.node)
+        new = assigned(self, example, index, value, self.tracer.example).node
+        self.tracer.note_write(self.node, new, plain_index(index))
+        self.node = new
 
     def __iadd__(self, other: Any) -> Any:
         """Add out of place, as torch.fx does, and note that the model does not.
@@ -169,18 +188,29 @@ class Askable(fx.Proxy):
         """
         if self._is_buffer():
             return self._overwritten("add_", other)
-        total = self + other
+        total = self._replaced(self + other)
         total.node.meta[OVERWROTE] = True
         return total
 
     def __isub__(self, other: Any) -> Any:
-        return self._overwritten("sub_", other) if self._is_buffer() else self - other
+        if self._is_buffer():
+            return self._overwritten("sub_", other)
+        return self._replaced(self - other)
 
     def __imul__(self, other: Any) -> Any:
-        return self._overwritten("mul_", other) if self._is_buffer() else self * other
+        if self._is_buffer():
+            return self._overwritten("mul_", other)
+        return self._replaced(self * other)
 
     def __itruediv__(self, other: Any) -> Any:
-        return self._overwritten("div_", other) if self._is_buffer() else self / other
+        if self._is_buffer():
+            return self._overwritten("div_", other)
+        return self._replaced(self / other)
+
+    def _replaced(self, result: Any) -> Any:
+        """Note that a result stands for what the model overwrites: a tensor, no number."""
+        self.tracer.note_write(self.node, result.node)
+        return result
 
     def _is_buffer(self) -> bool:
         """Tell whether a value is a buffer, or what remained of it once it was overwritten."""
@@ -227,6 +257,7 @@ class AskedTracer(fx.Tracer):
         self.examples: dict[fx.Node, Any] = {}
         self.answering = False
         self.assumptions: dict[str, fx.Node] = {}
+        self.writes: list[Write] = []
         self._values: ExampleValues | None = None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -258,6 +289,10 @@ class AskedTracer(fx.Tracer):
             raise TypeError(f"a number is needed, not {type(value).__name__}")
         self._assume(self._call(operator.eq, obj, value))
         return value
+
+    def of_number(self, function: Callable[..., Any], obj: fx.Proxy) -> fx.Proxy:
+        """Return what a function of Python makes of a traced number."""
+        return self.create_proxy("call_function", function, (obj,), {})
 
     def whole_number(self, obj: fx.Proxy) -> fx.Proxy:
         """Return `int` of a traced number, which no question needs to be asked for."""
@@ -337,6 +372,42 @@ class AskedTracer(fx.Tracer):
             self._keys(obj)
         else:
             self.length(obj)
+
+    def note_write(self, old: fx.Node, new: fx.Node, index: Any = None) -> None:
+        """Note that what a name stood for was overwritten, and is traced as something new."""
+        last = next(iter(reversed(self.graph.nodes)))
+        self.writes.append(Write(old, new, last, index))
+
+    def drop_write(self, tensor: fx.Node, index: Any, value: fx.Node) -> None:
+        """Forget the write to a part that is assigned to where it was: `y[:, 0] *= 2` does both."""
+        last = self.writes[-1] if self.writes else None
+        if last is None or last.new is not value or last.old.target is not operator.getitem:
+            return
+        if last.old.args == (tensor, self.create_arg(index)):
+            self.writes.pop()
+
+    def is_lasting(self, example: Tensor) -> bool:
+        """Tell whether a view is one of an input or buffer, which outlive the call."""
+        lasting = [node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")]
+        held = [self._tensor_of(node) for node in lasting]
+        return any(one is not None and share_memory(one, example) for one in held)
+
+    def require_fresh(self, since: int = 0) -> None:
+        """Raise where what was overwritten, since so many writes, is read by another name."""
+        reader = stale_read(self.graph, self.writes[since:], self._tensor_of)
+        if reader is not None:
+            raise CannotAssign(
+                "it assigns to a tensor, or to a part of it, that is read by another name (a view) "
+                f"later: {reader.name} at {reader.meta.get('source')}"
+            )
+
+    def _tensor_of(self, node: fx.Node) -> Tensor | None:
+        """Return what a node is on the example inputs, None if no tensor or not known."""
+        try:
+            example = self.example(self.proxy(node))
+        except FxTraceError:
+            return None
+        return example if isinstance(example, Tensor) else None
 
     def forget(self, erased: set[fx.Node]) -> None:
         """Forget the assumptions of nodes that are no longer in the graph."""

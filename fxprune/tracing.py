@@ -240,6 +240,7 @@ class ModelTracer(AskedTracer):
             return forward(*args, **kwargs)
         last, depth = self._last_node(), len(self.module_stack)
         path, held, mark = self.path_of_module(m), Held(m), len(self.keeping)
+        writes = len(self.writes)
         others = _no_values(args, kwargs)
         given = contents_of({"": others}) if others else _NOTHING
         beside = self._unwritten_beside()
@@ -254,6 +255,7 @@ class ModelTracer(AskedTracer):
             if has_hooks(m) and not is_leaf:
                 raise TraceError(_HOOKED)
             result = super().call_module(m, forward, args, kwargs)
+            self.require_fresh(writes)
             kept = held.kept()
             self.note(held.put_back(), path)
             if kept:  # in evaluation as in training a module may be called again, and read it
@@ -748,6 +750,7 @@ def _traced(
         ):
             graph = tracer.trace(root)
             tracer.leave_notes(held)
+            tracer.require_fresh()
     finally:
         tracer.put_back()
         written = held.put_back()

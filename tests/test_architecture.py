@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "notes",
         "randomness",
         "scripts",
+        "stale_names",
         "tables",
         "whole_numbers",
     ),

@@ -69,6 +69,25 @@ def at_positions(x: Tensor) -> Tensor:
     return y
 
 
+def whole_rows(x: Tensor) -> Tensor:
+    y, rows = x * 2, torch.arange(x.shape[0])
+    y[rows, rows, :, :] = x[rows, rows].tanh()
+    y[rows[:, None], rows, ...] = 0.5
+    return y
+
+
+def nearest(x: Tensor) -> Tensor:
+    """What PointNet++ does with neighbours that are too few: views that nobody else reads."""
+    y = x.sort(dim=-1)[0][..., :4]
+    first = y[..., :1].repeat(1, 1, 1, 4)
+    y[y < 0.3] = first[y < 0.3]
+    z = torch.zeros_like(y)
+    z[..., 0] = y[..., 1]
+    row = z[..., 0]
+    z[..., 1] = row * 2  # beside what goes by another name
+    return torch.cat([z + row[..., None], y[..., :2]], -1)
+
+
 WRITES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "halves": (halves, 4),
     "shifted in time": (shifted_in_time, 5),  # of two that are shifted one stays
@@ -78,6 +97,8 @@ WRITES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "broadcast": (broadcast, 4),
     "collected": (collected, 4),
     "at positions": (at_positions, 8),
+    "whole rows": (whole_rows, 8),
+    "nearest": (nearest, 8),
 }
 
 
@@ -120,7 +141,45 @@ def stale(x: Tensor) -> Tensor:
     return F.pad(part, (0, 0, 0, 0, 0, 6))
 
 
-@pytest.mark.parametrize("write", [view, stale])
+def never_true(x: Tensor) -> Tensor:
+    y = x * 2
+    part = y[:, :2]
+    y[y > 50] = 0
+    return F.pad(part, (0, 0, 0, 0, 0, 6)) + y
+
+
+def of_a_view(x: Tensor) -> Tensor:
+    part = x[:, :2]
+    part[part > 50] = 0
+    return x
+
+
+def through_two(x: Tensor) -> Tensor:
+    y = x * 2
+    part = y[:, :2]
+    y[:, 4] = 0
+    y[y > 50] = 0
+    return F.pad(part, (0, 0, 0, 0, 0, 6)) + y
+
+
+def augmented(x: Tensor) -> Tensor:
+    y = x * 2
+    part = y[:, :2]
+    y *= torch.where(y > 50, 2.0, 1.0).to(y)
+    return F.pad(part, (0, 0, 0, 0, 0, 6)) + y
+
+
+def added(x: Tensor) -> Tensor:
+    y = x * 2
+    other = y
+    y += (y > 50) * 2
+    return y + other
+
+
+STALE = [view, stale, never_true, of_a_view, through_two, augmented, added]
+
+
+@pytest.mark.parametrize("write", STALE)
 def test_what_has_another_name_is_refused(write: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(TraceError):
         fxprune.instrument(randomise(Writing(write)), torch.randn(3, 3, 6, 6))

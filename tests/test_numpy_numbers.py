@@ -56,6 +56,7 @@ NUMBERS: dict[str, Any] = {
     "scaled": lambda n: np.float64(3) / n + np.int64(2) * n - np.float32(0.5),
     "power": lambda n: np.int64(2) ** n % np.int64(5) // np.float64(0.3),
     "both": lambda n: math.sqrt(n) / np.sqrt(n + np.int64(1)),
+    "rounded": lambda n: np.ceil(n / 4) + np.floor(n / np.int64(2)) * 0.5,
 }
 
 
@@ -68,6 +69,19 @@ def test_what_numpy_makes_of_a_size_follows_the_input(name: str) -> None:
     for length in (5, 9, 12):
         x = torch.randn(2, length, 6)
         assert torch.equal(gated(x), model(x))
+
+
+def test_what_python_would_not_compute_to_the_bit_is_assumed() -> None:
+    """Informer attends to as many queries as the logarithm of their number says."""
+    torch.manual_seed(0)
+    model = OfSizes(lambda n: 5 * np.ceil(np.log(n)).astype("int").item() + np.maximum(n, 2))
+    gated = fxprune.instrument(model, torch.randn(2, 5, 6))
+    (assumed,) = gated.report.assumptions
+    assert "shape[1] == 5" in str(assumed)
+    x = torch.randn(3, 5, 6)
+    assert torch.equal(gated(x), model(x))
+    with pytest.raises(AssertionError, match="assumes"):
+        gated(torch.randn(2, 9, 6))
 
 
 @pytest.mark.parametrize("number", [np.sinc, lambda n: np.array([1.0, 2.0]) * n], ids=["f", "[]"])
