@@ -105,5 +105,7 @@ def _end(tensor: Tensor) -> int:
 
 def _is_plain(entry: Any) -> bool:
     if isinstance(entry, slice):
-        return all(type(part) in (int, type(None)) for part in (entry.start, entry.stop, entry.step))
+        return all(
+            type(part) in (int, type(None)) for part in (entry.start, entry.stop, entry.step)
+        )
     return type(entry) is int or entry is Ellipsis

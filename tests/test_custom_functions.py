@@ -123,8 +123,8 @@ class Sign(torch.autograd.Function):
         return x.sign()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
 
 
 class Binary(nn.Module):

@@ -90,3 +90,43 @@ def test_half_models_are_compared_in_float32() -> None:
     model = nn.Linear(4, 4).half()
     found = verify(model, copy.deepcopy(model), torch.randn(2, 4).half())
     assert found.verdict == "equal"
+    other = copy.deepcopy(model)
+    other.weight.data *= 1.01
+    assert verify(model, other, torch.randn(2, 4).half()).verdict == "different"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_held_to_full_precision() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
+    found = verify(model, copy.deepcopy(model).cuda(), torch.randn(1, 3, 16, 16))
+    assert found.verdict == "equal"
+    assert found.error["float32"] < 1e-5
+
+
+CONSTANTS: dict[str, Any] = {
+    "linspace": lambda: torch.linspace(0.1, 1, 7),
+    "frequencies": lambda: torch.exp(-torch.arange(7) / 7),
+    "of numpy": lambda: torch.tensor(np.linspace(0.1, 1, 7)).float(),
+}
+
+
+class Scaled(nn.Module):
+    """Multiplies by numbers that its forward makes of nothing."""
+
+    def __init__(self, constants: Any) -> None:
+        super().__init__()
+        self.up, self.down, self.constants = nn.Linear(6, 7), nn.Linear(7, 4), constants
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)) * self.constants())
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_that_a_forward_makes_are_those_of_its_trace(name: str) -> None:
+    model, x = Scaled(CONSTANTS[name]), torch.randn(5, 6)
+    with torch.no_grad():
+        model.down.weight[:, 2] = 0
+    small: Any = finalize(model, x, fold=False)
+    assert small.up.out_features == 6
+    assert small.report.verification.verdict == "equal"
