@@ -243,7 +243,7 @@ def positions_that_remain(chosen: Tensor, kept: Tensor, size: int) -> slice | Te
         raise Barrier("nothing would remain of what it picks")
     first, last = int(new[0]), int(new[-1])
     step = int(new[1]) - first if len(new) > 1 else 1
-    if step > 0 and torch.equal(new, torch.arange(first, last + 1, step)):
+    if step > 0 and first <= last and torch.equal(new, torch.arange(first, last + 1, step)):
         return slice(first, last + 1, None if step == 1 else step)
     return new
 

@@ -114,3 +114,20 @@ def test_parts_of_channels_are_cut_and_parts_of_places_follow_the_size() -> None
     assert small.second.in_channels == 2
     x = torch.randn(2, 3, 10, dtype=torch.float64)
     assert error(gated(x), small(x)) < 1e-12
+
+
+def test_positions_that_rise_and_fall_are_no_slice() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Picked(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        for part in model[0].parameters():
+            part[2:4] = 0
+    small: Any = fxprune.finalize(model, torch.randn(4, 6, dtype=torch.float64), fold=False)
+    assert small.report.verification.verdict == "equal"
+    assert small.report.refused == []
+
+
+class Picked(nn.Module):
+    """Of its positions those remain that go up first, and end below where they began."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, [3, 4, 7, 0]]
