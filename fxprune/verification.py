@@ -139,10 +139,10 @@ def verify(
     if its weights are half or double.
 
     exact: the candidate as it was before its weights were rounded to their dtype; it stands for it
-    in float64. traced: the same for the reference, where a trace holds constants in float32 that its
-    forward would compute in float64 there. float64_tolerance: 1e-9 if not given, or 1e-5 where a candidate of shorter weights
-    has no such stand-in, as merged weights were rounded once; with weights in float16 or bfloat16
-    both tolerances are at least two of their ε.
+    in float64. traced: the same for the reference, where a trace holds constants in float32 that
+    its forward would compute in float64 there. float64_tolerance: 1e-9 if not given, or 1e-5 where
+    a candidate of shorter weights has no such stand-in, as merged weights were rounded once; with
+    weights in float16 or bfloat16 both tolerances are at least two of their ε.
 
     Raises `ExampleInputError` if the reference does not run on the example or an extra input.
     """
