@@ -116,10 +116,10 @@ class _Accountant:
         )
 
     def _parameters(self) -> Iterator[Tensor]:
-        """Yield what the graph uses: what training alone does is not finalised."""
+        """Yield what the graph uses: what training, or a note, uses alone is not finalised."""
         used = {name for names in self.channels.uses.values() for name in names}
         for name, tensor in self.program.module.named_parameters():
-            if self.program.in_training is None or name in used:
+            if name in used:
                 yield tensor
 
     def _gone(self) -> dict[int, tuple[int, ...]]:

@@ -19,7 +19,6 @@ from fxprune.boxes import close_boxes
 from fxprune.cuts import Cut
 from fxprune.errors import where
 from fxprune.modules import device_of, tensors_in
-from fxprune.notes import leave_note
 from fxprune.observation import Observation, TensorSpec, observe
 from fxprune.ops.settled import require_settled
 from fxprune.overwrites import Overwrites
@@ -145,8 +144,6 @@ class _Forward:
             return self._state(str(node.target)) or spec
         if node.op == "output":
             return self._output(node)
-        if node.target is leave_note and node not in self.forced:
-            return None
         return self._call(node, spec)
 
     def _output(self, node: fx.Node) -> Any:

@@ -4,8 +4,8 @@ Both work on a copy: what the user holds is never modified.
 """
 
 import operator
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -36,7 +36,7 @@ from fxprune.modules import (
     require_no_gradient_hooks,
 )
 from fxprune.naming import renamed_in
-from fxprune.notes import erase_notes_, left_in, noted
+from fxprune.notes import begin_notes_, left_in, noted, put_back, set_aside
 from fxprune.observation import TensorSpec, observe
 from fxprune.parameter_tags import carry_tags_, renamed_path
 from fxprune.passes.instrumentation import insert_gates
@@ -174,11 +174,14 @@ def instrument(
             only = f"{_EVALUATION_ONLY} ({region.program.untrained})"
             report.refused.append(Change("training", only if in_training is None else _BOTH_MODES))
         if hoists:
-            report.passes |= run(region.program, (with_options(hoist, ends=ends),))
+            with _notes_aside(region.program):
+                hoisting = with_options(hoist, ends=ends)
+                report.passes |= run(region.program, (hoisting,), recompile=False)
+            region.program.module.recompile()
             before = _outputs(region.program) if check else None
         if in_training is not None:
             run(in_training.program, (read_latest_names,), recompile=False)
-        with plain_weights_in(region.program.module):
+        with plain_weights_in(region.program.module), _notes_aside(region.program):
             report.passes |= run(region.program, (insertion,), recompile=False)
         if in_training is not None:
             join(region.program.graph, in_training.program.graph, in_training.told)
@@ -194,7 +197,8 @@ def instrument(
     parts = parts_in_training(model, inputs, gate, check=check)
     _count_insides_once(parts)
     gated = _assembled("instrument", name, inputs, parts, reports)
-    erase_notes_(gated, noted(gated.graph))
+    for region in parts.regions:
+        begin_notes_(region.program.module, noted(region.program.graph), model)
     _restore_state(model, gated)
     carry_tags_(model, gated, renamed_in(gated))
     return cast(GatedModel, gated)
@@ -289,6 +293,17 @@ def _notes(region: Region) -> dict[str, list[Change]]:
         names |= noted(program.in_training.program.graph)
     changes = [Change(name, _NOTED) for name in sorted(names)]
     return {"notes": changes} if changes else {}
+
+
+@contextmanager
+def _notes_aside(program: Program) -> Generator[None]:
+    """Let a program leave no notes for a while, nor compute what they hold."""
+    seen = observe(program)
+    aside = set_aside(program.graph, {*seen.mutated, *seen.draws})
+    try:
+        yield
+    finally:
+        put_back(program.graph, aside)
 
 
 def _forgotten(region: Region) -> list[Change]:

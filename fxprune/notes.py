@@ -3,14 +3,18 @@
     self.balance = load.square().mean()  # in the training loop: loss + model.experts.balance
 
 A gated model leaves them there as well, by an operator without a result that reads what the
-attribute holds. Nothing is planned by them: what is finalised leaves none.
+attribute holds. What is finalised leaves none, so that nothing is planned by them: they are set
+aside meanwhile, with all that is computed for them alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.node import has_side_effect
+
+from fxprune.gates import linear_gate, width_gate
 
 
 class _Owner:
@@ -52,6 +56,66 @@ def noted(graph: fx.Graph) -> set[str]:
     return {str(node.args[1]) for node in notes_in(graph)}
 
 
+@dataclass
+class Aside:
+    """What serves notes alone, out of its graph.
+
+    reads: what its inputs are there. places: the node that each operator stood before.
+    """
+
+    graph: fx.Graph
+    reads: dict[fx.Node, fx.Node]
+    places: dict[fx.Node, fx.Node]
+
+
+def set_aside(graph: fx.Graph, staying: Collection[fx.Node]) -> Aside:
+    """Take out of a graph what serves notes alone, but what is `staying`, as it writes or draws."""
+    alone = _alone(graph, staying)
+    aside = Aside(fx.Graph(), {}, {})
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in alone:
+        for source in node.all_input_nodes:
+            if source not in copies:
+                copies[source] = aside.graph.placeholder(source.name)
+                aside.reads[copies[source]] = source
+        copies[node] = aside.graph.node_copy(node, lambda one: copies[one])
+    anchor = graph.output_node()
+    for node in reversed(graph.nodes):
+        if node in alone:
+            aside.places[copies[node]] = anchor
+            graph.erase_node(node)
+        else:
+            anchor = node
+    return aside
+
+
+def put_back(graph: fx.Graph, aside: Aside) -> None:
+    """Put into a graph what was set aside; where a gate stands by now, it reads the gate."""
+    found = {inside: _gated(node) for inside, node in aside.reads.items()}
+    for node in aside.graph.nodes:
+        if node not in found:
+            with graph.inserting_before(aside.places[node]):
+                found[node] = graph.node_copy(node, lambda one: found[one])
+
+
+def _alone(graph: fx.Graph, staying: Collection[fx.Node]) -> dict[fx.Node, None]:
+    """Return the notes, and what nobody else reads, in order."""
+    alone: dict[fx.Node, None] = {}
+    for node in reversed(graph.nodes):
+        serves = node.target is leave_note or (node.users and node.users.keys() <= alone.keys())
+        if serves and node.op != "placeholder" and node not in staying:
+            alone[node] = None
+    return dict.fromkeys(reversed(alone))
+
+
+def _gated(node: fx.Node) -> fx.Node:
+    """Return the last gate behind a node, the node itself if there is none."""
+    gates = (width_gate, linear_gate)
+    while gate := next((u for u in node.users if u.target in gates and u.args[-2] is node), None):
+        node = gate
+    return node
+
+
 def left_in(module: nn.Module, paths: set[str]) -> dict[str, Any]:
     """Return what attributes hold, by "part.name"."""
     return {f"{path}.{name}".lstrip("."): value for path, name, _, value in _held(module, paths)}
@@ -61,6 +125,14 @@ def erase_notes_(module: nn.Module, paths: set[str]) -> None:
     """Delete attributes that a run has set."""
     for _, name, part, _ in list(_held(module, paths)):
         del vars(part)[name]
+
+
+def begin_notes_(module: nn.Module, paths: set[str], model: nn.Module) -> None:
+    """Delete attributes that a run has set, but for plain values that they have in a model."""
+    erase_notes_(module, paths)
+    for path, value in left_in(model, paths).items():
+        if value is None or type(value) in (bool, int, float, str):
+            leave_note(module, path, value)
 
 
 def _held(module: nn.Module, paths: set[str]) -> Iterator[tuple[str, str, nn.Module, Any]]:

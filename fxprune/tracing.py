@@ -56,6 +56,7 @@ from fxprune.notes import OWNER, leave_note, noted
 from fxprune.randomness import Generators
 from fxprune.retracing import wrap_functions_
 from fxprune.scripts import inlined
+from fxprune.stale_names import stale_read
 from fxprune.stand_ins import standing_in
 from fxprune.tables import sliced_by_name
 from fxprune.two_modes import Flags, find_twins, hold_, other_mode
@@ -377,6 +378,9 @@ class ModelTracer(AskedTracer):
             for name, value in one.kept().items():
                 if path or name not in RESERVED:
                     self._leave_note(end, f"{path}.{name}".lstrip("."), value, one.module)
+        while (stale := stale_read(self.graph, self.writes, self._tensor_of)) is not None:
+            for node in (*stale.users, stale):  # what it holds was overwritten since
+                self.graph.erase_node(node)
 
     def _leave_note(self, end: fx.Node, path: str, value: Any, part: nn.Module) -> None:
         try:
@@ -749,8 +753,8 @@ def _traced(
             asking_for_limits(),
         ):
             graph = tracer.trace(root)
-            tracer.leave_notes(held)
             tracer.require_fresh()
+            tracer.leave_notes(held)
     finally:
         tracer.put_back()
         written = held.put_back()

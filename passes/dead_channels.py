@@ -24,7 +24,6 @@ from fxprune.foresight import foreseen
 from fxprune.literals import put_literal
 from fxprune.liveness import settle
 from fxprune.modules import device_of, free_name, submodule
-from fxprune.notes import notes_in
 from fxprune.observation import Observation, observe
 from fxprune.pipeline import Change, keeps_shapes
 from fxprune.program import Program, narrowed
@@ -82,8 +81,6 @@ def _plan(
     """Decide what goes, adding barriers until every operator can follow."""
     seen = observe(program)
     barriers: dict[fx.Node, str] = {}
-    if in_training:  # whoever trains reads them as they are
-        barriers |= dict.fromkeys(notes_in(program.graph), "an attribute is set to it")
     while True:
         channels, known = (
             known

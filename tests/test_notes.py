@@ -70,6 +70,7 @@ class InTraining(nn.Module):
         super().__init__()
         self.encoder, self.mean, self.spread = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 4)
         self.decoder = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 8))
+        self.divergence: Any = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.encoder(x))
@@ -124,8 +125,10 @@ def test_a_gated_model_sets_what_the_model_sets(
     if ran:
         model(X * 2)
     gated: Any = fxprune.instrument(model.train(instrumented_in), X)
-    with pytest.raises(AttributeError):
-        notes(gated)  # nothing is left of the run on the example inputs
+    if name == "in training" and not ran:
+        assert gated.divergence == 0.0
+    with pytest.raises(AttributeError):  # nothing is left of the run on the example inputs
+        assert [one.shape for one in tree_leaves(notes(gated))]
     for one in (model, gated):
         one.train()
     expected, found = run(model, notes), run(gated, notes)
@@ -181,7 +184,7 @@ def test_a_compacted_model_sets_what_the_gated_one_does(name: str) -> None:
     small: Any = fxprune.compact(gated)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in gated.parameters())
     with pytest.raises(AttributeError):
-        notes(small)
+        assert [one.shape for one in tree_leaves(notes(small))]
     one, other = ([found.train()(X), *tree_leaves(notes(found))] for found in (gated, small))
     if name != "in training":
         torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
@@ -235,6 +238,66 @@ class Forgetful(nn.Module):
         x = F.relu(self.first(x))
         self.seen.append(x)
         return self.last(x)
+
+
+class Beside(nn.Module):
+    """What is left has a layer of its own, sums over channels, and reads what is overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.beside = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        self.sparsity, self.auxiliary = x.abs().sum(1).mean(), self.beside(x)
+        x = self.second(x)
+        self.before = x.mean(0)
+        x.relu_()
+        self.after = x
+        return self.last(x)
+
+
+def test_what_is_computed_for_notes_alone_plans_nothing() -> None:
+    model = randomise(Beside()).double()
+    gated: Any = fxprune.instrument(model, X)
+    assert [len(site.units) for site in gated.gates.width_sites] == [16, 16]
+    for one in (model, gated):
+        torch.manual_seed(0)
+        one(X)
+    for name in ("sparsity", "auxiliary", "before", "after"):
+        assert torch.equal(getattr(gated, name), getattr(model, name))
+    close_half(gated)
+    gated(X)
+    assert gated.after.eq(0).all(0).sum() >= 8
+    found = float(cost_of(gated.gates, "parameters").detach())
+    small: Any = fxprune.finalize(gated)
+    assert found == small.report.after.parameters == 8 * 8 + 8 + 8 * 8 + 8 + 8 * 4 + 4
+
+
+class Overwritten(nn.Module):
+    """What an attribute holds is overwritten before the call ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        self.seen, self.sum = x, x.sum()
+        x += F.relu(self.second(x))
+        return self.last(x)
+
+
+def test_what_is_overwritten_is_not_set_to_what_it_was() -> None:
+    model: Any = randomise(Overwritten()).double()
+    gated: Any = fxprune.instrument(model, X)
+    told = [change.where for change in gated.report.refused if "forward" in change.what]
+    for one in (model, gated):
+        one(X)
+    assert torch.equal(gated.sum, model.sum)
+    assert torch.equal(gated.seen, model.seen) if hasattr(gated, "seen") else told == ["seen"]
 
 
 def test_what_cannot_be_set_is_said() -> None:
