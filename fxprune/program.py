@@ -74,7 +74,7 @@ class Program:
         """Say why nobody can train what was traced; "" if one can."""
         if not self.module.meta["evaluation_only"] or self.in_training is not None:
             return ""
-        return self.module.meta["untrained"] or "it switches gradients off"
+        return self.module.meta["untrained"] or "it runs other operators in training"
 
     @property
     def other_mode(self) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.assumptions import PLAIN, AskedTracer
+from fxprune.assumptions import PLAIN
 from fxprune.beside import Beside
 from fxprune.call_state import CallState, answers_matter, asked_of
 from fxprune.classes import modules_of, of_their_classes
@@ -60,11 +60,11 @@ from fxprune.stale_names import stale_read
 from fxprune.stand_ins import standing_in
 from fxprune.tables import sliced_by_name
 from fxprune.two_modes import Flags, find_twins, hold_, other_mode
+from fxprune.unrecorded import UnrecordedTracer
 from fxprune.watching import OwnTensors, left_alone
 from fxprune.whole_numbers import kept_whole
 
 _NOTHING = contents_of({})
-_gradients_are_on = torch.is_grad_enabled  # while a model is traced it is another
 _TRANSFORMERS = (
     *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder),
     nn.Transformer,
@@ -76,7 +76,7 @@ _CHANGES = (
 _HOOKED = "it has hooks, which a trace would call once; remove them first, and add them again then"
 
 
-class ModelTracer(AskedTracer):
+class ModelTracer(UnrecordedTracer):
     """torch.fx's tracer; it notes the user's source lines and retreats to leaves where it must."""
 
     # Arithmetic on buffers alone is part of the graph: they may change after tracing.
@@ -213,15 +213,7 @@ class ModelTracer(AskedTracer):
         return parameter_proxy_cache[name]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Create a node that remembers which line of the user's code asked for it.
-
-        A graph knows no `torch.no_grad`. A submodule that uses it is kept whole; where the model
-        itself does, the graph is good for evaluation only.
-        """
-        if not _gradients_are_on():
-            if self.module_stack:
-                raise TraceError("it switches gradients off, which no graph does")
-            self.evaluation_only = True
+        """Create a node that remembers which line of the user's code asked for it."""
         node = super().create_node(*args, **kwargs)
         if node.op == "call_method" and node.target in ADDING:
             self._require_no_object(node)
@@ -558,10 +550,10 @@ def _trace_in_both_modes(
     try:
         with uncollected(), mode_questions() as asked_in_training:
             training, other = in_mode(training=True)
-    except TraceError:
+    except TraceError as error:
         if trained:
             raise
-        tracer.evaluation_only = True
+        tracer.evaluation_only, tracer.untrained = True, f"in training {error}"
         return evaluation, evaluation, tracer
     tracer.asked = asked | asked_in_training
     idle = {path for path, passes in tracer.passes.items() if passes}
@@ -571,7 +563,7 @@ def _trace_in_both_modes(
         if not _repeats(root, in_mode, training, other.written):
             if trained:
                 raise TraceError(_CHANGES)
-            tracer.evaluation_only = True
+            tracer.evaluation_only, tracer.untrained = True, _CHANGES
             return evaluation, evaluation, tracer
         return training, evaluation, tracer
 
@@ -614,8 +606,8 @@ def _why_untrained(tracer: ModelTracer, other: ModelTracer) -> str:
 
     tracer, other: those of evaluation and of training.
     """
-    if other.evaluation_only:
-        return "it switches gradients off in training"
+    if other.untrained:
+        return other.untrained
     if kept := sorted(other.written - tracer.written - noted(other.graph)):
         return f"its forward sets {kept[0]} in training only, which a graph forgets"
     for one, twin in ((other, tracer), (tracer, other)):

@@ -21,6 +21,7 @@ _IDENTITIES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
+_DETACHING: tuple[Any, ...] = ("detach", torch.detach)
 # Where each takes the flag that switches it off.
 _FLAGS: dict[Any, int] = {
     F.dropout: 2,
@@ -110,6 +111,8 @@ def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) 
         module = modules[str(node.target)]
         idle = type(module) in _IDENTITIES or node.meta.get(PASSES)
         return bool(idle) and not module._forward_hooks
+    if node.target in _DETACHING:
+        return all(_is_detached(user) for user in node.users)
     if node.op != "call_function":
         return False
     if node.target is torch.cat:
@@ -118,6 +121,11 @@ def _is_neutral(node: fx.Node, modules: dict[str, nn.Module], program: Program) 
     if place is not None:
         return _is_off(node, place)
     return _multiplies_ones(node, program)
+
+
+def _is_detached(node: fx.Node) -> bool:
+    """Tell whether nobody reads a result but to detach it: no gradient goes beyond anyway."""
+    return bool(node.users) and all(user.target in _DETACHING for user in node.users)
 
 
 def _is_off(node: fx.Node, place: int) -> bool:

@@ -74,7 +74,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("call_state",),
     ("assumptions",),
     ("retracing",),
-    ("watching",),
+    ("watching", "unrecorded"),
     ("tracing",),
     ("program",),
     ("sharing", "out_of_place", "copying"),
