@@ -748,7 +748,7 @@ GATHERED: ContextVar[list[Tensor] | None] = ContextVar("gathered", default=None)
 
 
 class Frozen(nn.Module):
-    """Writes without gradients into what has some, so that it stays whole; gives a pair, which others may gather."""
+    """Writes without gradients into what has some, and stays whole; others may gather its pair."""
 
     def __init__(self) -> None:
         super().__init__()
