@@ -82,9 +82,11 @@ def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
                 memo[id(value)] = value.detach().clone()
             elif isinstance(value, torch.jit.ScriptFunction):  # a function, as others are
                 memo[id(value)] = value
-    for module in reversed(list(model.modules())):  # parts first
-        if _is_its_attributes(type(module)):
-            _copy_attributes(module, memo)
+    parts = [part for part in reversed(list(model.modules())) if _is_its_attributes(type(part))]
+    for part in parts:  # all of them before any attribute: a part may hold the model it is in
+        memo[id(part)] = type(part).__new__(type(part))
+    for part in parts:  # parts first
+        _copy_attributes(part, memo)
 
 
 def _is_its_attributes(cls: type[nn.Module]) -> bool:
@@ -100,7 +102,7 @@ def _is_its_attributes(cls: type[nn.Module]) -> bool:
 
 def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
     """Copy a module as `deepcopy` does, which takes ten times as long for its empty dicts."""
-    twin = memo[id(module)] = type(module).__new__(type(module))
+    twin = memo[id(module)]
     state: dict[str, Any] = module.__getstate__()
     for key, value in state.items():
         if type(value) in _MAPPINGS and not value:
