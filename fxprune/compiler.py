@@ -36,11 +36,12 @@ from fxprune.modules import (
     require_no_gradient_hooks,
 )
 from fxprune.naming import renamed_in
-from fxprune.notes import begin_notes_, left_in, noted, put_back, set_aside
+from fxprune.notes import begin_notes_, erase_notes_, forget_, left_in, noted, put_back, set_aside
 from fxprune.observation import TensorSpec, observe
 from fxprune.parameter_tags import carry_tags_, renamed_path
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.latest_names import read_latest_names
+from fxprune.passes.notes import drop_overwritten_notes
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.piecewise import (
     Parts,
@@ -61,7 +62,7 @@ from fxprune.regions import Region
 from fxprune.report import Report
 from fxprune.retracing import keep_buffers_, keep_questions_, marks_in
 from fxprune.sharding import require_whole
-from fxprune.two_modes import has_both_modes, join
+from fxprune.two_modes import has_both_modes, join, of_mode
 from fxprune.values import flatten
 from fxprune.verification import Verification, verify
 
@@ -160,7 +161,7 @@ def instrument(
 
     def gate(region: Region) -> None:
         report = reports[region.path] = Report("instrument", name, {})
-        report.passes |= _renaming(region) | _modes(region) | _notes(region)
+        report.passes |= _renaming(region) | _modes(region)
         report.refused += _overwritten(region) + _forgotten(region)
         hoists = hoist_padding and not region.path and region.program.in_training is None
         if hoist_padding and not hoists:
@@ -181,14 +182,16 @@ def instrument(
             before = _outputs(region.program) if check else None
         if in_training is not None:
             run(in_training.program, (read_latest_names,), recompile=False)
+        report.refused += _drop_overwritten_notes(region.program)
+        report.passes |= _notes(region)
         with plain_weights_in(region.program.module), _notes_aside(region.program):
             report.passes |= run(region.program, (insertion,), recompile=False)
         if in_training is not None:
             join(region.program.graph, in_training.program.graph, in_training.told)
         lower_(region.program.module)
         if check and not (
-            same(before, _outputs(region.program))
-            and same(trained, _outputs_in_training(region.program), nan=True)
+            _is_same(before, _outputs(region.program))
+            and _is_same(trained, _outputs_in_training(region.program), nan=True)
         ):
             raise VerificationError(
                 f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"
@@ -293,6 +296,18 @@ def _notes(region: Region) -> dict[str, list[Change]]:
         names |= noted(program.in_training.program.graph)
     changes = [Change(name, _NOTED) for name in sorted(names)]
     return {"notes": changes} if changes else {}
+
+
+def _drop_overwritten_notes(program: Program) -> list[Change]:
+    """Let a program leave no notes, in either mode, of what either mode overwrites then."""
+    found = [program]
+    if program.in_training is not None:
+        found.append(program.in_training.program)
+    changes = {change.where: change for one in found for change in drop_overwritten_notes(one)}
+    for one in found:
+        forget_(one.graph, changes)
+        erase_notes_(one.module, changes)
+    return list(changes.values())
 
 
 @contextmanager
@@ -447,12 +462,24 @@ def _outputs(program: Program) -> Any:
 
 
 def _outputs_in_training(program: Program) -> Any:
-    """Return what a program with a graph of training computes then; of others, None."""
+    """Return what a program with a graph of training computes then, and leaves; of others, None."""
     if has_both_modes(program.graph):
-        return trained_outputs(program.module, (program.args, program.kwargs))
+        graph = of_mode(program.graph, training=True)
+        return trained_outputs(program.module, (program.args, program.kwargs), noted(graph))
     if program.in_training is None:
         return None
-    return trained_outputs(program.in_training.program.module, (program.args, program.kwargs))
+    found = program.in_training.program
+    return trained_outputs(found.module, (program.args, program.kwargs), noted(found.graph))
+
+
+def _is_same(before: Any, after: Any, *, nan: bool = False) -> bool:
+    """Tell whether a program computes what it did, and leaves that where it still leaves any."""
+    if before is None or after is None:
+        return before is after
+    (outputs, left), (actual, found) = before, after
+    return found.keys() <= left.keys() and same(
+        (outputs, {name: left[name] for name in found}), (actual, found), nan=nan
+    )
 
 
 def _prove(

@@ -49,6 +49,7 @@ class Held:
             for name, value in vars(self.module).items()
             if value is not self.attributes.get(name, self)
             and name not in _TORCHS
+            and "." not in name
             and not name.startswith(MADE_BY_TRACING)
             and _has_proxies(value)
         }
@@ -74,7 +75,8 @@ class Held:
         now = vars(self.module)
         for name, value in list(now.items()):
             before = self.attributes.get(name, self)  # nothing else is this object
-            if value is before or name.startswith(MADE_BY_TRACING):
+            by_torch = name.startswith(MADE_BY_TRACING) and not _has_proxies(value)
+            if value is before or by_torch:
                 continue
             written.attributes.append(name)
             if _has_proxies(value):
@@ -163,9 +165,10 @@ class Parts:
 
 def count_on_(root: nn.Module, names: Iterable[str]) -> None:
     """Let numbers that a forward counts up be what they are after a million calls more."""
+    parts = dict(root.named_modules())
     for name in names:
         path, _, last = name.rpartition(".")
-        held = vars(root.get_submodule(path))
+        held = vars(parts[path]) if path in parts else {}  # setattr takes names with dots, too
         if type(held.get(last)) in (int, float):
             held[last] += 1_000_000
 

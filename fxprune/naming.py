@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxprune.modules import free_name
 
-OURS = ("gates", "penalties", "report")
+OURS = ("gates", "penalties", "report", "_fxprune")
 
 
 def _reserved() -> frozenset[str]:

@@ -34,8 +34,11 @@ OWNER = _Owner()
 
 
 @has_side_effect
-def leave_note(owner: Any, path: str, value: Any) -> None:
-    """Set an attribute of a part; an interpreter, which has no module to give, sets none."""
+def leave_note(owner: Any, path: str, value: Any, beside: Any = None) -> None:
+    """Set an attribute of a part; an interpreter, which has no module to give, sets none.
+
+    beside: something traced; code that is traced again would not keep a call without any.
+    """
     if not isinstance(owner, nn.Module):
         return
     *way, name = path.split(".")
@@ -51,9 +54,37 @@ def notes_in(graph: fx.Graph) -> list[fx.Node]:
     return graph.find_nodes(op="call_function", target=leave_note)
 
 
+def notes_behind(node: fx.Node) -> dict[fx.Node, None]:
+    """Return the notes that hold a node, or what is computed from it."""
+    found: dict[fx.Node, None] = {}
+    waiting, met = [node], {node}
+    while waiting:
+        one = waiting.pop()
+        if one.target is leave_note:
+            found[one] = None
+        waiting += (new := one.users.keys() - met)
+        met |= new
+    return found
+
+
 def noted(graph: fx.Graph) -> set[str]:
     """Return the attributes that a graph sets, as "part.name"."""
     return {str(node.args[1]) for node in notes_in(graph)}
+
+
+def leave_constant(graph: fx.Graph, path: str, value: Any) -> None:
+    """Let a graph set an attribute to a plain value."""
+    args: Any = (OWNER, path, value, *graph.find_nodes(op="placeholder")[:1])
+    with graph.inserting_before(graph.output_node()):
+        node = graph.call_function(leave_note, args)
+    node.meta["is_wrapped"] = True
+
+
+def forget_(graph: fx.Graph, paths: Collection[str]) -> None:
+    """Let a graph set some attributes no more."""
+    for node in notes_in(graph):
+        if node.args[1] in paths:
+            graph.erase_node(node)
 
 
 @dataclass
@@ -70,7 +101,7 @@ class Aside:
 
 def set_aside(graph: fx.Graph, staying: Collection[fx.Node]) -> Aside:
     """Take out of a graph what serves notes alone, but what is `staying`, as it writes or draws."""
-    alone = _alone(graph, staying)
+    alone = serving_notes(graph, staying)
     aside = Aside(fx.Graph(), {}, {})
     copies: dict[fx.Node, fx.Node] = {}
     for node in alone:
@@ -98,14 +129,19 @@ def put_back(graph: fx.Graph, aside: Aside) -> None:
                 found[node] = graph.node_copy(node, lambda one: found[one])
 
 
-def _alone(graph: fx.Graph, staying: Collection[fx.Node]) -> dict[fx.Node, None]:
+def serving_notes(graph: fx.Graph, staying: Collection[fx.Node]) -> dict[fx.Node, None]:
     """Return the notes, and what nobody else reads, in order."""
     alone: dict[fx.Node, None] = {}
     for node in reversed(graph.nodes):
-        serves = node.target is leave_note or (node.users and node.users.keys() <= alone.keys())
-        if serves and node.op != "placeholder" and node not in staying:
+        serves = node.target is leave_note or (node.users.keys() <= alone.keys() and _is_pure(node))
+        if serves and node not in staying:
             alone[node] = None
     return dict.fromkeys(reversed(alone))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Tell whether a node may go if nobody reads it."""
+    return node.op not in ("placeholder", "output") and not node.is_impure()
 
 
 def _gated(node: fx.Node) -> fx.Node:
@@ -116,12 +152,12 @@ def _gated(node: fx.Node) -> fx.Node:
     return node
 
 
-def left_in(module: nn.Module, paths: set[str]) -> dict[str, Any]:
+def left_in(module: nn.Module, paths: Collection[str]) -> dict[str, Any]:
     """Return what attributes hold, by "part.name"."""
     return {f"{path}.{name}".lstrip("."): value for path, name, _, value in _held(module, paths)}
 
 
-def erase_notes_(module: nn.Module, paths: set[str]) -> None:
+def erase_notes_(module: nn.Module, paths: Collection[str]) -> None:
     """Delete attributes that a run has set."""
     for _, name, part, _ in list(_held(module, paths)):
         del vars(part)[name]
@@ -135,7 +171,7 @@ def begin_notes_(module: nn.Module, paths: set[str], model: nn.Module) -> None:
             leave_note(module, path, value)
 
 
-def _held(module: nn.Module, paths: set[str]) -> Iterator[tuple[str, str, nn.Module, Any]]:
+def _held(module: nn.Module, paths: Collection[str]) -> Iterator[tuple[str, str, nn.Module, Any]]:
     parts = dict(module.named_modules())
     for full in sorted(paths):
         path, _, name = full.rpartition(".")

@@ -4,7 +4,7 @@ Passes take and edit a `Program`; the public verbs clone the user's model into o
 nothing the user holds is ever modified.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from io import StringIO
@@ -17,13 +17,14 @@ from torch.utils import _pytree as pytree
 from fxprune.assumptions import assumptions
 from fxprune.deeds import Given, contents_of, written_into
 from fxprune.errors import ExampleInputError, TraceError
+from fxprune.faithful_notes import keep_faithful_notes_
 from fxprune.graph_modules import without_code
 from fxprune.inputs import Inputs, copied, describe, same, to_device
 from fxprune.keeping import count_on_
 from fxprune.memory_formats import like
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating, run_alike, run_on
 from fxprune.naming import free_names_
-from fxprune.notes import left_in, noted
+from fxprune.notes import erase_notes_, left_in, noted
 from fxprune.randomness import Generators
 from fxprune.size_memos import agree, find_size_memos, forgotten, may_hold_memos
 from fxprune.tracing import bound_arguments, trace, without_fused_layers
@@ -138,7 +139,24 @@ def capture(
         if program.in_training is not None and not _is_faithful_in_training(root, program):
             program.in_training = None
             program.module.meta["untrained"] = "traced in training, it computes something else"
+        _forget_unfaithful_notes(root, program)
     return program
+
+
+def _forget_unfaithful_notes(root: nn.Module, program: Program) -> None:
+    """Erase the notes that the traces do not leave as the model does."""
+    training = None if program.in_training is None else program.in_training.program.module
+    if training is None and not program.module.meta["evaluation_only"]:
+        training = program.module
+    inputs = (program.args, program.kwargs)
+    if not noted(program.graph) and (training is None or not noted(training.graph)):
+        return
+    with without_fused_layers(), quiet():
+        wrong = keep_faithful_notes_(root, program.module, training, inputs)
+    meta = program.module.meta
+    meta["forgotten"] = sorted({*meta["forgotten"], *wrong})
+    erase_notes_(program.module, wrong)
+    program.module.recompile()
 
 
 def _in_training(program: Program) -> InTraining | None:
@@ -163,17 +181,20 @@ def _is_faithful_in_training(root: nn.Module, program: Program) -> bool:
     return True
 
 
-def trained_outputs(model: nn.Module, inputs: Inputs) -> Any:
+def trained_outputs(
+    model: nn.Module, inputs: Inputs, notes: Collection[str] = ()
+) -> tuple[Any, dict[str, Any]] | None:
     """Return what a copy of a model makes of inputs in training; None if that fails (a batch of 1).
 
-    It draws the same numbers in every run, in Python, too.
+    And what it leaves in attributes, if there are `notes`. It draws the same numbers in every run,
+    in Python, too.
     """
     twin, generators = copy_model(model).train(), Generators()
     if isinstance(twin, fx.GraphModule):
         twin.recompile()
     with torch.no_grad(), without_fused_layers(), quiet():
         try:
-            return run_alike(twin, inputs)
+            return run_alike(twin, inputs), left_in(twin, notes)
         except Exception:
             return None
         finally:
@@ -329,11 +350,6 @@ def _check_faithful(root: nn.Module, program: Program) -> None:
                 f"forward keeps something in self.{written[0]}; a trace forgets that, so pass what "
                 "is kept as an argument, and return it"
             )
-        names = noted(program.graph)
-        expected, actual = (
-            (expected, left_in(root, names)),
-            (actual, left_in(program.module, names)),
-        )
     _check_on_others(root, program)
     if not same(expected, actual):
         if same(expected, actual, nan=True):

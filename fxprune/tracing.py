@@ -565,6 +565,7 @@ def _trace_in_both_modes(
                 raise TraceError(_CHANGES)
             tracer.evaluation_only, tracer.untrained = True, _CHANGES
             return evaluation, evaluation, tracer
+        tracer.written |= other.written
         return training, evaluation, tracer
 
     if idle and (one_graph := _with_leaves(root, in_mode, idle)):
@@ -593,9 +594,10 @@ def _with_leaves(
     whole = idle.union(busy)
     with uncollected():
         evaluation, tracer = in_mode(training=False, whole=whole)
-        training, _ = in_mode(training=True, whole=whole)
+        training, other = in_mode(training=True, whole=whole)
     if not same_structure(root, training, evaluation):
         return None
+    tracer.written |= other.written
     tracer.idle = idle
     tracer.leaves |= dict.fromkeys(busy, "it runs other operators in training")
     return training, evaluation, tracer

@@ -76,6 +76,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("retracing",),
     ("watching", "unrecorded"),
     ("tracing",),
+    ("faithful_notes",),
     ("program",),
     ("sharing", "out_of_place", "copying"),
     ("observation",),

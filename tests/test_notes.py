@@ -304,3 +304,168 @@ def test_what_cannot_be_set_is_said() -> None:
     gated: Any = fxprune.instrument(randomise(Forgetful()).double().eval(), X)
     told = {change.where for change in gated.report.refused if "forward" in change.what}
     assert told >= {"calls", "seen"}
+
+
+class SetBack(nn.Module):
+    """What training sets, evaluation sets back; what a part sets, the model around it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.auxiliary: Any = None
+        self.losses: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        self.losses = []
+        self.auxiliary = None
+        if self.training:
+            self.auxiliary = x.mean()
+            self.losses = [x.square().mean()]
+        return self.last(x)
+
+
+@pytest.mark.parametrize("instrumented_in", [True, False])
+@pytest.mark.parametrize("ran", [True, False])
+def test_what_one_mode_sets_the_other_sets_back(instrumented_in: bool, ran: bool) -> None:
+    model: Any = randomise(SetBack()).double().train(instrumented_in)
+    if ran:
+        model(X)
+    gated: Any = fxprune.instrument(model, X)
+    for mode in (True, False, True, False):
+        for one in (model, gated):
+            one.train(mode)(X)
+        assert gated.losses == model.losses
+        assert gated.auxiliary == model.auxiliary
+        assert (gated.auxiliary is None) != mode
+    for one in (reloaded(gated), copy.deepcopy(gated)):
+        one.train()(X)
+        assert one.eval()(X) is not None and one.auxiliary is None and one.losses == []
+
+
+class Child(nn.Module):
+    """A part that tells the model around it what it made."""
+
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        vars(self)["parent"] = parent
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.layer(x))
+        vars(self)["parent"].told = x.mean(0)
+        return x
+
+
+class Parent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.last = Child(self), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.child(x))
+
+
+def test_a_part_may_set_what_the_model_around_it_holds() -> None:
+    model: Any = randomise(Parent()).double()
+    gated: Any = fxprune.instrument(model, X)
+    for one in (model, gated):
+        one(X)
+    assert torch.equal(gated.told, model.told)
+
+
+class Remembering(nn.Module):
+    """What is left comes from earlier calls, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.history: list[Tensor] = []
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        self.history = [*self.history, x.mean()][-5:]
+        self.average = 0.5 * getattr(self, "average", 0.0) + x.mean().detach()
+        self.calls += 1
+        self.shown = {"call": self.calls, "mean": x.mean()}
+        self.features = x
+        return self.last(F.relu(self.second(x)))
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_what_earlier_calls_have_a_part_in_is_not_set(ran: bool) -> None:
+    """And gates go where they would without it."""
+    model: Any = randomise(Remembering()).double()
+    if ran:
+        with torch.no_grad():
+            model(X)
+    gated: Any = fxprune.instrument(model, X)
+    told = {change.where for change in gated.report.refused if "forward" in change.what}
+    assert told == {"average", "calls", "history", "shown"}
+    assert [change.where for change in gated.report.passes["notes"]] == ["features"]
+    assert [len(site.units) for site in gated.gates.width_sites] == [16, 16]
+
+
+class Viewed(nn.Module):
+    """What is left is overwritten under another name by an operator that gets a gate."""
+
+    def __init__(self, in_training: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.in_training = in_training
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.training or not self.in_training:
+            part = x[:, :2]
+            self.view, self.early = part, part.sum()
+            x = F.relu(x, inplace=True)
+            self.late = part.mean()
+        else:
+            x = F.relu(x, inplace=True)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+@pytest.mark.parametrize("check", [True, False])
+def test_views_of_what_a_gate_stands_behind_are_not_set(in_training: bool, check: bool) -> None:
+    model: Any = randomise(Viewed(in_training)).double().train()
+    gated: Any = fxprune.instrument(model, X, check=check)
+    told = {change.where for change in gated.report.refused if "overwritten" in change.what}
+    assert told == {"late", "view"}
+    for one in (model, gated):
+        one.train()(X)
+    assert torch.equal(gated.early, model.early)
+    assert not hasattr(gated, "view") and not hasattr(gated, "late")
+
+
+class OddNames(nn.Module):
+    """Attributes of names that are taken, or no path can say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.rate = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        for name in NAMES:
+            setattr(self, name, x.std())
+        self.mode = "train" if self.training else "eval"
+        return self.last(F.dropout(x, 0.1, self.training))
+
+
+NAMES = ("a.b", "gates", "report", "_fxprune", "graph", "meta", "_tensor_constant0")
+
+
+def test_names_that_cannot_be_set_are_said() -> None:
+    model: Any = randomise(OddNames()).double().eval()
+    with torch.no_grad():
+        model(X)
+    gated: Any = fxprune.instrument(model, X)
+    told = {change.where for change in gated.report.refused if "forward" in change.what}
+    assert told == {*NAMES, "mode"}
+    assert [len(site.units) for site in gated.gates.width_sites] == [16]
+    gated(X)
+    assert torch.equal(reloaded(gated).eval()(X), model(X))
