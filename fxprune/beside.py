@@ -7,7 +7,7 @@ the model's classes are of, and containers of anybody's.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -23,7 +23,7 @@ class Beside(Contents):
     """What containers and objects hold that the code of a model can reach by names."""
 
     def __init__(self, root: nn.Module) -> None:
-        search = _Search(root)
+        search = _Search(list(root.modules()))
         super().__init__(search.run(), search.is_users, memos=True)
         self.functions = search.functions
 
@@ -32,9 +32,21 @@ class Beside(Contents):
         return place_of(self.functions, name.rpartition(".")[2])
 
 
+def names_said(parts: Sequence[nn.Module]) -> set[str]:
+    """Return the names that code of the classes of modules says, and functions that it calls.
+
+    Whoever calls it, if not for the making of a module, which is done.
+    """
+    search = _Search(parts)
+    for name, functions in list(search.by_name.items()):
+        for one in functions if name != "__init__" else ():
+            search.meet_function(name, one)
+    search.run()
+    return {name for one in search.functions for name in _names(one.__code__)}
+
+
 class _Search:
-    def __init__(self, root: nn.Module) -> None:
-        parts = list(root.modules())
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
         kinds = {kind for one in set(map(type, parts)) for kind in one.__mro__}
         self.packages = {_package(kind) for kind in kinds} - _NOT_THE_USERS
         self.found: list[tuple[str, Any]] = []
@@ -71,6 +83,10 @@ class _Search:
         """Tell whether something is, or is an object, of a package that the model is of."""
         kind = value if isinstance(value, (type, FunctionType)) else type(value)
         return _package(kind) in self.packages
+
+    def meet_function(self, name: str, function: FunctionType) -> None:
+        """Take a function into the search that nobody may have named."""
+        self._meet(name, function, ())
 
     def _meet(self, name: str, value: Any, names: Any) -> None:
         if id(value) in self.met:

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.beside import names_said
 from fxprune.errors import ExampleInputError, FxpruneError, NothingToDoError, TraceError
+from fxprune.gates import gate_owners
 from fxprune.inputs import Inputs, describe, same, tensors_of
 from fxprune.modules import copy_model, evaluating
 from fxprune.pipeline import Change
@@ -24,6 +26,13 @@ from fxprune.two_modes import nodes_of_training
 _WITHOUT_GRADIENTS = (
     "the model calls it under torch.no_grad, where nothing says what its units are worth"
 )
+
+
+# What lists tensors of a module, or goes through such lists.
+_LISTS = {
+    *("parameters", "named_parameters", "buffers", "named_buffers", "state_dict"),
+    *("update_parameters", "parameters_to_vector", "vector_to_parameters"),
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ class _Search:
             region = self._region(path, recording)
             useless = self._useless(region)
             if not useless:
+                self._require_order(region)
                 self._stand_in(region, recording)
         except FxpruneError as error:
             self.refused.append(Change(path, f"no region: {str(error).split('; ')[0]}"))
@@ -130,6 +140,24 @@ class _Search:
         except NothingToDoError as error:
             return str(error)
         return ""
+
+    def _require_order(self, region: Region) -> None:
+        """Raise where code around a region may count on the order of its parameters.
+
+        A graph module lists them in the order of their use, and so does every copy of it.
+        """
+        module = self.root.get_submodule(region.path)
+        if _order(module) == _order(region.program.module):
+            return
+        inside = set(module.modules())
+        around = [part for part in self.root.modules() if part not in inside]
+        said = sorted(names_said(around) & _LISTS)
+        if said:
+            raise TraceError(
+                "it would list its parameters in the order of their use, and code around it calls "
+                f"{said[0]}, which may pair them with another's: make its layers in the order in "
+                "which forward uses them"
+            )
 
     def _below(self, path: str) -> Iterator[str]:
         """Yield the nearest modules below `path` that are called with tensors."""
@@ -192,6 +220,12 @@ class _Search:
             raise TraceError("the model calls it by other ways than its name")
         if not same(again.outputs, recording.outputs):
             raise TraceError("the model computes something else with a trace in its place")
+
+
+def _order(module: nn.Module) -> list[str]:
+    """Return the names of parameters and buffers in their order, but for those that gates add."""
+    added = ("gates.", "penalties.") if gate_owners(module) else ()
+    return [name for name, _ in _tensors(module) if not name.startswith(added)]
 
 
 def _agrees(trace: fx.GraphModule, call: Call) -> bool:

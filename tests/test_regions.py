@@ -16,9 +16,10 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 import fxprune
 from fxprune.inputs import same
+from fxprune.modules import memory_of
 from fxprune.penalties import gates_by_name
 from fxprune.testing import close_half, error
-from tests.conftest import randomise
+from tests.conftest import randomise, reloaded
 
 
 def chain(first: int, last: int) -> nn.Sequential:
@@ -414,3 +415,63 @@ def test_what_runs_without_gradients_is_not_gated() -> None:
     close_half(gated)
     small = fxprune.finalize(gated)
     assert error(small(x), gated.eval()(x)) < 1e-5
+
+
+class Encoder(nn.Module):
+    """Its layers, of one shape, are used in another order than they are made in."""
+
+    def __init__(self, ordered: bool) -> None:
+        super().__init__()
+        names = ("first", "second", "last")
+        for name in names if ordered else reversed(names):
+            self.add_module(name, nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.second(F.relu(self.first(x)))))
+
+
+def average_into(target: nn.Module, online: nn.Module) -> None:
+    for mine, other in zip(target.parameters(), online.parameters(), strict=False):
+        mine.data.lerp_(other.data, 0.5)
+
+
+class Teacher(nn.Module):
+    """A model that no trace goes through, with an average of one of its parts beside it."""
+
+    def __init__(self, ordered: bool) -> None:
+        super().__init__()
+        self.online = Encoder(ordered)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.predictor = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + 1 if float(x.sum()) > 1e9 else x
+        with torch.no_grad():
+            target = self.target(x)
+        return self.predictor(self.online(x)), target
+
+
+class Updating(Teacher):
+    def update(self) -> None:
+        average_into(self.target, self.online)
+
+
+@pytest.mark.parametrize("kind", [Teacher, Updating])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_code_that_pairs_parameters_finds_them_in_their_order(
+    kind: type[Teacher], ordered: bool
+) -> None:
+    model: Any = randomise(kind(ordered))
+    gated: Any = fxprune.instrument(model, torch.randn(4, 8))
+    regions = ["predictor"] if kind is Updating and not ordered else ["online", "predictor"]
+    assert sorted(memory_of(gated)["regions"]) == regions
+    told = [change.what for change in gated.report.refused if change.where == "online"]
+    assert any("in the order of their use" in what for what in told) == (len(regions) == 1)
+    if kind is not Updating:
+        return
+    loaded = reloaded(gated)
+    for one in (model, gated, loaded):
+        one.update()
+    for found in (gated, loaded):
+        for name, parameter in model.target.named_parameters():
+            assert torch.equal(found.target.get_parameter(name), parameter)
