@@ -35,7 +35,7 @@ from fxprune.modules import (
     remember_,
     require_no_gradient_hooks,
 )
-from fxprune.naming import renamed_in
+from fxprune.naming import RESERVED, renamed_in
 from fxprune.notes import begin_notes_, erase_notes_, forget_, left_in, noted, put_back, set_aside
 from fxprune.observation import TensorSpec, observe
 from fxprune.parameter_tags import carry_tags_, renamed_path
@@ -198,6 +198,7 @@ def instrument(
             )
 
     parts = parts_in_training(model, inputs, gate, check=check)
+    reports = {region.path: reports[region.path] for region in parts.regions}  # not of what failed
     _count_insides_once(parts)
     gated = _assembled("instrument", name, inputs, parts, reports)
     for region in parts.regions:
@@ -372,7 +373,7 @@ def _restore_state(model: nn.Module, gated: nn.Module) -> None:
         is_torchs = type(part).__module__.startswith(("torch.nn.", "torch.jit."))
         if twin is None or type(twin) is not type(part) or is_torchs:
             continue
-        put_back_plain(part, twin)
+        put_back_plain(part, twin, RESERVED)
         for name, parameter in part.named_parameters(recurse=False):
             _set_back(twin._parameters.get(name), parameter)
 

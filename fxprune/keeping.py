@@ -5,7 +5,7 @@ mostly notes of what was last seen (attention maps); whether they are more, a se
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,15 +173,45 @@ def count_on_(root: nn.Module, names: Iterable[str]) -> None:
             held[last] += 1_000_000
 
 
-def put_back_plain(part: nn.Module, twin: nn.Module) -> None:
-    """Give a copy of a part, which has run, the plain values and tensors that the part has."""
+def put_back_plain(part: nn.Module, twin: nn.Module, but: Collection[str]) -> None:
+    """Give a copy of a part, which has run, what the part has: plain values, tensors, lists of any.
+
+    but: attributes that the copy has by right.
+    """
     before, now = vars(part), vars(twin)
     for name in _changed(before, now):
         value = before.get(name)
-        if isinstance(value, torch.Tensor):
+        if name not in before:
+            if name not in but:
+                del now[name]
+        elif isinstance(value, torch.Tensor):
             now[name] = value.detach().clone()
-        elif name in before and (value is None or isinstance(value, _PLAIN)):
+        elif value is None or isinstance(value, _PLAIN):
             now[name] = value
+        elif type(value) in (list, dict, tuple) and not _is_alike(value, now.get(name)):
+            _put_back_structure(now, name, value)
+    for name, buffer in part._buffers.items():
+        if buffer is None and name in twin._buffers:
+            twin._buffers[name] = None
+
+
+def _put_back_structure(now: dict[str, Any], name: str, value: Any) -> None:
+    """Put back nested lists and dicts of plain values and tensors; those of modules stay."""
+    leaves = pytree.tree_leaves(value)
+    if all(leaf is None or isinstance(leaf, (*_PLAIN, torch.Tensor)) for leaf in leaves):
+        now[name] = pytree.tree_map_only(torch.Tensor, lambda one: one.detach().clone(), value)
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    """Tell whether nested lists and dicts hold the same numbers, as far as they can be compared."""
+    (leaves, form), (others, found) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return form == found and all(map(_is_same_leaf, leaves, others))
+
+
+def _is_same_leaf(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and (not isinstance(one, _PLAIN) or one == other)
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -467,6 +467,8 @@ def test_code_that_pairs_parameters_finds_them_in_their_order(
     assert sorted(memory_of(gated)["regions"]) == regions
     told = [change.what for change in gated.report.refused if change.where == "online"]
     assert any("in the order of their use" in what for what in told) == (len(regions) == 1)
+    gates = {change.where.split(".")[0] for change in gated.report.passes["insert_gates"]}
+    assert gates == set(regions)
     if kind is not Updating:
         return
     loaded = reloaded(gated)
@@ -475,3 +477,40 @@ def test_code_that_pairs_parameters_finds_them_in_their_order(
     for found in (gated, loaded):
         for name, parameter in model.target.named_parameters():
             assert torch.equal(found.target.get_parameter(name), parameter)
+
+
+class Counted(nn.Module):
+    """A model that no trace goes through, which keeps what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.parts = Encoder(ordered=True), [nn.Identity()]
+        self.seen: list[Tensor] = []
+        self.by_name: dict[str, Any] = {"calls": 0}
+        self.register_buffer("last", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1 if float(x.sum()) > 1e9 else x
+        x = self.net(x)
+        self.seen.append(x.detach().mean())
+        self.by_name = {"calls": self.by_name["calls"] + 1}
+        self.average = getattr(self, "average", 0.0) + x.detach().mean()
+        self.last = x.detach().mean(0)
+        return x
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_nothing_is_kept_of_the_runs_that_instrument_makes(ran: bool) -> None:
+    model: Any = randomise(Counted())
+    x = torch.randn(4, 8)
+    if ran:
+        model(x)
+    gated: Any = fxprune.instrument(model, x)
+    assert gated.state_dict().keys() >= model.state_dict().keys()
+    assert ("last" in gated.state_dict()) == ran
+    for one in (model, gated):
+        one(x)
+    assert len(gated.seen) == len(model.seen) == 1 + ran
+    assert torch.equal(torch.stack(gated.seen), torch.stack(model.seen))
+    assert gated.by_name == model.by_name and torch.equal(gated.average, model.average)
+    assert gated.report and fxprune.finalize(gated).report
