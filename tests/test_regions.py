@@ -420,6 +420,10 @@ def test_what_runs_without_gradients_is_not_gated() -> None:
 class Encoder(nn.Module):
     """Its layers, of one shape, are used in another order than they are made in."""
 
+    first: nn.Module
+    second: nn.Module
+    last: nn.Module
+
     def __init__(self, ordered: bool) -> None:
         super().__init__()
         names = ("first", "second", "last")
