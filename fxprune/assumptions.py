@@ -61,6 +61,9 @@ _ARITHMETIC: dict[Any, Callable[..., Any]] = {
     np.power: operator.pow,
 }
 _OF_NUMBERS: dict[Any, Callable[..., Any]] = {np.sqrt: math.sqrt}
+# `int` as torch's exporter needs it: of `int` itself an open size comes out as the example's. Bound
+# here, as math's own names are wrappers while a model is traced.
+_INT = math.trunc
 # These give whole numbers in Python, floats in numpy.
 _ROUNDED: dict[Any, Callable[..., Any]] = {np.ceil: math.ceil, np.floor: math.floor}
 _is_tensor = torch.is_tensor  # while a model is traced it has another
@@ -297,7 +300,7 @@ class AskedTracer(fx.Tracer):
     def whole_number(self, obj: fx.Proxy) -> fx.Proxy:
         """Return `int` of a traced number, which no question needs to be asked for."""
         is_whole = self.class_of(obj) is int
-        return AskableNumber(obj.node if is_whole else self._call(int, obj).node, self)
+        return AskableNumber(obj.node if is_whole else self._call(_INT, obj).node, self)
 
     def whole_element(self, tensor: fx.Proxy) -> fx.Proxy:
         """Return `int` of a traced tensor of whole numbers that has but one."""

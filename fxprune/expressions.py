@@ -3,6 +3,7 @@
 Tensors go by their names; so the text tells one question from another.
 """
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,8 @@ _COMPARISONS = {
     operator.is_: "is",
     operator.is_not: "is not",
 }
+# What functions are called in the Python that they stand for.
+_NAMES: dict[Any, str] = {operator.truth: "bool", math.trunc: "int"}
 # Methods of tensors that tell of their shape.
 _QUESTIONS = QUESTIONS | {"keys"}
 # What is nested deeper goes by its name: nobody could read it.
@@ -70,7 +73,7 @@ def _call(node: fx.Node, depth: int) -> str:
         return f"not {expression(node.args[0], depth + 1)}"
     if getattr(target, "__module__", "") in ("math", "builtins", "_operator"):
         inside = ", ".join(expression(arg, depth + 1) for arg in node.args)
-        return f"{'bool' if target is operator.truth else target.__name__}({inside})"
+        return f"{_NAMES.get(target, target.__name__)}({inside})"
     return node.name
 
 

@@ -8,12 +8,13 @@ need; a size that has another answer shows whether the file is still the model t
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxprune.inputs import Inputs
 from fxprune.onnx_signature import Flat, Sizes
 
 # Every size is looked at below the first, larger ones up to the second in steps, and those that a
@@ -53,6 +54,11 @@ class Answers:
             other.sort(key=self._changed)
             tried += [chosen for chosen in other[:TRIES] if chosen not in tried]
         return tried
+
+    def hold_at(self, inputs: Inputs) -> bool:
+        """Tell whether the model was exported with the answers it gives on `inputs`."""
+        chosen = replace(self.sizes, inputs=inputs).of_example(self.names)
+        return not self._changed(chosen)
 
     def _changed(self, chosen: Mapping[str, int]) -> int:
         return sum(not _holds(relation, chosen) for relation in self.found)

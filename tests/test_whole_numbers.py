@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.export import onnx_session
 from fxprune.program import capture
 from fxprune.whole_numbers import _calls_int
 
@@ -66,6 +68,32 @@ def test_a_number_that_int_makes_follows_the_input(layout: Any) -> None:
     for shape in ((2, 3, 8, 8), (5, 3, 8, 8), (1, 3, 16, 16), (3, 3, 12, 12)):
         x = torch.randn(*shape)
         assert torch.equal(gated(x), model(x))
+
+
+class Turned(nn.Module):
+    """Windows put together again by the number of samples, as Swin transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = torch.relu(self.up(x)).reshape(-1, 4, 8)
+        samples = int(windows.shape[0] / (x.shape[1] / 4))
+        turned = windows.view(samples, 2, 4, -1).transpose(1, 2)
+        return self.down(turned.reshape(x.shape[0], -1, 8))
+
+
+def test_a_number_that_int_makes_of_a_batch_stays_open_in_a_file(tmp_path: Path) -> None:
+    inputs, model, path = torch.randn(1, 8, 4), Turned().eval(), tmp_path / "turned.onnx"
+    # Of Python that was not traced the exporter takes the example's number, unsaid.
+    with pytest.raises(fxprune.ExportError, match=r"something else on .* leaves open: .*_batch"):
+        fxprune.export_onnx(model, path, inputs)
+    check = fxprune.export_onnx(fxprune.finalize(model, inputs), path, inputs)
+    assert "batch 3 on CPU" in check.errors
+    more = torch.randn(5, 8, 4)
+    (found,) = onnx_session(path).run(None, {"x": more.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(more))
 
 
 def test_python_that_needs_the_number_has_it_and_the_trace_says_so() -> None:
