@@ -7,11 +7,13 @@ quote source files by their path.
 import io
 import json
 import logging
+import math
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import onnx
@@ -24,6 +26,8 @@ from fxprune.open_sizes import Answers, noted
 
 # Protobuf cannot hold 2 GiB: what comes near it keeps its weights in a second file.
 SINGLE_FILE_BYTES = 3 * 2**29
+# Numbers of a file are those of a pattern if they are so close: as float32 rounds them, no more.
+CLOSE = 1e-7
 FIX_SIZES = "pass dynamic_batch=False, dynamic_size=False"
 
 
@@ -53,12 +57,13 @@ def _program(flat: Flat, sizes: Sizes) -> Any:
     if sizes.batch or sizes.size:
         remedy += f", or fix the sizes: {FIX_SIZES}"
     what = f"{type(flat.model).__name__} cannot be exported from {describe(tensors)}"
-    with as_export_error(what, remedy), _silence():
+    with as_export_error(what, remedy), _silence(), _numbers_told_apart() as told:
         return torch.onnx.export(
             flat,
             tensors,
             dynamo=True,
             verbose=False,
+            optimize=told,
             dynamic_shapes=(sizes.dims(flat.input_names),),
             input_names=flat.input_names,
             output_names=flat.output_names,
@@ -77,6 +82,37 @@ def _silence() -> Generator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _numbers_told_apart() -> Generator[bool]:
+    """Keep onnxscript from taking `x + 1e-9` for `x`; say whether it lets itself be kept.
+
+    Its rewriting takes what is within 1e-8 of a number for that number: an epsilon was gone.
+    """
+    matcher = _matcher_of_patterns()
+    if matcher is None:
+        yield False
+        return
+
+    def is_close(number: Any, expected: Any, **_: float) -> bool:
+        return math.isclose(number, expected, rel_tol=CLOSE)
+
+    matcher.math = SimpleNamespace(**{**vars(math), "isclose": is_close})
+    try:
+        yield True
+    finally:
+        matcher.math = math
+
+
+def _matcher_of_patterns() -> Any:
+    """Return the module in which onnxscript compares numbers, None if that is another by now."""
+    try:
+        from onnxscript.rewriter import _matcher  # takes long; the exporter imports it, too
+    except ImportError:
+        return None
+    found: ModuleType = _matcher
+    return found if vars(found).get("math") is math else None
 
 
 def _forget_sources(model: Any) -> None:

@@ -307,6 +307,31 @@ def test_sizes_that_operators_ask_for_stay_open(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(path, images)[0], Squares()(images).numpy())
 
 
+class Safe(nn.Module):
+    """Keeps away from 0 by numbers that are nearly 0, and nearly 1."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        logs = (x.relu() + self.epsilon).log() - (self.epsilon + x.abs()).log()
+        return logs + x / (x.abs().sum(1, keepdim=True) + self.epsilon) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-8, 1e-10, 1e-30])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_small_number_stays_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epsilon: float, known: bool
+) -> None:
+    if not known:  # another version of onnxscript
+        monkeypatch.setattr(onnx_program, "_matcher_of_patterns", lambda: None)
+    model, path = Safe(epsilon), tmp_path / "safe.onnx"
+    export_onnx(model, path, torch.rand(2, 3) + 1)
+    for x in (torch.zeros(2, 3), -torch.ones(2, 3), torch.tensor([[1e-9, 0.0, 3.0]])):
+        np.testing.assert_allclose(run(path, x)[0], model(x).numpy(), rtol=1e-6)
+
+
 class Wrong(onnxruntime.InferenceSession):
     """Stands for an exporter that is wrong."""
 
