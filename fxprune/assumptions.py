@@ -76,7 +76,7 @@ _REFUSAL = "symbolically traced variables cannot be used as inputs to control fl
 _C: Any = torch._C
 IN_C = frozenset(
     function
-    for space in (_C._VariableFunctions, _C._nn)
+    for space in (_C._VariableFunctions, _C._nn, _C._fft)
     for name, function in inspect.getmembers(space, callable)
     if not name.startswith("_")
 )
@@ -256,7 +256,7 @@ class AskedTracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(IN_C))
-        self._autowrap_search += [torch, F]
+        self._autowrap_search += [torch, F, torch.fft]
         self.examples: dict[fx.Node, Any] = {}
         self.answering = False
         self.assumptions: dict[str, fx.Node] = {}

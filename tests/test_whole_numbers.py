@@ -59,7 +59,13 @@ def length(_: Any, x: Tensor) -> Tensor:
     return x.reshape(samples, 8, -1).mean(2) * scale
 
 
-@pytest.mark.parametrize("layout", [windows, side, halved, of_an_int, length])
+def spectrum(_: Any, x: Tensor) -> Tensor:
+    rows = torch.fft.irfft(torch.fft.rfft(x), x.shape[3])
+    both = torch.fft.irfft2(torch.fft.rfft2(x) * 1j, s=x.shape[-2:])
+    return (rows + both.abs()).mean((2, 3))
+
+
+@pytest.mark.parametrize("layout", [windows, side, halved, of_an_int, length, spectrum])
 def test_a_number_that_int_makes_follows_the_input(layout: Any) -> None:
     torch.manual_seed(0)
     model = Between(layout)

@@ -9,6 +9,7 @@ from fxprune.ops import creation as creation
 from fxprune.ops import elementwise as elementwise
 from fxprune.ops import embedding as embedding
 from fxprune.ops import expansion as expansion
+from fxprune.ops import frequencies as frequencies
 from fxprune.ops import gates as gates
 from fxprune.ops import gather as gather
 from fxprune.ops import glu as glu

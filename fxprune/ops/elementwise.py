@@ -195,8 +195,14 @@ def _constants(call: Call, operands: list[Value], tags: Tensor) -> Tensor:
     missing = torch.zeros((), dtype=torch.bool)
     for mask in ignorance:
         missing = missing | mask
-    known = torch.where(missing, torch.nan, result.double())
-    return _fit(known, tags)
+    return _fit(torch.where(missing, torch.nan, _as_real(result)), tags)
+
+
+def _as_real(numbers: Tensor) -> Tensor:
+    """Return numbers in float64; of those with an imaginary part nothing is known."""
+    if numbers.is_complex():
+        numbers = torch.where(numbers.imag == 0, numbers.real, torch.nan)
+    return numbers.double()
 
 
 def _as_operand(argument: Any) -> Tensor:
@@ -253,6 +259,7 @@ UNARY = (
     *("isposinf", "isneginf", "logical_not", "bitwise_not"),
     *("relu", "clamp", "clip", "clamp_min", "clamp_max"),
 )
+WAVES = ("sin",)  # of networks that represent fields (SIREN)
 CLAMPS = ("clamp", "clip", "clamp_min")
 SPECIAL = (
     *("digamma", "entr", "erf", "erfc", "erfcx", "erfinv", "exp2", "expit", "expm1", "gammaln"),
@@ -294,8 +301,13 @@ QUOTIENTS = ("div", "divide", "true_divide")
 NONLINEARITIES = frozenset(
     {
         *(nn.PReLU, F.prelu, torch.prelu, "prelu", POINTWISE, *ACTIVATION_MODULES),
-        *(f for space in (torch, F) for f in _functions(space, *ACTIVATIONS, *CLAMPS)),
-        *(n for name in (*ACTIVATIONS, *CLAMPS) for n in (name, name + "_") if hasattr(Tensor, n)),
+        *(f for space in (torch, F) for f in _functions(space, *ACTIVATIONS, *CLAMPS, *WAVES)),
+        *(
+            n
+            for name in (*ACTIVATIONS, *CLAMPS, *WAVES)
+            for n in (name, name + "_")
+            if hasattr(Tensor, n)
+        ),
     }
 )
 """What a gate may stand at, where f(0) = 0."""

@@ -18,11 +18,12 @@ from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import frozen_size, rewrite_nothing
 from fxprune.ops.transposition import rewrite_transposed, transposed_flow
 from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, ShapeOf, SizeOf, Value, as_value, fixed
+from fxprune.values import Barrier, ShapeOf, SizeOf, Value, as_value, fixed, zeros_of
 
 # What makes the places that maps are read at.
 GRIDS = (F.affine_grid, torch.affine_grid_generator)
 _HARMLESS = FORMS - {"shape"}
+_PARTS = {"real", "imag"}
 _TRANSPOSED = {"T", "mT", "H", "mH"}
 
 
@@ -42,6 +43,9 @@ def getattr_flow(call: Call) -> Flow:
         return transposed_flow(call)
     if name == "data":
         return movement_flow(call)
+    if name in _PARTS:
+        value = call.value()
+        return Flow(call.output(value.tags, zeros_of(value.constants)))
     raise Barrier(f"the attribute {name!r} is read")
 
 

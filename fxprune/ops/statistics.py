@@ -63,6 +63,13 @@ def order_flow(
     return _beside(call, (call.argument(place, "dim", default),), _COMPARES, through)
 
 
+def difference_flow(call: Call) -> Flow:
+    """Pass channels beside the axis along which neighbours are subtracted."""
+    if len(call.values()) > 1:
+        raise Barrier("it puts another tensor in front or behind")
+    return order_flow(call, place=2, through=zeros_of)
+
+
 def _same(constants: Tensor) -> Tensor:
     return constants
 
@@ -106,8 +113,10 @@ register(
     *(nn.LayerNorm, F.layer_norm, torch.layer_norm),
 )
 register(OpRule("response_norm", response_norm_flow), nn.LocalResponseNorm, F.local_response_norm)
+register(OpRule("difference", difference_flow), torch.diff, "diff")
 for _names, _place, _default, _through in (
     (("cumsum", "cumprod"), 1, None, zeros_of),
+    (("cummax", "cummin"), 1, None, _same),
     (("sort",), 1, -1, _same),
     (("argsort",), 1, -1, unknown),
     (("topk",), 2, -1, _same),

@@ -81,6 +81,10 @@ def whole_numbers(x: Tensor) -> Tensor:
     return (x * 4).long()
 
 
+def with_imaginary_part(x: Tensor) -> Tensor:
+    return torch.complex(x, x.tanh() * 2)
+
+
 @dataclass(frozen=True)
 class Sample:
     """How to call an operator: what follows its tensors, how many these are, their shape.
@@ -438,6 +442,27 @@ NAMED: dict[str, Sample] = {
     "group_norm": Sample((4,)),
     "local_response_norm": Sample((2,), shrinks=False),
     **dict.fromkeys(("cumsum", "cumprod"), Sample((2,))),
+    **dict.fromkeys(("cummax", "cummin"), Sample((2,), finish=operator.itemgetter(0))),
+    "diff": Sample(kwargs={"dim": 2}),
+    **dict.fromkeys(
+        [f"fft_{kind}fft{rank}" for kind in ("", "i", "r", "ir") for rank in ("", "2")],
+        Sample(finish=torch.abs),
+    ),
+    **dict.fromkeys(("fft_hfft", "fft_ihfft"), Sample(finish=torch.abs)),
+    **dict.fromkeys(
+        [f"fft_{kind}fftn" for kind in ("", "i", "r", "ir")],
+        Sample(kwargs={"dim": (2, -1)}, finish=torch.abs),
+    ),
+    "view_as_complex": Sample(
+        shape=(3, 8, 6, 2), prepare=lambda x: x.contiguous(), finish=torch.abs
+    ),
+    "view_as_real": Sample(prepare=with_imaginary_part),
+    "complex": Sample(operands=2, finish=torch.abs),
+    "polar": Sample(operands=2, finish=torch.real),
+    **dict.fromkeys(
+        ("real", "imag", "angle", "conj", "conj_physical", "resolve_conj"),
+        Sample(prepare=with_imaginary_part, finish=torch.abs),
+    ),
     "sort": Sample((2,), finish=operator.itemgetter(0)),
     "argsort": Sample((2,), finish=double),
     "topk": Sample((3, 2), finish=operator.itemgetter(0)),
@@ -691,6 +716,11 @@ def label(key: Hashable) -> str:
     return f"{kind.split('.')[-1]}.{name_of(key)}"
 
 
+def paired(x: Tensor) -> Tensor:
+    """Take every second channel for an imaginary part."""
+    return x.movedim(1, -1).unflatten(-1, (4, 2)).repeat_interleave(2, -2).movedim(-2, 1)
+
+
 # Forms of operators beside the one their sample has.
 FORMS: dict[str, tuple[nn.Module, Sample]] = {
     "statistics of the batch": (nn.BatchNorm2d(8, track_running_stats=False), Sample()),
@@ -766,6 +796,46 @@ FORMS: dict[str, tuple[nn.Module, Sample]] = {
         Expression(lambda x: x.unflatten(1, (4, -1)).flatten(1, 2)),
         Sample(),
     ),
+    **{
+        f"constants and {name}": (Expression(expression), Sample())
+        for name, expression in {
+            "an imaginary one": lambda x: (x + 1j).abs(),
+            "an imaginary divisor": lambda x: ((x + 2) / 1j).abs(),
+            "imaginary comparisons": lambda x: ((x + 3) * 1j == 0) + x,
+            "an imaginary part": lambda x: torch.complex(x, x + 1).imag,
+            "a root": lambda x: torch.view_as_real((x - 1 + 0j).sqrt()).sum(-1),
+        }.items()
+    },
+    **{
+        name: (Expression(expression), Sample(shrinks=shrinks))
+        for name, expression, shrinks in (
+            ("transform of channels", lambda x: torch.fft.fft(x, dim=1).abs(), False),
+            ("transform of all axes", lambda x: torch.fft.fftn(x).abs(), False),
+            ("transform of sizes", lambda x: torch.fft.ifftn(x, s=(4, 4)).abs(), True),
+            (
+                "transform there and back",
+                lambda x: torch.fft.irfft(torch.fft.rfft(x) * 2, x.shape[1]),
+                True,
+            ),
+            (
+                "parts of a transform",
+                lambda x: torch.fft.rfft2(x, norm="ortho").imag + torch.fft.rfft2(x).real,
+                True,
+            ),
+            (
+                "convolved parts",
+                lambda x: torch.stack([torch.fft.fft(x).real, torch.fft.fft(x).imag], -1).sum(-1),
+                True,
+            ),
+            ("pairs of channels", lambda x: torch.view_as_complex(paired(x)).abs(), False),
+            ("difference of channels", lambda x: x[:, 1:] + x.diff(dim=1), False),
+            (
+                "difference behind another",
+                lambda x: torch.diff(x, dim=2, prepend=x[:, :, :1] * 2),
+                False,
+            ),
+        )
+    },
     "maximum norm": (Embedded(nn.Embedding(5, 8, max_norm=1.0)), Sample(shrinks=False)),
 }
 

@@ -78,6 +78,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "relu method": (lambda x: x.relu(), True),
     "relu in place": (lambda x: x.relu_(), True),
     "silu": (F.silu, True),
+    "sine": (torch.sin, True),
+    "sine in place, faster": (lambda x: (30 * x).sin_(), True),
     "gelu": (F.gelu, True),
     "tanh": (torch.tanh, True),
     "hardtanh around 0": (lambda x: F.hardtanh(x, -0.5, 2.0), True),

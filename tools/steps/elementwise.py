@@ -13,7 +13,14 @@ ACTIVATIONS = (
     ),
     *("torch.sigmoid({})", "F.hardswish({})", "F.elu({})", "F.softplus({})", "F.relu6({})"),
     *("{}.relu()", "F.relu_({})", "F.relu({}, inplace=True)", "{}.clamp(min=0)", "F.mish({})"),
-    *("F.hardsigmoid({})", "F.softsign({})", "torch.cos({})", "{}.abs()", "{}.square()"),
+    *(
+        "F.hardsigmoid({})",
+        "F.softsign({})",
+        "torch.cos({})",
+        "torch.sin({})",
+        "{}.abs()",
+        "{}.square()",
+    ),
     *(
         "{}.sigmoid_()",
         "F.celu({})",

@@ -100,6 +100,22 @@ def picked_beside(draft: Draft, x: str, pick: Pick) -> str:
 
 
 @writer
+def transformed(draft: Draft, x: str, pick: Pick) -> str:
+    """Go over frequencies, or differences, along an axis beside the channels."""
+    axis = pick([2, -1]) if draft.kinds[x] == "map" else 1
+    if len(draft.shape(x)) < 3:
+        raise Refused
+    forms = [
+        *("torch.fft.rfft({x}, dim={a}).abs()", "torch.fft.fft({x}, dim={a}).real"),
+        "torch.fft.irfft(torch.fft.rfft({x}, dim={a}) * 1j, {x}.shape[{a}], dim={a})",
+        "torch.view_as_real(torch.fft.fftn({x}, dim=({a},))).sum(-1)",
+        "torch.fft.ifft(torch.complex({x}, F.relu({x})), dim={a}).imag",
+        *("({x} + 1j).abs()", "{x}.cummax({a})[0]", "torch.diff(F.relu({x}), dim={a})"),
+    ]
+    return draft.let(pick(forms).format(x=x, a=axis), draft.kinds[x])
+
+
+@writer
 def shuffled(draft: Draft, x: str, pick: Pick) -> str:
     """Shuffle channels, in either spelling."""
     draft.require(x, "map")
