@@ -25,6 +25,11 @@ class Reverse(torch.autograd.Function):
         return grads[0].flip(1)
 
 
+class Reversing(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return Reverse.apply(x)
+
+
 class Overwriting(nn.Module):
     """Write one tensor into a part of another: no tracer looks inside."""
 
@@ -52,7 +57,7 @@ class Micro(nn.Module):
         self.spatial = nn.Conv2d(2, 1, 3, padding=1)
         self.wide, self.wide_bn = nn.Conv2d(16, 8, 1), nn.BatchNorm2d(16)
         self.strided, self.average = nn.Conv2d(8, 16, 3, 2, padding=1), nn.AvgPool2d(2)
-        self.flat, self.overwriting = nn.Linear(32, 8), Overwriting()
+        self.flat, self.overwriting, self.reversing = nn.Linear(32, 8), Overwriting(), Reversing()
         self.order: Tensor
         self.scale: Tensor
         self.register_buffer("order", torch.randperm(8))
@@ -153,7 +158,7 @@ CASES: dict[str, Callable[[Any, Tensor], Any]] = {
         x.view(x.size(0), 2, 4, 6, 6).transpose(1, 2).flatten(1, 2)
     ),
     "channels last": lambda m, x: m.second(F.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
-    "custom function": lambda m, x: m.second(Reverse.apply(x)),
+    "custom function": lambda m, x: m.second(m.reversing(x)),
     "detached skip": lambda m, x: F.relu(m.second(x)) + x.detach(),
     "sort": lambda m, x: m.second(x.sort(1)[0]),
     "cumsum": lambda m, x: m.second(x.cumsum(1)),
