@@ -393,7 +393,7 @@ def test_insides_are_counted_once(kind: str) -> None:
 
 
 class Fixed(nn.Module):
-    """A backbone without gradients, whose numbers Python asks for, before a head that is trained."""
+    """A backbone without gradients, whose numbers Python asks for, before a trained head."""
 
     def __init__(self) -> None:
         super().__init__()
