@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError
-from fxprune.inputs import Inputs, same, to_device
+from fxprune.inputs import Inputs, another, same, to_device
 from fxprune.modules import copy_model, device_of, evaluating, is_hooked, run_alike
-from fxprune.program import another, quiet
+from fxprune.program import quiet
 
 
 def require_copyable(model: nn.Module, inputs: Inputs) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.inputs import Inputs, same
+from fxprune.inputs import Inputs, another, same
 from fxprune.modules import copy_model, run_alike
 from fxprune.notes import forget_, leave_constant, left_in, noted
 from fxprune.randomness import Generators
@@ -67,7 +67,7 @@ def _runs(twin: nn.Module, inputs: Inputs, *, training: bool) -> Iterator[tuple[
     twin.train(training)
     if isinstance(twin, fx.GraphModule):
         twin.recompile()
-    for case in (inputs, pytree.tree_map_only(Tensor, _another, inputs)):
+    for case in (inputs, pytree.tree_map_only(Tensor, another, inputs)):
         generators = Generators()
         try:
             with torch.no_grad():
@@ -77,11 +77,6 @@ def _runs(twin: nn.Module, inputs: Inputs, *, training: bool) -> Iterator[tuple[
         finally:
             generators.put_back()
         yield twin, output
-
-
-def _another(tensor: Tensor) -> Tensor:
-    dense = tensor.is_floating_point() and tensor.layout == torch.strided
-    return tensor * 0.5 + 0.25 if dense else tensor
 
 
 def _set_back_(

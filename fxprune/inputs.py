@@ -39,6 +39,12 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), inputs)
 
 
+def another(tensor: Tensor) -> Tensor:
+    """Return other numbers than a tensor's."""
+    dense = tensor.is_floating_point() and tensor.layout == torch.strided
+    return tensor * 0.5 + 0.25 if dense else tensor
+
+
 def copied(inputs: Inputs) -> Inputs:
     """Return copies of the tensors of inputs: a model may overwrite what it is given."""
     return pytree.tree_map_only(Tensor, Tensor.clone, inputs)

@@ -16,6 +16,8 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 PASSES = "passes_in_evaluation"
 # What marks a function that overwrote its first argument before it was made an ordinary one.
 OVERWROTE = "overwrote"
+# What computes in a graph.
+CALLS = ("call_module", "call_function", "call_method")
 # What augmented arithmetic on a buffer is traced as.
 IN_PLACE = ("add_", "sub_", "mul_", "div_")
 # How torch.fx names the attributes it makes for tensors that a traced forward came with.

@@ -19,7 +19,7 @@ from fxprune.deeds import Given, contents_of, written_into
 from fxprune.errors import ExampleInputError, TraceError
 from fxprune.faithful_notes import keep_faithful_notes_
 from fxprune.graph_modules import without_code
-from fxprune.inputs import Inputs, copied, describe, same, to_device
+from fxprune.inputs import Inputs, another, copied, describe, same, to_device
 from fxprune.keeping import count_on_
 from fxprune.memory_formats import like
 from fxprune.modules import check_parameters, copy_model, device_of, evaluating, run_alike, run_on
@@ -267,12 +267,6 @@ def _run_late(model: nn.Module, inputs: Inputs, written: Sequence[str]) -> Any:
     count_on_(model, written)
     with evaluating(model):
         return run_alike(model, inputs)
-
-
-def another(tensor: Tensor) -> Tensor:
-    """Return other numbers than a tensor's."""
-    dense = tensor.is_floating_point() and tensor.layout == torch.strided
-    return tensor * 0.5 + 0.25 if dense else tensor
 
 
 def _check_on_others(root: nn.Module, program: Program) -> None:

@@ -19,14 +19,13 @@ from torch.fx.graph_module import _copy_attr
 from torch.fx.node import has_side_effect, map_arg
 
 from fxprune.errors import TraceError
-from fxprune.kinds import MADE_BY_TRACING
+from fxprune.kinds import CALLS, MADE_BY_TRACING
 
 Flags = Mapping[str, tuple[bool, bool]]
 """What parts of a model that ask for their mode are told in training, and in evaluation."""
 Twins = dict[fx.Node, list[fx.Node]]
 _EVALUATION, _TRAINING = "_forward_in_evaluation", "_forward_in_training"
 _NAMES = {True: "training", False: "evaluation"}
-_OPERATORS = ("call_module", "call_function", "call_method")
 
 
 def in_either_mode(training: bool, in_evaluation: Any, in_training: Any) -> Any:
@@ -87,7 +86,7 @@ def _by_place(graph: fx.Graph, ways: Mapping[fx.Node, _Way]) -> dict[Hashable, l
     """Return a graph's operators by what they are, in whose forward, and by what they read."""
     found: defaultdict[Hashable, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op in _OPERATORS:
+        if node.op in CALLS:
             stack = node.meta.get("nn_module_stack") or {"": ("", None)}
             owner = list(stack.values())[-1][0]
             found[node.op, node.target, owner, ways[node].makers].append(node)

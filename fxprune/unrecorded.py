@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from fxprune.assumptions import PLAIN, AskedTracer
 from fxprune.errors import TraceError
+from fxprune.kinds import CALLS
 
-_CALLS = ("call_module", "call_function", "call_method")
 _are_on = torch.is_grad_enabled  # while a model is traced it is another
 # What only looks into a list, or an object.
 _LOOKING: tuple[Any, ...] = (operator.getitem, getattr)
@@ -38,7 +38,7 @@ class UnrecordedTracer(AskedTracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
     ) -> fx.Proxy:
         """Create a node, and one that detaches what it gives where gradients are off."""
-        if kind not in _CALLS or self.answering:
+        if kind not in CALLS or self.answering:
             return super().create_proxy(kind, target, args, kwargs, *more, **named)
         writes = not _are_on() and self._writes(kind, target, args, kwargs)
         if writes:
@@ -108,14 +108,10 @@ class UnrecordedTracer(AskedTracer):
         return (first, *others), known
 
     def _silent(self, proxy: fx.Proxy) -> fx.Proxy:
-        return proxy if proxy.node in self._unrecorded else self._detached_copy(proxy)
-
-    def _detached_copy(self, proxy: fx.Proxy) -> fx.Proxy:
-        try:
-            value = self.example(proxy)
-        except FxTraceError:
-            return self._detach(proxy)
-        return self._detach(proxy) if isinstance(value, Tensor) else proxy
+        """Return a value that is read while something is written, detached if it is a tensor."""
+        kind = self.class_of(proxy)  # a proxy's, where it is not known
+        detached = proxy.node in self._unrecorded or not issubclass(kind, (Tensor, fx.Proxy))
+        return proxy if detached else self._detach(proxy)
 
     def _require_own(self, node: fx.Node) -> None:
         """Raise `TraceError` unless gradients cannot tell whether a node is written into."""
