@@ -20,14 +20,7 @@ from fxprune.eager import uncompiled
 from fxprune.errors import GateError
 from fxprune.gates import Gates, require_numbers
 from fxprune.inputs import to_device
-from fxprune.modules import (
-    copy_model,
-    device_of,
-    is_hooked,
-    leave_with_gates_,
-    memory_of,
-    require_no_gradient_hooks,
-)
+from fxprune.modules import copy_model, device_of, is_hooked, require_no_gradient_hooks
 from fxprune.notes import erase_notes_, noted
 from fxprune.optimizer_states import as_optimizers, hand_over_, require_replaceable, states_of
 from fxprune.parameter_tags import carry_tags_
@@ -38,6 +31,7 @@ from fxprune.pipeline import Change, run
 from fxprune.plain_weights import computes_weights
 from fxprune.program import Program, narrowed
 from fxprune.progress import shown
+from fxprune.remembered import leave_with_gates_, memory_of
 from fxprune.selection import strongest, units_of
 
 

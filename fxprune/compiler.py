@@ -27,14 +27,7 @@ from fxprune.keeping import put_back_plain
 from fxprune.lowering import lower_
 from fxprune.memories import memory_of_run
 from fxprune.memory_formats import formats_in, restore_formats_
-from fxprune.modules import (
-    copy_model,
-    device_of,
-    evaluating,
-    memory_of,
-    remember_,
-    require_no_gradient_hooks,
-)
+from fxprune.modules import copy_model, device_of, evaluating, require_no_gradient_hooks
 from fxprune.naming import RESERVED, renamed_in
 from fxprune.notes import begin_notes_, erase_notes_, forget_, left_in, noted, put_back, set_aside
 from fxprune.observation import TensorSpec, observe
@@ -59,6 +52,7 @@ from fxprune.program import Program, trained_outputs, widened
 from fxprune.progress import shown
 from fxprune.recording import copies
 from fxprune.regions import Region
+from fxprune.remembered import memory_of, remember_
 from fxprune.report import Report
 from fxprune.retracing import keep_buffers_, keep_questions_, marks_in
 from fxprune.sharding import require_whole

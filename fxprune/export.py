@@ -25,13 +25,14 @@ from fxprune.comparison import FLIPS, Difference, differences
 from fxprune.default_device import on_cpu
 from fxprune.errors import ExportError, as_export_error, one_line, require_module
 from fxprune.inputs import Inputs, describe, tensors_of, to_device
-from fxprune.modules import copy_model, memory_of
+from fxprune.modules import copy_model
 from fxprune.onnx_program import FIX_SIZES, write_onnx
 from fxprune.onnx_signature import Flat, Sizes
 from fxprune.open_sizes import Answers
 from fxprune.precision import full_precision
 from fxprune.program import quiet
 from fxprune.progress import shown, stages
+from fxprune.remembered import memory_of
 from fxprune.size_memos import find_size_memos, forgotten, may_hold_memos
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")

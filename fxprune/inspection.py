@@ -34,7 +34,6 @@ from fxprune.gates import (
     width_gate,
 )
 from fxprune.liveness import settle
-from fxprune.modules import memory_of
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import BORDERS
@@ -43,6 +42,7 @@ from fxprune.piecewise import parts_in_evaluation
 from fxprune.plain_weights import with_plain_weights
 from fxprune.program import Program
 from fxprune.progress import shown
+from fxprune.remembered import memory_of
 from fxprune.rules import rule_for
 from fxprune.values import Value
 

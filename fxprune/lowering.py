@@ -27,8 +27,9 @@ from fxprune.deferral import (
 )
 from fxprune.gates import Gates, WidthSite, linear_gate, width_gate
 from fxprune.kinds import LAYERS, NORMS, OVERWROTE, SUMS
-from fxprune.modules import memory_of, submodule
+from fxprune.modules import submodule
 from fxprune.ops.elementwise import NONLINEARITIES
+from fxprune.remembered import memory_of
 from fxprune.retracing import LiveTracer, TracerOfBothModes, mark_
 from fxprune.rules import key_of
 from fxprune.two_modes import CodeGenOfBothModes, has_both_modes

@@ -29,7 +29,7 @@ from fxprune.graph_modules import borrowing_copy
 from fxprune.inputs import Inputs, describe, to_device
 from fxprune.lowering import raise_
 from fxprune.memories import recalled
-from fxprune.modules import check_parameters, copy_model, device_of, memory_of
+from fxprune.modules import check_parameters, copy_model, device_of
 from fxprune.naming import renamed_in
 from fxprune.observation import observe
 from fxprune.pipeline import Change
@@ -37,6 +37,7 @@ from fxprune.precision import Run, run_all
 from fxprune.program import InTraining, Program, capture
 from fxprune.recording import copies, record
 from fxprune.regions import Region, find_regions, leaves_of, put_in_place, recorded_region
+from fxprune.remembered import memory_of
 from fxprune.report import Report
 from fxprune.two_modes import drop_requirements_, join, keep_mode_, missing_part
 from fxprune.verdicts import Check

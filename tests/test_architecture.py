@@ -54,7 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inputs",),
     ("deeds",),
     ("beside",),
-    ("modules", "joint_terms", "cases"),
+    ("modules", "joint_terms", "cases", "remembered"),
     ("size_memos", "custom_functions"),
     ("computed_layers", "naming"),
     ("plain_weights",),

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.modules import memory_of
 from fxprune.observation import Observation, observe
 from fxprune.piecewise import capture_any
 from fxprune.program import Program
+from fxprune.remembered import memory_of
 
 
 class Net(nn.Module):

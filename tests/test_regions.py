@@ -16,8 +16,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 import fxprune
 from fxprune.inputs import same
-from fxprune.modules import memory_of
 from fxprune.penalties import gates_by_name
+from fxprune.remembered import memory_of
 from fxprune.testing import close_half, error
 from tests.conftest import randomise, reloaded
 

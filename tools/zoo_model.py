@@ -23,11 +23,12 @@ import fxprune
 from fxprune.comparison import differences
 from fxprune.errors import FxpruneError
 from fxprune.inputs import model_inputs, same, tensors_of
-from fxprune.modules import evaluating, memory_of
+from fxprune.modules import evaluating
 from fxprune.penalties import gates_by_name
 from fxprune.permutation import exchange_units
 from fxprune.precision import run_all, run_nudged
 from fxprune.program import Program, capture, widened
+from fxprune.remembered import memory_of
 from fxprune.testing import close_half
 from fxprune.verdicts import SENSITIVE
 
