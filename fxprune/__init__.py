@@ -17,10 +17,9 @@ if not (Path(__file__).parent / "passes").is_dir():
         "install the package"
     )
 
-from fxprune.budget import Budget, Phases
-from fxprune.compaction import compact
 from fxprune.compiler import finalize, instrument
 from fxprune.costs import Costs, count_costs
+from fxprune.deployment.export import OnnxCheck, export_onnx
 from fxprune.errors import (
     BudgetError,
     ExampleInputError,
@@ -32,9 +31,7 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
-from fxprune.export import OnnxCheck, export_onnx
-from fxprune.inspection import Inspection, architecture, freeze, inspect
-from fxprune.penalties import (
+from fxprune.gating.penalties import (
     Cost,
     Penalty,
     paper_penalties,
@@ -42,9 +39,12 @@ from fxprune.penalties import (
     penalty,
     require_undecayed,
 )
+from fxprune.gating.sharding import replicate_gates
+from fxprune.inspection import Inspection, architecture, freeze, inspect
+from fxprune.proof.verification import Verification, verify
 from fxprune.report import Report
-from fxprune.sharding import replicate_gates
-from fxprune.verification import Verification, verify
+from fxprune.training.budget import Budget, Phases
+from fxprune.training.compaction import compact
 
 try:
     __version__ = version("fxprune")

@@ -3,40 +3,21 @@
 Both work on a copy: what the user holds is never modified.
 """
 
-import operator
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.assumptions import assumptions
-from fxprune.comparison import differences, output_leaves
-from fxprune.copying import require_copyable
-from fxprune.costs import Costs, costs_of, count_costs
-from fxprune.default_device import on_cpu
-from fxprune.eager import uncompiled
+from fxprune.costs import Costs, count_costs
+from fxprune.dataflow.memories import memory_of_run
 from fxprune.errors import ExampleInputError, FxpruneError, GateError, VerificationError
-from fxprune.example_inputs import infer_example_inputs
-from fxprune.frozen_attributes import freeze_
-from fxprune.gates import Gates, gate_owners, sound_inits
-from fxprune.graph_modules import own_
-from fxprune.inputs import Inputs, model_inputs, same, to_device
-from fxprune.keeping import put_back_plain
-from fxprune.lowering import lower_
-from fxprune.memories import memory_of_run
-from fxprune.memory_formats import formats_in, restore_formats_
-from fxprune.modules import copy_model, device_of, evaluating, require_no_gradient_hooks
-from fxprune.naming import RESERVED, renamed_in
-from fxprune.notes import begin_notes_, erase_notes_, forget_, left_in, noted, put_back, set_aside
-from fxprune.observation import TensorSpec, observe
-from fxprune.parameter_tags import carry_tags_, renamed_path
-from fxprune.passes.instrumentation import insert_gates
-from fxprune.passes.latest_names import read_latest_names
-from fxprune.passes.notes import drop_overwritten_notes
-from fxprune.passes.padding_hoisting import hoist_padding as hoist
-from fxprune.piecewise import (
+from fxprune.gating.gates import Gates, gate_owners, sound_inits
+from fxprune.gating.remembered import memory_of, remember_
+from fxprune.gating.sharding import require_whole
+from fxprune.parts.cutting import cut_
+from fxprune.parts.piecewise import (
     Parts,
     in_training_if_it_runs,
     joined,
@@ -44,21 +25,44 @@ from fxprune.piecewise import (
     parts_in_training,
     with_whole,
 )
-from fxprune.pipeline import Change, Pass, run, with_options
-from fxprune.pipelines import CUT, CUT_TO_BE_TRAINED, PLAIN, READABLE, folding
-from fxprune.plain_weights import plain_weights_in, with_plain_weights
-from fxprune.precision import reading_float64
-from fxprune.program import Program, trained_outputs, widened
+from fxprune.parts.recording import copies
+from fxprune.parts.regions import Region
+from fxprune.parts.remarks import EVALUATION_ONLY, forgotten, modes, notes, overwritten, renaming
+from fxprune.passes.instrumentation import insert_gates
+from fxprune.passes.latest_names import read_latest_names
+from fxprune.passes.notes import drop_overwritten_notes
+from fxprune.passes.padding_hoisting import hoist_padding as hoist
+from fxprune.pipelines import CUT, CUT_TO_BE_TRAINED, READABLE, folding
+from fxprune.planning.lowering import lower_
+from fxprune.programs.copying import require_copyable
+from fxprune.programs.example_inputs import infer_example_inputs
+from fxprune.programs.observation import observe
+from fxprune.programs.pipeline import Change, run, with_options
+from fxprune.programs.program import Program, trained_outputs
 from fxprune.progress import shown
-from fxprune.recording import copies
-from fxprune.regions import Region
-from fxprune.remembered import memory_of, remember_
+from fxprune.proof.comparison import differences, output_leaves
 from fxprune.report import Report
-from fxprune.retracing import keep_buffers_, keep_questions_, marks_in
-from fxprune.sharding import require_whole
-from fxprune.two_modes import has_both_modes, join, of_mode
-from fxprune.values import flatten
-from fxprune.verification import Verification, verify
+from fxprune.runtime.default_device import on_cpu
+from fxprune.runtime.eager import uncompiled
+from fxprune.runtime.parameter_tags import carry_tags_, renamed_path
+from fxprune.tracing.assumptions import assumptions
+from fxprune.tracing.notes import (
+    begin_notes_,
+    erase_notes_,
+    forget_,
+    left_in,
+    noted,
+    put_back,
+    set_aside,
+)
+from fxprune.tracing.retracing import marks_in
+from fxprune.tracing.two_modes import has_both_modes, join, of_mode
+from fxprune.user_models.frozen_attributes import freeze_
+from fxprune.user_models.inputs import Inputs, model_inputs, same, to_device
+from fxprune.user_models.keeping import put_back_plain
+from fxprune.user_models.modules import copy_model, device_of, evaluating, require_no_gradient_hooks
+from fxprune.user_models.naming import RESERVED, renamed_in
+from fxprune.user_models.plain_weights import plain_weights_in, with_plain_weights
 
 if TYPE_CHECKING:
 
@@ -76,31 +80,17 @@ if TYPE_CHECKING:
 
 else:  # at run time both are what they are: the result needs no class of ours
     GatedModel = PlainModel = fx.GraphModule
-
-
 # What layers may be merged to save.
 COSTS = ("parameters", "macs", "latency")
 # Of the channels around convolutions to be merged, where it is asked whether that could pay.
 ENDS_LEFT = 0.5
 # What outputs may differ by where weights are computed, or were once.
 COMPUTED = 1e-4
-_OVERWRITTEN = (
-    "the model overwrites this argument, which the result may leave as it was: its outputs are the "
-    "same, but do not count on what is in the argument after a call"
-)
 _BOTH_MODES = (
     "runs other operators than evaluation: costs are those of evaluation, gates go where both do "
     "the same, and operators of training alone have none"
 )
-_NOTED = "is set by every call, as the model does; what is finalised sets no attributes"
-_FORGOTTEN = (
-    "is set by the model's forward, not by the result: let the forward return what is to be read"
-)
 _NOT_HOISTED = "not moved: that is for models traced whole, by one graph for both modes"
-_EVALUATION_ONLY = (
-    "not as in the model, which runs other operators then: gated, it computes in training what it "
-    "does in evaluation, only batch norms and dropout modules follow the mode"
-)
 
 
 @uncompiled
@@ -155,8 +145,8 @@ def instrument(
 
     def gate(region: Region) -> None:
         report = reports[region.path] = Report("instrument", name, {})
-        report.passes |= _renaming(region) | _modes(region)
-        report.refused += _overwritten(region) + _forgotten(region)
+        report.passes |= renaming(region) | modes(region)
+        report.refused += overwritten(region) + forgotten(region)
         hoists = hoist_padding and not region.path and region.program.in_training is None
         if hoist_padding and not hoists:
             report.refused.append(Change("padding", _NOT_HOISTED))
@@ -166,7 +156,7 @@ def instrument(
         in_training = in_training_if_it_runs(region.program, required=model.training)
         trained = None if in_training is None else trained
         if region.program.module.meta["evaluation_only"]:
-            only = f"{_EVALUATION_ONLY} ({region.program.untrained})"
+            only = f"{EVALUATION_ONLY} ({region.program.untrained})"
             report.refused.append(Change("training", only if in_training is None else _BOTH_MODES))
         if hoists:
             with _notes_aside(region.program):
@@ -177,7 +167,7 @@ def instrument(
         if in_training is not None:
             run(in_training.program, (read_latest_names,), recompile=False)
         report.refused += _drop_overwritten_notes(region.program)
-        report.passes |= _notes(region)
+        report.passes |= notes(region)
         with plain_weights_in(region.program.module), _notes_aside(region.program):
             report.passes |= run(region.program, (insertion,), recompile=False)
         if in_training is not None:
@@ -241,7 +231,7 @@ def finalize(
     name = str(memory_of(reference).get("model", type(model).__name__))
     passes = (*CUT, *folding(cost)) if fold else CUT_TO_BE_TRAINED
     reports = {
-        region.path: _cut(
+        region.path: cut_(
             region, reference.get_submodule(region.path), passes, check=check, trained=not fold
         )
         for region in parts.regions
@@ -270,29 +260,6 @@ def _count_insides_once(parts: Parts) -> None:
     whole.gates.costs = whole.gates.costs.without(numbers)
 
 
-def _renaming(region: Region) -> dict[str, list[Change]]:
-    """Return what to report of parts whose names are taken."""
-    renamed: dict[str, str] = region.program.module.meta.get("renamed", {})
-    changes = [Change(old, f"is called {new}: its name is taken") for old, new in renamed.items()]
-    return {"renaming": changes} if changes else {}
-
-
-def _overwritten(region: Region) -> list[Change]:
-    """Return what to report of arguments that the model overwrites: its result may not."""
-    names: list[str] = region.program.module.meta.get("overwrites", [])
-    return [Change(name, _OVERWRITTEN) for name in names]
-
-
-def _notes(region: Region) -> dict[str, list[Change]]:
-    """Return what to report of attributes that are set by every call."""
-    program = region.program
-    names = noted(program.graph)
-    if program.in_training is not None:
-        names |= noted(program.in_training.program.graph)
-    changes = [Change(name, _NOTED) for name in sorted(names)]
-    return {"notes": changes} if changes else {}
-
-
 def _drop_overwritten_notes(program: Program) -> list[Change]:
     """Let a program leave no notes, in either mode, of what either mode overwrites then."""
     found = [program]
@@ -314,23 +281,6 @@ def _notes_aside(program: Program) -> Generator[None]:
         yield
     finally:
         put_back(program.graph, aside)
-
-
-def _forgotten(region: Region) -> list[Change]:
-    """Return what to report of attributes that are not set any more."""
-    return [Change(name, _FORGOTTEN) for name in region.program.module.meta.get("forgotten", [])]
-
-
-def _modes(region: Region) -> dict[str, list[Change]]:
-    """Return what to report of modules that do not follow `train`, as the model says."""
-    modes: dict[str, bool] = region.program.module.meta.get("modes", {})
-    changes = [
-        Change(
-            path, f"stays in {'training' if stays else 'evaluation'}, as the model's train() says"
-        )
-        for path, stays in sorted(modes.items())
-    ]
-    return {"modes": changes} if changes else {}
 
 
 def _require_plain(model: nn.Module, plain: nn.Module, inputs: Inputs) -> None:
@@ -380,43 +330,6 @@ def _set_back(own: Tensor | None, tensor: Tensor) -> None:
         own.data = tensor.detach().clone()
     elif not torch.equal(own, tensor):
         own.data.copy_(tensor)  # in place: others may share its memory
-
-
-def _cut(
-    region: Region,
-    reference: nn.Module,
-    passes: tuple[Pass, ...],
-    *,
-    check: bool,
-    trained: bool,
-) -> Report:
-    """Make a part of a model smaller, in place. trained: it is trained on."""
-    program = region.program
-    source = program.clone() if check else None
-    formats = formats_in(program.module)
-    report = Report("finalize", type(reference).__name__, _renaming(region))
-    report.passes |= run(program, PLAIN, recompile=False)
-    report.before = costs_of(program, reference)
-    report.passes |= run(program, passes)
-    own_(program.module, reference)
-    program.module.delete_all_unused_submodules()
-    restore_formats_(program.module, formats)
-    report.after = costs_of(program)
-    keep_buffers_(program.module)
-    keep_questions_(program.module)
-    report.plans = list(program.plans.values())
-    report.refused = [
-        Change(place, f"all channels around it stay: {reason}")
-        for place, reason in program.barriers.items()
-    ]
-    report.refused += _overwritten(region) + _forgotten(region)
-    of_evaluation = program.module.meta.get("evaluation_only")
-    if trained and of_evaluation and not has_both_modes(program.graph):
-        report.refused.append(Change("training", f"{_EVALUATION_ONLY} ({program.untrained})"))
-    if source is not None:
-        proof = _prove(reference, source, program, (*PLAIN, *passes), region.other_inputs())
-        report.verification = proof
-    return report
 
 
 def gated_model(model: nn.Module) -> nn.Module:
@@ -475,52 +388,6 @@ def _is_same(before: Any, after: Any, *, nan: bool = False) -> bool:
     return found.keys() <= left.keys() and same(
         (outputs, {name: left[name] for name in found}), (actual, found), nan=nan
     )
-
-
-def _prove(
-    reference: nn.Module,
-    source: Program,
-    program: Program,
-    passes: tuple[Pass, ...],
-    extra_inputs: Sequence[Inputs],
-) -> Verification:
-    """Compare a part of the result with that of the model it was made from.
-
-    The rewrite itself is proved in float64, on a model that the same passes made from the same
-    weights in float64: rounding the merged weights to their dtype would hide what it does. Where
-    Python made constants (`torch.linspace(0, 1, 7)`) a trace holds them as they were rounded, and
-    is the reference there.
-    """
-    exact = widened(source)
-    if exact is not None:
-        casts = _casts_to_float32(exact)
-        if casts:
-            exact.seen = None
-        # As the proof reads them: a pass may compute what is constant.
-        with reading_float64() if casts else nullcontext():
-            run(exact, passes)
-    return verify(
-        reference,
-        program.module,
-        (source.args, source.kwargs),
-        exact=None if exact is None else exact.module,
-        traced=source.module if _holds_constants(source, reference) else None,
-        extra_inputs=extra_inputs,
-    )
-
-
-def _holds_constants(source: Program, reference: nn.Module) -> bool:
-    """Tell whether a trace holds numbers that Python made while it ran, not the model."""
-    names = {str(node.target) for node in source.graph.nodes if node.op == "get_attr"}
-    names -= {name for name, _ in reference.named_parameters(remove_duplicate=False)}
-    names -= {name for name, _ in reference.named_buffers(remove_duplicate=False)}
-    found = (operator.attrgetter(name)(source.module) for name in names)
-    return any(isinstance(one, Tensor) and one.is_floating_point() for one in found)
-
-
-def _casts_to_float32(exact: Program) -> bool:
-    shown = flatten(list(observe(exact).values.values()))
-    return any(isinstance(one, TensorSpec) and one.dtype == torch.float32 for one in shown)
 
 
 def _assembled(

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ExampleInputError, require_module
-from fxprune.gates import Gates
-from fxprune.inputs import Inputs, copied, describe, leading_size, to_device
-from fxprune.macs import MacCounter
-from fxprune.modules import device_of
-from fxprune.observation import observe
-from fxprune.program import Program
+from fxprune.gating.gates import Gates
+from fxprune.programs.macs import MacCounter
+from fxprune.programs.observation import observe
+from fxprune.programs.program import Program
+from fxprune.user_models.inputs import Inputs, copied, describe, leading_size, to_device
+from fxprune.user_models.modules import device_of
 
 WARM_UP = 3
 

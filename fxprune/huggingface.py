@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.budget import Budget
 from fxprune.errors import BudgetError, one_line
-from fxprune.loops import add_penalty_gradients_, finish_step_, library, unscale_
-from fxprune.penalties import require_undecayed
+from fxprune.gating.penalties import require_undecayed
+from fxprune.training.budget import Budget
+from fxprune.training.loops import add_penalty_gradients_, finish_step_, library, unscale_
 
 _Callback: Any = library("transformers", "huggingface").TrainerCallback
 _FILE = "fxprune_budget.pt"

@@ -17,13 +17,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, fx, nn
 
-from fxprune.channels import Channels, analyse
 from fxprune.compiler import gated_model, inputs_for
-from fxprune.cuts import Cut
-from fxprune.default_device import on_cpu
-from fxprune.eager import uncompiled
+from fxprune.dataflow.channels import Channels, analyse
+from fxprune.dataflow.cuts import Cut
+from fxprune.dataflow.liveness import settle
+from fxprune.dataflow.rules import rule_for
+from fxprune.dataflow.values import Value
 from fxprune.errors import NothingToDoError, where
-from fxprune.gates import (
+from fxprune.gating.gates import (
     HALF,
     UNGATED,
     Gates,
@@ -33,18 +34,17 @@ from fxprune.gates import (
     require_numbers,
     width_gate,
 )
-from fxprune.liveness import settle
+from fxprune.gating.penalties import gates_by_name
+from fxprune.gating.remembered import memory_of
+from fxprune.parts.piecewise import parts_in_evaluation
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import BORDERS
-from fxprune.penalties import gates_by_name
-from fxprune.piecewise import parts_in_evaluation
-from fxprune.plain_weights import with_plain_weights
-from fxprune.program import Program
+from fxprune.programs.program import Program
 from fxprune.progress import shown
-from fxprune.remembered import memory_of
-from fxprune.rules import rule_for
-from fxprune.values import Value
+from fxprune.runtime.default_device import on_cpu
+from fxprune.runtime.eager import uncompiled
+from fxprune.user_models.plain_weights import with_plain_weights
 
 
 @dataclass(frozen=True)

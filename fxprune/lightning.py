@@ -8,9 +8,15 @@ penalty in it.
 
 from typing import Any
 
-from fxprune.budget import Budget
-from fxprune.loops import add_penalty_gradients_, finish_step_, library, trains_gates, unscale_
-from fxprune.penalties import require_undecayed
+from fxprune.gating.penalties import require_undecayed
+from fxprune.training.budget import Budget
+from fxprune.training.loops import (
+    add_penalty_gradients_,
+    finish_step_,
+    library,
+    trains_gates,
+    unscale_,
+)
 
 _Callback: Any = library("lightning.pytorch", "lightning").Callback
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxprune.channels import Channels, analyse
-from fxprune.modules import evaluating
-from fxprune.program import Program
-from fxprune.tags import FIXED
+from fxprune.dataflow.channels import Channels, analyse
+from fxprune.dataflow.tags import FIXED
+from fxprune.dataflow.values import State, Value
+from fxprune.programs.program import Program
 from fxprune.testing import error
-from fxprune.values import State, Value
+from fxprune.user_models.modules import evaluating
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which passes run, in which order, and why in that order."""
 
-from fxprune.channels import analyse
+from fxprune.dataflow.channels import analyse
 from fxprune.passes.affine_inputs import fold_affine_inputs
 from fxprune.passes.batch_norm import fold_batch_norm
 from fxprune.passes.computed_weights import join_computed_weights, settle_computed_weights
@@ -19,8 +19,8 @@ from fxprune.passes.rank_questions import ask_inputs_for_ranks
 from fxprune.passes.settled_modes import settle_modes
 from fxprune.passes.size_unpacking import unpack_sizes
 from fxprune.passes.stream_gathers import insert_gathers, remove_unsettled_gathers
-from fxprune.pipeline import Change, Pass, keeps_shapes, with_options
-from fxprune.program import Program
+from fxprune.programs.pipeline import Change, Pass, keeps_shapes, with_options
+from fxprune.programs.program import Program
 
 READABLE: tuple[Pass, ...] = (
     # What is read under an older name seems to be read as it was.

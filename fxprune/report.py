@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxprune.costs import Costs
-from fxprune.pipeline import Change
-from fxprune.verification import Verification
+from fxprune.programs.pipeline import Change
+from fxprune.proof.verification import Verification
 
 
 @dataclass

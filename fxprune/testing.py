@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.channels import analyse
-from fxprune.gates import HALF, UNGATED, Gates
-from fxprune.modules import evaluating
+from fxprune.dataflow.channels import analyse
+from fxprune.gating.gates import HALF, UNGATED, Gates
+from fxprune.gating.penalties import gates_by_name
 from fxprune.passes.dead_channels import eliminate_dead_channels
-from fxprune.penalties import gates_by_name
-from fxprune.pipeline import Change, Pass
-from fxprune.program import Program, capture
+from fxprune.programs.pipeline import Change, Pass
+from fxprune.programs.program import Program, capture
+from fxprune.user_models.modules import evaluating
 
 
 @dataclass(frozen=True)

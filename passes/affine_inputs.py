@@ -10,12 +10,12 @@ flattening only repeats them, so that the map may stand before those too. Comput
 
 from torch import Tensor, fx, nn
 
-from fxprune.affine_maps import AffineMap, affine_map, channel_axis, scale_inputs_
-from fxprune.affine_neighbours import layer_behind
-from fxprune.observation import Observation, observe
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
-from fxprune.sharing import sole_modules
+from fxprune.folding.affine_maps import AffineMap, affine_map, channel_axis, scale_inputs_
+from fxprune.folding.affine_neighbours import layer_behind
+from fxprune.programs.observation import Observation, observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.programs.sharing import sole_modules
 
 
 @keeps_shapes

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import fx
 
-from fxprune.affine_maps import AffineMap, affine_map, scale_outputs_
-from fxprune.affine_neighbours import layer_before
-from fxprune.observation import observe
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
-from fxprune.sharing import sole_modules
+from fxprune.folding.affine_maps import AffineMap, affine_map, scale_outputs_
+from fxprune.folding.affine_neighbours import layer_before
+from fxprune.programs.observation import observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.programs.sharing import sole_modules
 
 
 @keeps_shapes

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from fxprune.computed_layers import ComputedLayer, make_plain_
-from fxprune.functional_layers import (
+from fxprune.folding.functional_layers import (
     arguments_of,
     common_settings,
     new_layer,
     replace_layers,
     tensors_of_layer,
 )
-from fxprune.kinds import NORMS
-from fxprune.modules import is_hooked
-from fxprune.observation import Observation, observe
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
+from fxprune.programs.observation import Observation, observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.runtime.kinds import NORMS
+from fxprune.user_models.computed_layers import ComputedLayer, make_plain_
+from fxprune.user_models.modules import is_hooked
 
 _OWN = ("function", "options", "sources", "plain_layer", "computing")
 

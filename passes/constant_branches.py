@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from fxprune.channels import Channels, analyse
-from fxprune.kinds import PRODUCTS, SUMS
-from fxprune.modules import device_of
-from fxprune.observation import Observation, TensorSpec, observe
-from fxprune.pipeline import Change
-from fxprune.program import Program
-from fxprune.rules import Call, rule_for
-from fxprune.tags import compress, varying_axes
-from fxprune.values import Value
+from fxprune.dataflow.channels import Channels, analyse
+from fxprune.dataflow.rules import Call, rule_for
+from fxprune.dataflow.tags import compress, varying_axes
+from fxprune.dataflow.values import Value
+from fxprune.programs.observation import Observation, TensorSpec, observe
+from fxprune.programs.pipeline import Change
+from fxprune.programs.program import Program
+from fxprune.runtime.kinds import PRODUCTS, SUMS
+from fxprune.user_models.modules import device_of
 
 _DIFFERENCES = (operator.sub, torch.sub, "sub")
 _QUOTIENTS = (operator.truediv, torch.div, "div")

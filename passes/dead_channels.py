@@ -15,21 +15,21 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from fxprune.assumptions import assume_size
-from fxprune.channels import Channels, analyse
-from fxprune.cuts import Arguments, Cut, Literal, Scaled
+from fxprune.dataflow.channels import Channels, analyse
+from fxprune.dataflow.cuts import Arguments, Cut, Literal, Scaled
+from fxprune.dataflow.fixed_sizes import is_fixed
+from fxprune.dataflow.foresight import foreseen
+from fxprune.dataflow.liveness import settle
+from fxprune.dataflow.rules import rewritten, rule_for
+from fxprune.dataflow.values import Barrier, State
 from fxprune.errors import where
-from fxprune.fixed_sizes import is_fixed
-from fxprune.foresight import foreseen
-from fxprune.literals import put_literal
-from fxprune.liveness import settle
-from fxprune.modules import device_of, free_name, submodule
-from fxprune.observation import Observation, observe
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program, narrowed
-from fxprune.rules import rewritten, rule_for
-from fxprune.two_modes import in_either_mode
-from fxprune.values import Barrier, State
+from fxprune.programs.observation import Observation, observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program, narrowed
+from fxprune.tracing.assumptions import assume_size
+from fxprune.tracing.literals import put_literal
+from fxprune.tracing.two_modes import in_either_mode
+from fxprune.user_models.modules import device_of, free_name, submodule
 
 _Plan = dict[fx.Node, Arguments | Literal]
 

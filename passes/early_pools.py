@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxprune.average_pools import Average, average_at
-from fxprune.convolutions import geometry_of
-from fxprune.observation import Observation, observe
-from fxprune.pipeline import Change
-from fxprune.pooled_layers import comes_after, makes_fewer_places
-from fxprune.program import Program
-from fxprune.sharing import sole_modules
+from fxprune.folding.average_pools import Average, average_at
+from fxprune.folding.convolutions import geometry_of
+from fxprune.planning.pooled_layers import comes_after, makes_fewer_places
+from fxprune.programs.observation import Observation, observe
+from fxprune.programs.pipeline import Change
+from fxprune.programs.program import Program
+from fxprune.programs.sharing import sole_modules
 
 
 def advance_pools(program: Program) -> list[Change]:

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.gates import UNGATED, Gates, WidthSite, width_gate
-from fxprune.observation import observe
-from fxprune.pipeline import Change
-from fxprune.program import Program, narrowed
+from fxprune.gating.gates import UNGATED, Gates, WidthSite, width_gate
+from fxprune.programs.observation import observe
+from fxprune.programs.pipeline import Change
+from fxprune.programs.program import Program, narrowed
 
 _MASK = "_fxprune_mask_"
 

@@ -8,11 +8,11 @@ of its two branches. After this pass a gated model is a plain model with exact z
 import torch
 from torch import fx, nn
 
-from fxprune.gates import UNGATED, Gates, linear_gate, width_gate
-from fxprune.lowering import raise_
-from fxprune.observation import Observation, TensorSpec
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
+from fxprune.gating.gates import UNGATED, Gates, linear_gate, width_gate
+from fxprune.planning.lowering import raise_
+from fxprune.programs.observation import Observation, TensorSpec
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
 
 
 @keeps_shapes

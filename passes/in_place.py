@@ -7,11 +7,11 @@ the channel analysis keeps all that shares that memory.
 
 from typing import Any
 
-from fxprune.observation import observe
-from fxprune.out_of_place import make_out_of_place
-from fxprune.overwrites import Overwrites
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
+from fxprune.programs.observation import observe
+from fxprune.programs.out_of_place import make_out_of_place
+from fxprune.programs.overwrites import Overwrites
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
 
 
 @keeps_shapes

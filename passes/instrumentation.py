@@ -1,8 +1,8 @@
 """Insert tri-state gates at the nonlinearities.
 
 A width gate goes where setting its units to 0 frees something; which sites these are is the
-question of `fxprune.sites`. A linearity gate goes where the layers around the nonlinearity could be
-merged into one that costs less, the question of `fxprune.depth_sites`. What gets no gate is
+question of `planning.sites`. A linearity gate goes where the layers around the nonlinearity could
+be merged into one that costs less, the question of `planning.depth_sites`. What gets no gate is
 reported, with the reason.
 """
 
@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.accounts import account
-from fxprune.depth_sites import find_depth_sites
+from fxprune.dataflow.tags import FIXED, compress
+from fxprune.dataflow.values import Value
 from fxprune.errors import NothingToDoError, where
-from fxprune.gates import UNGATED, DepthSite, Gates, WidthSite, linear_gate, width_gate
-from fxprune.modules import device_of
-from fxprune.observation import Observation, TensorSpec, observe
-from fxprune.out_of_place import give_own_module, make_out_of_place, overwrites
-from fxprune.penalties import paper_penalties
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
-from fxprune.sites import Candidate, Plan, find_candidates, plan_sites
-from fxprune.tags import FIXED, compress
-from fxprune.values import Value
+from fxprune.gating.gates import UNGATED, DepthSite, Gates, WidthSite, linear_gate, width_gate
+from fxprune.gating.penalties import paper_penalties
+from fxprune.planning.accounts import account
+from fxprune.planning.depth_sites import find_depth_sites
+from fxprune.planning.sites import Candidate, Plan, find_candidates, plan_sites
+from fxprune.programs.observation import Observation, TensorSpec, observe
+from fxprune.programs.out_of_place import give_own_module, make_out_of_place, overwrites
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.user_models.modules import device_of
 
 
 @keeps_shapes

@@ -8,11 +8,11 @@ operator could not be made an ordinary one.
 
 from torch import fx
 
-from fxprune.observation import observe
-from fxprune.out_of_place import returns_its_input
-from fxprune.overwrites import Overwrites
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
+from fxprune.programs.observation import observe
+from fxprune.programs.out_of_place import returns_its_input
+from fxprune.programs.overwrites import Overwrites
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
 
 
 @keeps_shapes

@@ -8,15 +8,15 @@ folded, take constants into a bias, and stand under their own names in the resul
 
 from torch import fx, nn
 
-from fxprune.functional_layers import (
+from fxprune.folding.functional_layers import (
     common_settings,
     new_layer,
     replace_layers,
     tensors_of_layer,
 )
-from fxprune.observation import observe
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
+from fxprune.programs.observation import observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
 
 
 @keeps_shapes

@@ -3,7 +3,7 @@
     W₂·(W₁·x + b₁) + b₂ = (W₂·W₁)·x + (W₂·b₁ + b₂)
 
 (Srinivas & Babu 2016: a layer with d = 1 is merged with the next), for convolutions where
-`fxprune.linear_layers` finds it exact. With C inputs, M in between and O outputs, 1×1, it saves
+`folding.linear_layers` finds it exact. With C inputs, M in between and O outputs, 1×1, it saves
 parameters iff C·O < M·(C + O): a bottleneck must not be folded. Of all ways to cut a chain into
 pieces the cheapest is taken, which never costs more than the chain. Computed in float64.
 
@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.chains import Chain, chains
-from fxprune.layer_costs import COSTS, Cost, output_places, unit_of
-from fxprune.linear_layers import can_be, compose_all, covers_map, install_, layer_of
-from fxprune.modules import device_of
-from fxprune.observation import Observation, observe
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.plans import Piece, cheapest
-from fxprune.program import Program
-from fxprune.sharing import sole_modules
+from fxprune.folding.chains import Chain, chains
+from fxprune.folding.layer_costs import COSTS, Cost, output_places, unit_of
+from fxprune.folding.linear_layers import can_be, compose_all, covers_map, install_, layer_of
+from fxprune.folding.plans import Piece, cheapest
+from fxprune.programs.observation import Observation, observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.programs.sharing import sole_modules
+from fxprune.user_models.modules import device_of
 
 
 @keeps_shapes

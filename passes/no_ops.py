@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxprune.kinds import PASSES
-from fxprune.observation import observe
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
-from fxprune.rules import key_of
+from fxprune.dataflow.rules import key_of
+from fxprune.programs.observation import observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.runtime.kinds import PASSES
 
 _IDENTITIES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),

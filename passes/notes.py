@@ -9,11 +9,11 @@ as operators with a gate overwrite nothing.
 
 from torch import fx
 
-from fxprune.notes import erase_notes_, noted, notes_behind, notes_in, serving_notes
-from fxprune.observation import observe
-from fxprune.overwrites import Overwrites
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
+from fxprune.programs.observation import observe
+from fxprune.programs.overwrites import Overwrites
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.tracing.notes import erase_notes_, noted, notes_behind, notes_in, serving_notes
 
 
 @keeps_shapes

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import fx
 
-from fxprune.convolutions import Geometry
-from fxprune.depth_sites import find_padded_segments, hoisted
-from fxprune.observation import observe
-from fxprune.pipeline import Change
-from fxprune.program import Program
-from fxprune.sites import find_candidates, plan_sites
+from fxprune.folding.convolutions import Geometry
+from fxprune.planning.depth_sites import find_padded_segments, hoisted
+from fxprune.planning.sites import find_candidates, plan_sites
+from fxprune.programs.observation import observe
+from fxprune.programs.pipeline import Change
+from fxprune.programs.program import Program
 
 BORDERS = "borders"  # what a graph module knows of layers whose outputs are others near the border
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.affine_maps import ANY_AXIS, affine_map, channel_axis
-from fxprune.convolutions import (
+from fxprune.folding.affine_maps import ANY_AXIS, affine_map, channel_axis
+from fxprune.folding.convolutions import (
     Inexact,
     Layer,
     added,
@@ -27,13 +27,13 @@ from fxprune.convolutions import (
     pointwise,
     summed,
 )
-from fxprune.kinds import SUMS
-from fxprune.layer_costs import COSTS, output_places, unit_of
-from fxprune.modules import device_of
-from fxprune.observation import Observation, observe
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
-from fxprune.sharing import sole_modules
+from fxprune.folding.layer_costs import COSTS, output_places, unit_of
+from fxprune.programs.observation import Observation, observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.programs.sharing import sole_modules
+from fxprune.runtime.kinds import SUMS
+from fxprune.user_models.modules import device_of
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ not be merged with the next one.
 
 from torch import fx, nn
 
-from fxprune.observation import Observation, TensorSpec, observe
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
-from fxprune.rules import rule_name
+from fxprune.dataflow.rules import rule_name
+from fxprune.programs.observation import Observation, TensorSpec, observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
 
 _KEEP_RANK = {"mixing", "batch_norm", "elementwise", "identity", "pool", "prelu"}
 

@@ -3,10 +3,10 @@
 What is folded is of that mode; where a flag is still read, `train` would change a part of it.
 """
 
-from fxprune.literals import put_literal
-from fxprune.modes import by_mode, follows_mode
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.tracing.literals import put_literal
+from fxprune.tracing.modes import by_mode, follows_mode
 
 
 @keeps_shapes

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import fx
 
-from fxprune.assumptions import assume_rank
-from fxprune.observation import Observation, TensorSpec, observe
+from fxprune.dataflow.rules import FILLED, rule_name
 from fxprune.ops.execution import ranks_asked
-from fxprune.pipeline import Change, keeps_shapes
-from fxprune.program import Program
-from fxprune.rules import FILLED, rule_name
+from fxprune.programs.observation import Observation, TensorSpec, observe
+from fxprune.programs.pipeline import Change, keeps_shapes
+from fxprune.programs.program import Program
+from fxprune.tracing.assumptions import assume_rank
 
 
 @keeps_shapes

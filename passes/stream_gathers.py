@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxprune.channels import Channels, analyse
-from fxprune.cuts import Cut
-from fxprune.liveness import settle
-from fxprune.observation import Observation, observe
+from fxprune.dataflow.channels import Channels, analyse
+from fxprune.dataflow.cuts import Cut
+from fxprune.dataflow.liveness import settle
+from fxprune.dataflow.rules import Read
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Value
 from fxprune.ops.gather import pick_channels
 from fxprune.ops.rewriting import positions_that_remain
-from fxprune.pipeline import Change
-from fxprune.program import Program
-from fxprune.rules import Read
-from fxprune.tags import varying_axes
-from fxprune.values import Value
+from fxprune.programs.observation import Observation, observe
+from fxprune.programs.pipeline import Change
+from fxprune.programs.program import Program
 
 COPY = 32  # multiply-accumulates a core does while it copies one number
 

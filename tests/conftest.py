@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.rules import STRICT
+from fxprune.dataflow.rules import STRICT
 
 GOLDEN = Path(__file__).parent / "golden"
 

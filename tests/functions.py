@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.verification import Check, Verification, verify
+from fxprune.proof.verification import Check, Verification, verify
 
 EXACT = 1e-9
 

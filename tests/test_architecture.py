@@ -1,7 +1,8 @@
 """The map of fxprune: imports point down it, never up or sideways.
 
-`LAYERS` lists the library from the ground up; a module imports only from layers below its own. Only
-the families of `ops` may share code; in particular no pass imports a pass. Around the library,
+`MAP` lists the library from the ground up; a module imports only from those before it, so that
+packages import one way too. Only the families of `ops` may share code; no pass imports a pass, and
+what makes a folder a package holds no code. Around the library,
 `SURROUNDINGS`: `models` know nothing of fxprune, and the library knows nothing of what is not
 installed with it.
 """
@@ -15,124 +16,57 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Modules of one layer do not know each other.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+# Packages from the ground up, "" being fxprune itself; a module knows only those before it.
+MAP = (
+    ("", "errors progress"),
     (
+        "runtime",
+        "default_device dispatch eager garbage kinds memory_formats parameter_tags randomness "
         "structure",
-        "kinds",
-        "garbage",
-        "progress",
-        "default_device",
-        "eager",
-        "einops_backend",
-        "literals",
-        "assignments",
-        "memory_formats",
-        "parameter_tags",
     ),
-    ("stand_ins",),
     (
-        "classes",
-        "containers",
-        "dtype_limits",
-        "frozen_attributes",
-        "imports",
-        "keeping",
-        "randomness",
-        "scripts",
-        "stale_names",
-        "tables",
-        "whole_numbers",
+        "user_models",
+        "containers frozen_attributes inputs keeping cases deeds modules beside computed_layers "
+        "custom_functions graph_modules naming size_memos plain_weights",
     ),
-    ("terms",),
-    ("latency_tables",),
-    ("chain_costs",),
-    ("unit_costs",),
-    ("gates",),
-    ("notes",),
-    ("inputs",),
-    ("deeds",),
-    ("beside",),
-    ("modules", "joint_terms", "cases", "remembered"),
-    ("size_memos", "custom_functions"),
-    ("computed_layers", "naming"),
-    ("plain_weights",),
-    ("dispatch", "gated_reads"),
-    ("deferral",),
-    ("macs",),
-    ("tags",),
-    ("sharding",),
-    ("penalties",),
-    ("selection",),
-    ("estimators",),
-    ("modes",),
-    ("two_modes",),
-    ("graph_modules",),
-    ("example_values", "expressions"),
-    ("lookups",),
-    ("call_state",),
-    ("assumptions",),
-    ("retracing",),
-    ("watching", "unrecorded"),
-    ("tracing",),
-    ("faithful_notes",),
-    ("program",),
-    ("sharing", "out_of_place", "copying"),
-    ("observation",),
-    ("overwrites",),
-    ("affine_maps", "convolutions"),
-    ("average_pools", "transposed_convolutions", "whole_maps"),
-    ("affine_neighbours",),
-    ("linear_layers", "latency"),
-    ("layer_costs",),
-    ("plans",),
-    ("example_inputs",),
-    ("values",),
-    ("cuts",),
-    ("rules",),
-    ("ops", "memories"),
-    ("functional_layers",),
-    ("flattening", "lowering", "fixed_sizes"),
-    ("chains",),
-    ("links",),
-    ("pipeline",),
-    ("boxes",),
-    ("channels",),
-    ("liveness", "foresight", "gradients"),
-    ("handwritten",),
-    ("sites",),
-    ("absorption", "pooled_layers", "mergers"),
-    ("accounts",),
-    ("depth_sites",),
-    ("passes",),
-    ("costs",),
-    ("comparison",),
-    ("precision",),
-    ("verdicts",),
-    ("verification",),
-    ("onnx_signature",),
-    ("open_sizes",),
-    ("onnx_program",),
-    ("export",),
-    ("report",),
-    ("recording",),
-    ("regions",),
-    ("piecewise",),
-    ("pipelines",),
-    ("compiler",),
-    ("inspection", "optimizer_states", "averaged_models"),
-    ("compaction",),
-    ("budget",),
-    ("loops",),
-    ("lightning", "huggingface"),
-    ("testing",),
-    ("permutation",),
-    ("cli",),
-    ("__main__",),
-    ("__init__",),
+    (
+        "gating",
+        "terms latency_tables chain_costs unit_costs gates gated_reads joint_terms remembered "
+        "sharding deferral penalties",
+    ),
+    (
+        "tracing",
+        "assignments einops_backend example_values expressions literals lookups source_lines "
+        "notes stale_names stand_ins two_modes assumptions call_state classes dtype_limits "
+        "faithful_notes imports modes scripts tables watching whole_numbers retracing "
+        "unrecorded signatures model_tracer one_mode both_modes",
+    ),
+    (
+        "programs",
+        "example_inputs macs out_of_place program copying observation pipeline sharing overwrites",
+    ),
+    ("dataflow", "tags boxes values cuts gradients rules"),
+    ("", "ops"),
+    ("dataflow", "fixed_sizes memories channels flattening foresight liveness"),
+    (
+        "folding",
+        "affine_maps convolutions functional_layers average_pools transposed_convolutions "
+        "whole_maps affine_neighbours chains latency linear_layers layer_costs links plans",
+    ),
+    ("proof", "comparison precision verdicts verification"),
+    (
+        "planning",
+        "absorption handwritten lowering mergers pooled_layers sites accounts depth_sites",
+    ),
+    ("deployment", "onnx_signature open_sizes onnx_program export"),
+    ("", "passes costs pipelines testing permutation report"),
+    ("parts", "recording regions piecewise remarks cutting"),
+    ("", "compiler inspection cli"),
+    ("training", "averaged_models optimizer_states selection compaction estimators budget loops"),
+    ("", "huggingface lightning __main__ __init__"),
 )
-HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+ORDER = [f"{package}.{name}".lstrip(".") for package, names in MAP for name in names.split()]
+HEIGHT = {name: height for height, name in enumerate(ORDER)}
 
 # Which of our own folders each folder may import from.
 SURROUNDINGS = {
@@ -162,21 +96,32 @@ def imports(source: str) -> Iterator[str]:
 def layer(name: str) -> str:
     """Return the layer of a dotted name below fxprune; the public names are those of __init__."""
     below = name.split(".")[1:]
-    return below[0] if below and below[0] in HEIGHT else "__init__"
+    found = (known for known in (".".join(below[:2]), *below[:1]) if known in HEIGHT)
+    return next(found, "__init__")
 
 
 def layer_of(source: str) -> str:
     parts = Path(source).with_suffix("").parts
-    return "passes" if parts[0] == "passes" else parts[1]
+    return "passes" if parts[0] == "passes" else layer(".".join(parts))
 
 
-@pytest.mark.parametrize("source", sources("fxprune", "passes"))
+def is_module(source: str) -> bool:
+    return not source.endswith("/__init__.py") or source == "fxprune/__init__.py"
+
+
+@pytest.mark.parametrize("source", [*filter(is_module, sources("fxprune", "passes"))])
 def test_imports_point_down(source: str) -> None:
     own = layer_of(source)
-    assert own in HEIGHT, f"{own} is not on the map: give it a place in LAYERS"
+    assert own != "__init__" or source == "fxprune/__init__.py", f"give {source} a place in MAP"
     used = {layer(name) for name in imports(source) if name.split(".")[0] == "fxprune"}
     wrong = {name for name in used if HEIGHT[name] >= HEIGHT[own]} - ({own} & {"ops"})
     assert not wrong, f"{source} imports {sorted(wrong)}, which {own} may not know"
+
+
+@pytest.mark.parametrize("package", sorted({package for package, _ in MAP if package}))
+def test_packages_hold_no_code(package: str) -> None:
+    tree = ast.parse((ROOT / "fxprune" / package / "__init__.py").read_text(encoding="utf-8"))
+    assert len(tree.body) == 1 and ast.get_docstring(tree)
 
 
 @pytest.mark.parametrize("source", sources(*SURROUNDINGS))
@@ -192,5 +137,5 @@ def test_models_need_torch_only(source: str) -> None:
 
 
 def test_the_map_names_no_ghosts() -> None:
-    there = {path.stem for path in (ROOT / "fxprune").iterdir()}
-    assert set(HEIGHT) <= there
+    places = [ROOT / "fxprune" / name.replace(".", "/") for name in HEIGHT]
+    assert all(place.is_dir() or place.with_suffix(".py").is_file() for place in places)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fxprune.costs import Costs, count_costs, latency
 from fxprune.errors import ExampleInputError
-from fxprune.gates import Gates, WidthSite
-from fxprune.inputs import Inputs
+from fxprune.gating.gates import Gates, WidthSite
+from fxprune.user_models.inputs import Inputs
 
 
 def images(batch: int) -> Inputs:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 import fxprune
-from tests.test_accounts import Residual
+from tests.planning.test_accounts import Residual
 from tests.test_training import (
     batch,
     close,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.convolutions import Inexact, composed, geometry_of
-from fxprune.kinds import CONVS
+from fxprune.folding.convolutions import Inexact, composed, geometry_of
+from fxprune.runtime.kinds import CONVS
 from fxprune.testing import close_half, error, spread
 from tests.conftest import randomise
 

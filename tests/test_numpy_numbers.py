@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.program import capture
+from fxprune.programs.program import capture
 from fxprune.testing import close_half
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxprune.dataflow.rules import RULES, OpRule
 from fxprune.ops.elementwise import passing_flow
 from fxprune.permutation import Permutation, exchange_units
-from fxprune.program import capture
-from fxprune.rules import RULES, OpRule
+from fxprune.programs.program import capture
 from tests.conftest import randomise
 from tests.test_micro import CASES, Micro
 

@@ -7,7 +7,7 @@ import torch
 
 import fxprune
 from fxprune.costs import Costs
-from fxprune.pipeline import Change
+from fxprune.programs.pipeline import Change
 from fxprune.report import Report
 from models.lenet import LeNet
 

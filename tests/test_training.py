@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fxprune
 from fxprune.errors import GateError
-from fxprune.penalties import gates_of
-from fxprune.unit_costs import KINDS
-from tests.test_accounts import Residual
+from fxprune.gating.penalties import gates_of
+from fxprune.gating.unit_costs import KINDS
+from tests.planning.test_accounts import Residual
 
 SHAPE = (8, 3, 8, 8)
 

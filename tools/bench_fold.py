@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
 import fxprune
-from fxprune.convolutions import Geometry, Sizes, geometry_of
 from fxprune.costs import count_costs, latency
-from fxprune.layer_costs import COSTS, output_places
-from fxprune.observation import observe
-from fxprune.program import capture
-from fxprune.terms import LATENCY
+from fxprune.folding.convolutions import Geometry, Sizes, geometry_of
+from fxprune.folding.layer_costs import COSTS, output_places
+from fxprune.gating.terms import LATENCY
+from fxprune.programs.observation import observe
+from fxprune.programs.program import capture
 
 PREDICTIONS = ("parameters", "macs", "latency")
 ENGINES = ("torch", "onnxruntime")

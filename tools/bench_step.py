@@ -31,10 +31,10 @@ from torchvision.models import get_model
 
 import fxprune
 from fxprune.compiler import GatedModel
-from fxprune.deferral import defer_gate, read_gated
-from fxprune.gated_reads import scaled_weights, scales_value
-from fxprune.gates import linear_gate, width_gate
-from fxprune.lowering import lowered
+from fxprune.gating.deferral import defer_gate, read_gated
+from fxprune.gating.gated_reads import scaled_weights, scales_value
+from fxprune.gating.gates import linear_gate, width_gate
+from fxprune.planning.lowering import lowered
 
 MODELS = "resnet18,resnet50"
 QUEUED = 5  # steps that a GPU is given before it is waited for

@@ -31,15 +31,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fxprune
+from fxprune.dataflow.rules import STRICT
 from fxprune.errors import FxpruneError
-from fxprune.gates import UNGATED
-from fxprune.inputs import same
+from fxprune.gating.gates import UNGATED
+from fxprune.gating.penalties import gates_of
 from fxprune.passes import stream_gathers
-from fxprune.penalties import gates_of
 from fxprune.permutation import exchange_units
-from fxprune.program import capture, quiet
-from fxprune.rules import STRICT
-from fxprune.tracing import without_fused_layers
+from fxprune.programs.program import capture, quiet
+from fxprune.tracing.one_mode import without_fused_layers
+from fxprune.user_models.inputs import same
 from tools.cases import Surgery, draw, simpler
 from tools.networks import BATCH, Network, build, example, write
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.compiler import GatedModel, PlainModel
 from fxprune.costs import latency
-from fxprune.export import OnnxCheck, onnx_session
+from fxprune.deployment.export import OnnxCheck, onnx_session
 from models.lenet import LeNet
 from models.mnist import load_images, load_mnist
 from tools.plots import plot_architecture

@@ -20,17 +20,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model
 
 import fxprune
-from fxprune.comparison import differences
 from fxprune.errors import FxpruneError
-from fxprune.inputs import model_inputs, same, tensors_of
-from fxprune.modules import evaluating
-from fxprune.penalties import gates_by_name
+from fxprune.gating.penalties import gates_by_name
+from fxprune.gating.remembered import memory_of
 from fxprune.permutation import exchange_units
-from fxprune.precision import run_all, run_nudged
-from fxprune.program import Program, capture, widened
-from fxprune.remembered import memory_of
+from fxprune.programs.program import Program, capture, widened
+from fxprune.proof.comparison import differences
+from fxprune.proof.precision import run_all, run_nudged
+from fxprune.proof.verdicts import SENSITIVE
 from fxprune.testing import close_half
-from fxprune.verdicts import SENSITIVE
+from fxprune.user_models.inputs import model_inputs, same, tensors_of
+from fxprune.user_models.modules import evaluating
 
 SIZES = (64, 96, 128, 224, 299)
 # Of the images that statistics are of: of fewer, most variances are near 0.

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import align
+from fxprune.dataflow.values import Barrier, State, Value, zeros_of
 from fxprune.ops.contraction import contraction_flow
 from fxprune.ops.labels import Contraction, Operand, contraction
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import align
-from fxprune.values import Barrier, State, Value, zeros_of
 
 
 def attention_flow(call: Call) -> Flow:

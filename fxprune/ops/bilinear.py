@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxprune.dataflow.rules import Call, Flow, OpRule, Read, register
 from fxprune.ops.mixing import weight_and_bias
-from fxprune.rules import Call, Flow, OpRule, Read, register
 
 
 def bilinear_flow(call: Call) -> Flow:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fxprune.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
 
 
 def cast_flow(call: Call) -> Flow:

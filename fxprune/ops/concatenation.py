@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.cuts import Arguments, Cut
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import align, compress
-from fxprune.values import Barrier, Value, as_value
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import align, compress
+from fxprune.dataflow.values import Barrier, Value, as_value
 
 
 def concatenation_flow(call: Call) -> Flow:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxprune.dataflow.rules import Call, Flow, OpRule, Read, register
+from fxprune.dataflow.tags import FIXED
+from fxprune.dataflow.values import Barrier, State, Value, broadcast_to, zeros_of
 from fxprune.ops.labels import Contraction, Operand, read_einsum, read_product
-from fxprune.rules import Call, Flow, OpRule, Read, register
-from fxprune.tags import FIXED
-from fxprune.values import Barrier, State, Value, broadcast_to, zeros_of
 
 _STAYS = "it is multiplied along an axis that stays as long as it is"
 _READ = "a product reads it where no factor is 0"

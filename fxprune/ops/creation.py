@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import FILLED, Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import ShapeOf, SizeOf, State, Value, as_value, fixed
 from fxprune.ops.rewriting import refuse_blocks, with_sizes
-from fxprune.rules import FILLED, Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import ShapeOf, SizeOf, State, Value, as_value, fixed
 
 # What makes a tensor of sizes.
 FILLERS = (

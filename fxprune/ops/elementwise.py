@@ -18,11 +18,30 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from fxprune.dataflow.rules import (
+    CPU,
+    POINTWISE,
+    Call,
+    Flow,
+    OpRule,
+    Read,
+    execute,
+    key_of,
+    register,
+)
+from fxprune.dataflow.tags import FIXED, align, varying_axes
+from fxprune.dataflow.values import (
+    Barrier,
+    State,
+    Value,
+    as_value,
+    broadcast_to,
+    flatten,
+    unknown,
+    zeros_of,
+)
 from fxprune.ops.divisors import is_never_zero
-from fxprune.randomness import drawing_alike
-from fxprune.rules import CPU, POINTWISE, Call, Flow, OpRule, Read, execute, key_of, register
-from fxprune.tags import FIXED, align, varying_axes
-from fxprune.values import Barrier, State, Value, as_value, broadcast_to, flatten, unknown, zeros_of
+from fxprune.runtime.randomness import drawing_alike
 
 _ACROSS = "another operand has its channels along another axis"
 

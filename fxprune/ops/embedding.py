@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, State, Value, as_value, flatten, unknown, zeros_of
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.values import Barrier, State, Value, as_value, flatten, unknown, zeros_of
 
 
 def embedding_flow(call: Call) -> Flow:

@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from fxprune.cuts import Arguments, Cut, Scaled
-from fxprune.observation import TensorSpec
-from fxprune.rules import Call, Flow, execute
-from fxprune.tags import align, compress, move, varying_axes
-from fxprune.values import Barrier, OfSizes, State, Value, as_value, flatten
+from fxprune.dataflow.cuts import Arguments, Cut, Scaled
+from fxprune.dataflow.rules import Call, Flow, execute
+from fxprune.dataflow.tags import align, compress, move, varying_axes
+from fxprune.dataflow.values import Barrier, OfSizes, State, Value, as_value, flatten
+from fxprune.programs.observation import TensorSpec
 
 
 def movement_flow(call: Call) -> Flow:

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Along, ShapeOf, SizeOf, Value
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.movement import like_flow
 from fxprune.ops.rewriting import (
@@ -20,9 +23,6 @@ from fxprune.ops.rewriting import (
     rewrite_sizes,
     with_sizes,
 )
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import Along, ShapeOf, SizeOf, Value
 
 
 def expanded_flow(call: Call) -> Flow:

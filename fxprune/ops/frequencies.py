@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.values import Barrier, zeros_of
 from fxprune.ops.elementwise import elementwise_flow
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, zeros_of
 
 _ALONG = "it transforms along channels"
 _PAIRS = "it takes channels for real and imaginary parts"

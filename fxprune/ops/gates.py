@@ -1,9 +1,9 @@
 """Gates, as inspection meets them in a model that is still being trained: they pass channels on."""
 
-from fxprune.cuts import Cut
-from fxprune.gates import linear_gate, width_gate
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, Value, unknown
+from fxprune.dataflow.cuts import Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.values import Barrier, Value, unknown
+from fxprune.gating.gates import linear_gate, width_gate
 
 
 def gate_flow(call: Call) -> Flow:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, Read, register
 from fxprune.ops.rewriting import positions_that_remain
-from fxprune.rules import Call, Flow, OpRule, Read, register
 
 
 def pick_channels(x: Tensor, axis: int) -> Tensor:

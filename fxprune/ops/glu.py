@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import Barrier
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Barrier
 
 
 def glu_flow(call: Call) -> Flow:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, Read, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Barrier, State, zeros_of
 from fxprune.ops.statistics import layer_norm_flow
-from fxprune.rules import Call, Flow, OpRule, Read, register
-from fxprune.tags import varying_axes
-from fxprune.values import Barrier, State, zeros_of
 
 
 def group_norm_flow(call: Call) -> Flow:

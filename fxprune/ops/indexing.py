@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.cuts import Arguments, Cut, Literal
+from fxprune.dataflow.cuts import Arguments, Cut, Literal
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import (
+    Barrier,
+    ShapeOf,
+    SizeOf,
+    State,
+    Value,
+    as_value,
+    flatten,
+    map_values,
+)
 from fxprune.ops.execution import checked_arguments, movement_flow
 from fxprune.ops.rewriting import (
     follows_as_is,
@@ -24,9 +36,6 @@ from fxprune.ops.rewriting import (
     shrinks,
     source_of,
 )
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import Barrier, ShapeOf, SizeOf, State, Value, as_value, flatten, map_values
 
 
 def getitem_flow(call: Call) -> Flow:

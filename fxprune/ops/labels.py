@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.rules import Call
-from fxprune.values import Along, Barrier, State, Value
+from fxprune.dataflow.rules import Call
+from fxprune.dataflow.values import Along, Barrier, State, Value
 
 BROADCAST = ""
 """The label of an axis of size 1 that is repeated along the label of another operand."""

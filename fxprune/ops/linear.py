@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, Read, register
+from fxprune.dataflow.values import Along, Barrier, Value, zeros_of
 from fxprune.ops.mixing import (
     CONV_FUNCTIONS,
     GROUPS,
@@ -21,8 +23,6 @@ from fxprune.ops.mixing import (
     Mixing,
     read_call,
 )
-from fxprune.rules import Call, Flow, OpRule, Read, register
-from fxprune.values import Along, Barrier, Value, zeros_of
 
 
 def mixing_flow(call: Call) -> Flow:

@@ -11,10 +11,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.observation import TensorSpec
-from fxprune.rules import Call
-from fxprune.tags import FIXED
-from fxprune.values import Barrier, State, Value, fixed
+from fxprune.dataflow.rules import Call
+from fxprune.dataflow.tags import FIXED
+from fxprune.dataflow.values import Barrier, State, Value, fixed
+from fxprune.programs.observation import TensorSpec
 
 GROUPS = 6  # the position of `groups` in torch's functional convolutions, transposed or not
 CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)

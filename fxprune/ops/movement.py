@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import (
     rewrite_chunks,
@@ -19,7 +20,6 @@ from fxprune.ops.rewriting import (
     rewrite_sizes,
     rewrite_unflatten,
 )
-from fxprune.rules import Call, Flow, OpRule, register
 
 
 def like_flow(call: Call) -> Flow:

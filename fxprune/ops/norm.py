@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.cuts import Arguments, Cut
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, State
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.values import Barrier, State
 
 _NAMES = ("running_mean", "running_var", "weight", "bias")
 

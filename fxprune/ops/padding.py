@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Barrier, Value
 from fxprune.ops.execution import numbers_among
 from fxprune.ops.rewriting import source_of
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import Barrier, Value
 
 
 @dataclass(frozen=True)

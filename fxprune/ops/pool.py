@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.observation import TensorSpec
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import Barrier, Value, flatten, unknown, zeros_of
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Barrier, Value, flatten, unknown, zeros_of
+from fxprune.programs.observation import TensorSpec
 
 
 def pool_flow(call: Call, *, rank: int) -> Flow:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.observation import TensorSpec
-from fxprune.rules import Call, Flow, OpRule, Read, register
-from fxprune.tags import FIXED
-from fxprune.values import Barrier, State, Value, fixed
+from fxprune.dataflow.rules import Call, Flow, OpRule, Read, register
+from fxprune.dataflow.tags import FIXED
+from fxprune.dataflow.values import Barrier, State, Value, fixed
+from fxprune.programs.observation import TensorSpec
 
 _FIRST = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.cuts import Arguments, Cut
-from fxprune.observation import TensorSpec
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, Read, register
+from fxprune.dataflow.tags import FIXED, varying_axes
+from fxprune.dataflow.values import Barrier, Value, flatten, unknown, zeros_of
 from fxprune.ops.elementwise import elementwise_flow
-from fxprune.rules import Call, Flow, OpRule, Read, register
-from fxprune.tags import FIXED, varying_axes
-from fxprune.values import Barrier, Value, flatten, unknown, zeros_of
+from fxprune.programs.observation import TensorSpec
 
 _OVER = "it reduces over channels, where a removed one would still count"
 _READ = "it adds up channels that are not 0"

@@ -6,9 +6,9 @@ The weights sum to 1, so a constant stays what it is; nearest neighbours only mo
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import Barrier
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Barrier
 
 
 def resample_flow(call: Call) -> Flow:

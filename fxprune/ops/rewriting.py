@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from fxprune.cuts import Arguments, Cut, Literal, Scaled
+from fxprune.dataflow.cuts import Arguments, Cut, Literal, Scaled
+from fxprune.dataflow.rules import Call, execute
+from fxprune.dataflow.values import Barrier, OfSizes, State, Value, counts_channels, flatten
 from fxprune.ops.execution import check, checked_arguments, movement_flow, node_values
-from fxprune.rules import Call, execute
-from fxprune.values import Barrier, OfSizes, State, Value, counts_channels, flatten
 
 # By which a map is tried to be longer: of several, as half of the channels may be half of a row's.
 _GROWTHS = (1, 2, 4, 6)

@@ -8,9 +8,9 @@ computed.
 import torch
 from torch import Tensor
 
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import Barrier, Value, as_value, unknown
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Barrier, Value, as_value, unknown
 
 
 def rows_flow(call: Call) -> Flow:

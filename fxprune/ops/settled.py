@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.dataflow.rules import Call
+from fxprune.dataflow.values import Barrier, OfSizes, ShapeOf, State, Value, flatten
 from fxprune.ops.execution import is_settled, node_values, ranks_asked
-from fxprune.rules import Call
-from fxprune.values import Barrier, OfSizes, ShapeOf, State, Value, flatten
 
 # What arguments are called that say which axis, or how channels are divided.
 _DECISIVE = frozenset(

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxprune.cuts import Arguments, Cut, Literal
-from fxprune.kinds import FORMS
+from fxprune.dataflow.cuts import Arguments, Cut, Literal
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.values import Barrier, ShapeOf, SizeOf, Value, as_value, fixed, zeros_of
 from fxprune.ops.creation import FILLERS
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import frozen_size, rewrite_nothing
 from fxprune.ops.transposition import rewrite_transposed, transposed_flow
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import Barrier, ShapeOf, SizeOf, Value, as_value, fixed, zeros_of
+from fxprune.runtime.kinds import FORMS
 
 # What makes the places that maps are read at.
 GRIDS = (F.affine_grid, torch.affine_grid_generator)

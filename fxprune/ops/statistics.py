@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.observation import TensorSpec
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import Barrier, State, Value, flatten, unknown, zeros_of
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Barrier, State, Value, flatten, unknown, zeros_of
+from fxprune.programs.observation import TensorSpec
 
 _NORMALISES = "it normalises over channels, where a removed one would still count"
 _ALONG = "it lies along the axis that is normalised"

@@ -2,11 +2,11 @@
 
 import torch
 
-from fxprune.cuts import Arguments, Cut
+from fxprune.dataflow.cuts import Arguments, Cut
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.values import State, Transposed
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import rewrite_nothing
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.values import State, Transposed
 
 
 def transposed_flow(call: Call) -> Flow:

@@ -5,9 +5,9 @@ What is 0 depends on where an element stands, so channels along these axes stay.
 
 import torch
 
-from fxprune.rules import Call, Flow, OpRule, register
-from fxprune.tags import varying_axes
-from fxprune.values import Barrier
+from fxprune.dataflow.rules import Call, Flow, OpRule, register
+from fxprune.dataflow.tags import varying_axes
+from fxprune.dataflow.values import Barrier
 
 
 def triangle_flow(call: Call) -> Flow:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.channels import analyse
+from fxprune.dataflow.channels import analyse
 from fxprune.passes.dead_channels import eliminate_dead_channels
-from fxprune.program import Program, capture
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite, close_half, error, spread
 from tests.conftest import randomise
 

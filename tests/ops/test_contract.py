@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxprune.gates import linear_gate, width_gate
+from fxprune.dataflow.rules import POINTWISE, RULES
+from fxprune.gating.gates import linear_gate, width_gate
 from fxprune.ops.gather import pick_channels
-from fxprune.rules import POINTWISE, RULES
 from fxprune.testing import check_rule
-from tests.test_custom_functions import Applies, Swish
+from tests.user_models.test_custom_functions import Applies, Swish
 
 IMAGE = (3, 8, 6, 6)
 

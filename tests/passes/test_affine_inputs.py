@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.passes.affine_inputs import fold_affine_inputs
 from fxprune.passes.batch_norm import fold_batch_norm
-from fxprune.program import Program, capture
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite, spread
 from tests.conftest import randomise
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.passes.batch_norm import fold_batch_norm
-from fxprune.program import Program, capture
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite
 from tests.conftest import Golden, randomise
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.computed_layers import ComputedLayer
 from fxprune.errors import GateError
-from fxprune.inputs import model_inputs
+from fxprune.gating.penalties import cost_of
 from fxprune.passes.computed_weights import join_computed_weights
-from fxprune.penalties import cost_of
-from fxprune.program import Program, capture
+from fxprune.programs.program import Program, capture
 from fxprune.testing import close_half, error, spread
+from fxprune.user_models.computed_layers import ComputedLayer
+from fxprune.user_models.inputs import model_inputs
 from tests.conftest import randomise, reloaded
 
 

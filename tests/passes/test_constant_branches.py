@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.passes.constant_branches import remove_constant_branches
-from fxprune.program import Program, capture
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite, error, spread
 from tests.conftest import randomise
 

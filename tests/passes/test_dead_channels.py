@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.dataflow.rules import RULES, STRICT, OpRule
 from fxprune.passes.dead_channels import eliminate_dead_channels
-from fxprune.program import Program, capture
-from fxprune.rules import RULES, STRICT, OpRule
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite
 from tests.conftest import Golden, randomise
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.passes.early_pools import advance_pools
-from fxprune.program import Program, capture
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite
 from tests.conftest import randomise
 

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.observation import observe
 from fxprune.passes.in_place import make_functional
-from fxprune.program import Program, capture
+from fxprune.programs.observation import observe
+from fxprune.programs.program import Program, capture
 from fxprune.testing import error
 
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.errors import NothingToDoError
-from fxprune.gates import Gates
+from fxprune.gating.gates import Gates
 from fxprune.passes.gate_removal import remove_gates
 from fxprune.passes.instrumentation import insert_gates
-from fxprune.pipeline import Change
-from fxprune.program import Program, capture
+from fxprune.programs.pipeline import Change
+from fxprune.programs.program import Program, capture
 from fxprune.testing import error
 from tests.conftest import Golden, randomise, reloaded
 

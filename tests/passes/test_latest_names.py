@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.inputs import model_inputs
 from fxprune.passes.in_place import make_functional
 from fxprune.passes.latest_names import read_latest_names
-from fxprune.program import capture
+from fxprune.programs.program import capture
 from fxprune.testing import close_half, error
+from fxprune.user_models.inputs import model_inputs
 from tests.conftest import randomise
 
 

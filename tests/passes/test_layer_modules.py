@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.inputs import model_inputs
 from fxprune.passes.layer_modules import make_layers_modules
-from fxprune.program import Program, capture
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite, close_half, error, spread
+from fxprune.user_models.inputs import model_inputs
 from tests.conftest import randomise
 
 

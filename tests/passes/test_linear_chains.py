@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fxprune.costs import costs_of, count_costs
 from fxprune.passes.linear_chains import fold_linear_chains
-from fxprune.pipeline import Change, Pass
-from fxprune.program import Program, capture
+from fxprune.programs.pipeline import Change, Pass
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite
 from tests.conftest import Golden, randomise
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
 from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
-from fxprune.program import Program, capture
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite
 from tests.conftest import Golden
 

@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock
 import fxprune
 from fxprune.compiler import GatedModel
 from fxprune.passes.padding_hoisting import hoist_padding
-from fxprune.program import Program, capture
+from fxprune.programs.program import Program, capture
 from fxprune.testing import error
 from tests.conftest import randomise
 

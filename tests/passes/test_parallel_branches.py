@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.passes.no_ops import remove_no_ops
 from fxprune.passes.parallel_branches import fold_parallel_branches
-from fxprune.pipeline import Change
-from fxprune.program import Program, capture
+from fxprune.programs.pipeline import Change
+from fxprune.programs.program import Program, capture
 from fxprune.testing import check_rewrite, error
 from tests.conftest import randomise
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.passes.settled_modes import settle_modes
-from fxprune.program import capture
+from fxprune.programs.program import capture
 from fxprune.testing import check_rewrite
 
 

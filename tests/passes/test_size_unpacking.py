@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.inputs import model_inputs
 from fxprune.passes.size_unpacking import unpack_sizes
-from fxprune.program import capture
+from fxprune.programs.program import capture
 from fxprune.testing import check_rewrite, close_half, error, spread
+from fxprune.user_models.inputs import model_inputs
 from tests.conftest import randomise
 
 SPELLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.export import onnx_session
+from fxprune.deployment.export import onnx_session
 from models.mnist import load_images, load_mnist
 from tools.training import Recipe, accuracy, train
 

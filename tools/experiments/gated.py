@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.budget import Phases
+from fxprune.training.budget import Phases
 from tools.experiments.classifier import Method, Recipe
 
 GATE_LR = 0.1

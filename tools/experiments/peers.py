@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.costs import count_costs
-from fxprune.inputs import Inputs
+from fxprune.user_models.inputs import Inputs
 from tools.experiments.classifier import Method, Recipe
 
 PRUNING_STEPS = 200

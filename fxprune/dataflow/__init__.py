@@ -1,0 +1,1 @@
+"""Which channels are tied, constant or live, and what remains when some go."""

@@ -1,0 +1,1 @@
+"""To an ONNX file that onnxruntime was seen to run right."""

@@ -1,0 +1,1 @@
+"""The gates of a model that is being trained: their values, costs, penalties."""

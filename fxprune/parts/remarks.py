@@ -1,0 +1,58 @@
+"""What a report says of a part of a model besides what passes did to it."""
+
+from fxprune.parts.regions import Region
+from fxprune.programs.pipeline import Change
+from fxprune.tracing.notes import noted
+
+_OVERWRITTEN = (
+    "the model overwrites this argument, which the result may leave as it was: its outputs are the "
+    "same, but do not count on what is in the argument after a call"
+)
+_NOTED = "is set by every call, as the model does; what is finalised sets no attributes"
+_FORGOTTEN = (
+    "is set by the model's forward, not by the result: let the forward return what is to be read"
+)
+EVALUATION_ONLY = (
+    "not as in the model, which runs other operators then: gated, it computes in training what it "
+    "does in evaluation, only batch norms and dropout modules follow the mode"
+)
+
+
+def renaming(region: Region) -> dict[str, list[Change]]:
+    """Return what to report of parts whose names are taken."""
+    renamed: dict[str, str] = region.program.module.meta.get("renamed", {})
+    changes = [Change(old, f"is called {new}: its name is taken") for old, new in renamed.items()]
+    return {"renaming": changes} if changes else {}
+
+
+def overwritten(region: Region) -> list[Change]:
+    """Return what to report of arguments that the model overwrites: its result may not."""
+    names: list[str] = region.program.module.meta.get("overwrites", [])
+    return [Change(name, _OVERWRITTEN) for name in names]
+
+
+def notes(region: Region) -> dict[str, list[Change]]:
+    """Return what to report of attributes that are set by every call."""
+    program = region.program
+    names = noted(program.graph)
+    if program.in_training is not None:
+        names |= noted(program.in_training.program.graph)
+    changes = [Change(name, _NOTED) for name in sorted(names)]
+    return {"notes": changes} if changes else {}
+
+
+def forgotten(region: Region) -> list[Change]:
+    """Return what to report of attributes that are not set any more."""
+    return [Change(name, _FORGOTTEN) for name in region.program.module.meta.get("forgotten", [])]
+
+
+def modes(region: Region) -> dict[str, list[Change]]:
+    """Return what to report of modules that do not follow `train`, as the model says."""
+    modes: dict[str, bool] = region.program.module.meta.get("modes", {})
+    changes = [
+        Change(
+            path, f"stays in {'training' if stays else 'evaluation'}, as the model's train() says"
+        )
+        for path, stays in sorted(modes.items())
+    ]
+    return {"modes": changes} if changes else {}

@@ -1,0 +1,1 @@
+"""Whether two modules are one function, by running both."""

@@ -1,0 +1,52 @@
+"""Tensors that modules hold as plain attributes, indexed by sizes that are traced.
+
+    self.turns[: x.shape[1]]        # turns: rotary embeddings, as in Llama
+
+A tracer knows parameters and buffers by their names. Any other tensor is a constant to it, and what
+its slices begin and end with a number: that of the example, for good. While a model is traced such
+a slice reads the tensor by its name instead.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxprune.tracing.stand_ins import standing_in
+
+
+@contextmanager
+def sliced_by_name(root: nn.Module, tracer: Any) -> Generator[None]:
+    """Let slices of `root`'s plain tensors by traced values be values themselves.
+
+    tracer: whose values these are; while it is `answering` all numbers are what they are.
+    """
+    names = {
+        id(value): f"{path}.{name}" if path else name
+        for path, module in root.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+    if not names:
+        yield
+        return
+    inherited: Any = Tensor.__getitem__
+
+    def read(self: Tensor, index: Any) -> Any:
+        name = names.get(id(self))
+        if name is None or tracer.answering or not _is_traced(index):
+            return inherited(self, index)
+        return tracer.create_proxy("get_attr", name, (), {})[index]
+
+    with standing_in((Tensor, "__getitem__", read)):
+        yield
+
+
+def _is_traced(index: Any) -> bool:
+    """Tell whether an index holds a traced value, in a slice perhaps."""
+    if isinstance(index, (tuple, list)):
+        return any(map(_is_traced, index))
+    if isinstance(index, slice):
+        return _is_traced((index.start, index.stop, index.step))
+    return isinstance(index, fx.Proxy)

@@ -1,0 +1,1 @@
+"""Training to a budget, and dead units removed on the way."""

@@ -1,0 +1,1 @@
+"""A model as its user made it: checked, copied, run, and what its forward does beside computing."""

@@ -1,0 +1,150 @@
+"""What the code of a model can reach beside the model: by its globals and closures.
+
+    LOG: list[Tensor] = []        def forward(self, x): … LOG.append(h)        RECORDER.add(h)
+
+From `forward` on, by the names that code says: functions, classes, and objects of the packages that
+the model's classes are of, and containers of anybody's.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from fxprune.user_models.containers import Contents
+from fxprune.user_models.deeds import place_of
+
+_CONTAINERS = (dict, list, set, deque)
+
+
+class Beside(Contents):
+    """What containers and objects hold that the code of a model can reach by names."""
+
+    def __init__(self, root: nn.Module) -> None:
+        search = _Search(list(root.modules()))
+        super().__init__(search.run(), search.is_users, memos=True)
+        self.functions = search.functions
+
+    def place(self, name: str) -> str:
+        """Return where code writes into something, or says its name."""
+        return place_of(self.functions, name.rpartition(".")[2])
+
+
+def names_said(parts: Sequence[nn.Module]) -> set[str]:
+    """Return the names that code of the classes of modules says, and functions that it calls.
+
+    Whoever calls it, if not for the making of a module, which is done.
+    """
+    search = _Search(parts)
+    for name, functions in list(search.by_name.items()):
+        for one in functions if name != "__init__" else ():
+            search.meet_function(name, one)
+    search.run()
+    return {name for one in search.functions for name in _names(one.__code__)}
+
+
+class _Search:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        kinds = {kind for one in set(map(type, parts)) for kind in one.__mro__}
+        self.packages = {_package(kind) for kind in kinds} - _NOT_THE_USERS
+        self.found: list[tuple[str, Any]] = []
+        self.by_name: dict[str, list[Any]] = {}
+        self.said: set[str] = {"forward"}
+        self.met: set[int] = set()
+        self.waiting: list[FunctionType] = []
+        self.functions: list[FunctionType] = []
+        for kind in kinds:
+            self._meet_class(kind)
+        for part in parts:
+            for value in vars(part).values():
+                if isinstance(value, FunctionType):
+                    self._meet("", value, ())
+
+    def run(self) -> list[tuple[str, Any]]:
+        """Return containers and objects, by name."""
+        while self.waiting:
+            function = self.waiting.pop()
+            self.functions.append(function)
+            names = set(_names(function.__code__))
+            for name in names - self.said:
+                self.said.add(name)
+                for one in self.by_name.get(name, ()):
+                    self._meet(name, one, ())
+            known = function.__globals__
+            for name in names & known.keys():
+                self._meet(name, known[name], names)
+            for name, value in _closed_over(function):
+                self._meet(name, value, names)
+        return self.found
+
+    def is_users(self, value: Any) -> bool:
+        """Tell whether something is, or is an object, of a package that the model is of."""
+        kind = value if isinstance(value, (type, FunctionType)) else type(value)
+        return _package(kind) in self.packages
+
+    def meet_function(self, name: str, function: FunctionType) -> None:
+        """Take a function into the search that nobody may have named."""
+        self._meet(name, function, ())
+
+    def _meet(self, name: str, value: Any, names: Any) -> None:
+        if id(value) in self.met:
+            return
+        if isinstance(value, ModuleType):
+            if value.__name__.partition(".")[0] in self.packages:
+                for one in names & vars(value).keys():
+                    self._meet(f"{name}.{one}", vars(value)[one], names)
+            return
+        self.met.add(id(value))
+        if isinstance(value, _CONTAINERS):
+            self.found.append((name, value))
+        elif isinstance(value, FunctionType):
+            if self.is_users(value):
+                self.waiting.append(value)
+        elif isinstance(value, type):
+            self._meet_class(value)
+        elif self.is_users(value) and not isinstance(value, nn.Module):
+            self.found.append((name, value))
+            self._meet_class(type(value))
+
+    def _meet_class(self, kind: type) -> None:
+        if not self.is_users(kind):
+            return
+        for name, value in vars(kind).items():
+            if isinstance(value, _CONTAINERS) and not name.startswith("__"):
+                self._meet(f"{kind.__name__}.{name}", value, ())
+            function = _function(value)
+            if function is not None:
+                self.by_name.setdefault(name, []).append(function)
+                if name in self.said or name == "__call__":
+                    self._meet(name, function, ())
+
+
+def _function(value: Any) -> FunctionType | None:
+    """Return the function of a method, class method or property."""
+    for name in ("__func__", "fget", "__wrapped__"):
+        value = getattr(value, name, None) or value
+    return value if isinstance(value, FunctionType) else None
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield from _names(one)
+
+
+def _closed_over(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # nothing is in it yet
+            continue
+
+
+def _package(kind: Any) -> str:
+    return (getattr(kind, "__module__", None) or "").partition(".")[0]
+
+
+_NOT_THE_USERS = {"torch", "builtins", "fxprune", "collections", "typing", "abc", ""}
