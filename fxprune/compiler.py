@@ -3,8 +3,6 @@
 Both work on a copy: what the user holds is never modified.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -17,9 +15,9 @@ from fxprune.gating.gates import Gates, gate_owners, sound_inits
 from fxprune.gating.remembered import memory_of, remember_
 from fxprune.gating.sharding import require_whole
 from fxprune.parts.cutting import cut_
+from fxprune.parts.gate_insertion import gate_
 from fxprune.parts.piecewise import (
     Parts,
-    in_training_if_it_runs,
     joined,
     parts_in_evaluation,
     parts_in_training,
@@ -27,18 +25,12 @@ from fxprune.parts.piecewise import (
 )
 from fxprune.parts.recording import copies
 from fxprune.parts.regions import Region
-from fxprune.parts.remarks import EVALUATION_ONLY, forgotten, modes, notes, overwritten, renaming
 from fxprune.passes.instrumentation import insert_gates
-from fxprune.passes.latest_names import read_latest_names
-from fxprune.passes.notes import drop_overwritten_notes
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
-from fxprune.pipelines import CUT, CUT_TO_BE_TRAINED, READABLE, folding
-from fxprune.planning.lowering import lower_
+from fxprune.pipelines import CUT, CUT_TO_BE_TRAINED, folding
 from fxprune.programs.copying import require_copyable
 from fxprune.programs.example_inputs import infer_example_inputs
-from fxprune.programs.observation import observe
-from fxprune.programs.pipeline import Change, run, with_options
-from fxprune.programs.program import Program, trained_outputs
+from fxprune.programs.pipeline import Change, with_options
 from fxprune.progress import shown
 from fxprune.proof.comparison import differences, output_leaves
 from fxprune.report import Report
@@ -46,23 +38,14 @@ from fxprune.runtime.default_device import on_cpu
 from fxprune.runtime.eager import uncompiled
 from fxprune.runtime.parameter_tags import carry_tags_, renamed_path
 from fxprune.tracing.assumptions import assumptions
-from fxprune.tracing.notes import (
-    begin_notes_,
-    erase_notes_,
-    forget_,
-    left_in,
-    noted,
-    put_back,
-    set_aside,
-)
+from fxprune.tracing.notes import begin_notes_, noted
 from fxprune.tracing.retracing import marks_in
-from fxprune.tracing.two_modes import has_both_modes, join, of_mode
 from fxprune.user_models.frozen_attributes import freeze_
-from fxprune.user_models.inputs import Inputs, model_inputs, same, to_device
+from fxprune.user_models.inputs import Inputs, model_inputs, to_device
 from fxprune.user_models.keeping import put_back_plain
 from fxprune.user_models.modules import copy_model, device_of, evaluating, require_no_gradient_hooks
 from fxprune.user_models.naming import RESERVED, renamed_in
-from fxprune.user_models.plain_weights import plain_weights_in, with_plain_weights
+from fxprune.user_models.plain_weights import with_plain_weights
 
 if TYPE_CHECKING:
 
@@ -86,11 +69,6 @@ COSTS = ("parameters", "macs", "latency")
 ENDS_LEFT = 0.5
 # What outputs may differ by where weights are computed, or were once.
 COMPUTED = 1e-4
-_BOTH_MODES = (
-    "runs other operators than evaluation: costs are those of evaluation, gates go where both do "
-    "the same, and operators of training alone have none"
-)
-_NOT_HOISTED = "not moved: that is for models traced whole, by one graph for both modes"
 
 
 @uncompiled
@@ -142,44 +120,11 @@ def instrument(
     ends = ENDS_LEFT if hoist_padding else 1.0
     inits = {"width_init": width_init, "linear_init": linear_init}
     insertion = with_options(insert_gates, **inits, penalties=penalties, ends=ends)
+    hoisting = with_options(hoist, ends=ends) if hoist_padding else None
 
     def gate(region: Region) -> None:
-        report = reports[region.path] = Report("instrument", name, {})
-        report.passes |= renaming(region) | modes(region)
-        report.refused += overwritten(region) + forgotten(region)
-        hoists = hoist_padding and not region.path and region.program.in_training is None
-        if hoist_padding and not hoists:
-            report.refused.append(Change("padding", _NOT_HOISTED))
-        before = _outputs(region.program) if check else None
-        trained = _outputs_in_training(region.program) if check else None
-        report.passes |= run(region.program, READABLE, recompile=check)
-        in_training = in_training_if_it_runs(region.program, required=model.training)
-        trained = None if in_training is None else trained
-        if region.program.module.meta["evaluation_only"]:
-            only = f"{EVALUATION_ONLY} ({region.program.untrained})"
-            report.refused.append(Change("training", only if in_training is None else _BOTH_MODES))
-        if hoists:
-            with _notes_aside(region.program):
-                hoisting = with_options(hoist, ends=ends)
-                report.passes |= run(region.program, (hoisting,), recompile=False)
-            region.program.module.recompile()
-            before = _outputs(region.program) if check else None
-        if in_training is not None:
-            run(in_training.program, (read_latest_names,), recompile=False)
-        report.refused += _drop_overwritten_notes(region.program)
-        report.passes |= notes(region)
-        with plain_weights_in(region.program.module), _notes_aside(region.program):
-            report.passes |= run(region.program, (insertion,), recompile=False)
-        if in_training is not None:
-            join(region.program.graph, in_training.program.graph, in_training.told)
-        lower_(region.program.module)
-        if check and not (
-            _is_same(before, _outputs(region.program))
-            and _is_same(trained, _outputs_in_training(region.program), nan=True)
-        ):
-            raise VerificationError(
-                f"the gates changed the outputs of {region.path or name}; this is a bug in fxprune"
-            )
+        options = {"trained": model.training, "check": check}
+        reports[region.path] = gate_(region, name, insertion, hoisting, **options)
 
     parts = parts_in_training(model, inputs, gate, check=check)
     reports = {region.path: reports[region.path] for region in parts.regions}  # not of what failed
@@ -260,29 +205,6 @@ def _count_insides_once(parts: Parts) -> None:
     whole.gates.costs = whole.gates.costs.without(numbers)
 
 
-def _drop_overwritten_notes(program: Program) -> list[Change]:
-    """Let a program leave no notes, in either mode, of what either mode overwrites then."""
-    found = [program]
-    if program.in_training is not None:
-        found.append(program.in_training.program)
-    changes = {change.where: change for one in found for change in drop_overwritten_notes(one)}
-    for one in found:
-        forget_(one.graph, changes)
-        erase_notes_(one.module, changes)
-    return list(changes.values())
-
-
-@contextmanager
-def _notes_aside(program: Program) -> Generator[None]:
-    """Let a program leave no notes for a while, nor compute what they hold."""
-    seen = observe(program)
-    aside = set_aside(program.graph, {*seen.mutated, *seen.draws})
-    try:
-        yield
-    finally:
-        put_back(program.graph, aside)
-
-
 def _require_plain(model: nn.Module, plain: nn.Module, inputs: Inputs) -> None:
     """Raise `VerificationError` unless a model computes its weights as they were written down."""
     twin = copy_model(model)
@@ -361,33 +283,6 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
 
 def _costs(model: nn.Module, inputs: Inputs) -> Costs:
     return count_costs(model, to_device(inputs, device_of(model)))
-
-
-def _outputs(program: Program) -> Any:
-    """Return what a program computes, and leaves in attributes."""
-    with evaluating(program.module):
-        return program.run(), left_in(program.module, noted(program.graph))
-
-
-def _outputs_in_training(program: Program) -> Any:
-    """Return what a program with a graph of training computes then, and leaves; of others, None."""
-    if has_both_modes(program.graph):
-        graph = of_mode(program.graph, training=True)
-        return trained_outputs(program.module, (program.args, program.kwargs), noted(graph))
-    if program.in_training is None:
-        return None
-    found = program.in_training.program
-    return trained_outputs(found.module, (program.args, program.kwargs), noted(found.graph))
-
-
-def _is_same(before: Any, after: Any, *, nan: bool = False) -> bool:
-    """Tell whether a program computes what it did, and leaves that where it still leaves any."""
-    if before is None or after is None:
-        return before is after
-    (outputs, left), (actual, found) = before, after
-    return found.keys() <= left.keys() and same(
-        (outputs, {name: left[name] for name in found}), (actual, found), nan=nan
-    )
 
 
 def _assembled(

@@ -60,7 +60,7 @@ MAP = (
     ),
     ("deployment", "onnx_signature open_sizes onnx_program export"),
     ("", "passes costs pipelines testing permutation report"),
-    ("parts", "recording regions piecewise remarks cutting"),
+    ("parts", "recording regions piecewise remarks gate_insertion cutting"),
     ("", "compiler inspection cli"),
     ("training", "averaged_models optimizer_states selection compaction estimators budget loops"),
     ("", "huggingface lightning __main__ __init__"),

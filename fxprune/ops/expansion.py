@@ -17,12 +17,7 @@ from fxprune.dataflow.tags import varying_axes
 from fxprune.dataflow.values import Along, ShapeOf, SizeOf, Value
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.movement import like_flow
-from fxprune.ops.rewriting import (
-    refuse_blocks,
-    rewrite_nothing,
-    rewrite_sizes,
-    with_sizes,
-)
+from fxprune.ops.rewriting import refuse_blocks, rewrite_nothing, rewrite_sizes, with_sizes
 
 
 def expanded_flow(call: Call) -> Flow:

@@ -18,12 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.dataflow.memories import recalled
-from fxprune.errors import (
-    ExampleInputError,
-    NothingToDoError,
-    TraceError,
-    VerificationError,
-)
+from fxprune.errors import ExampleInputError, NothingToDoError, TraceError, VerificationError
 from fxprune.gating.gates import gate_owners
 from fxprune.gating.remembered import memory_of
 from fxprune.parts.recording import copies, record

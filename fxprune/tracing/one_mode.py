@@ -27,11 +27,7 @@ from fxprune.tracing.model_tracer import (
     require_drawn_nothing,
     require_unwritten,
 )
-from fxprune.tracing.modes import (
-    differ_in_constants,
-    forget_counts,
-    same_structure,
-)
+from fxprune.tracing.modes import differ_in_constants, forget_counts, same_structure
 from fxprune.tracing.retracing import wrap_functions_
 from fxprune.tracing.scripts import inlined
 from fxprune.tracing.source_lines import first_line, place_of_error

@@ -33,13 +33,7 @@ from fxprune.gating.terms import LATENCY, MACS, NEURONS, PARAMETERS
 from fxprune.inspection import freeze
 from fxprune.training.estimators import Pull
 from fxprune.training.estimators import estimator as find_estimator
-from fxprune.training.selection import (
-    has_slack,
-    least_cost,
-    meet_,
-    restore_nonlinearity_,
-    units_of,
-)
+from fxprune.training.selection import has_slack, least_cost, meet_, restore_nonlinearity_, units_of
 
 CHECK_EVERY = 50  # steps, where looking at a number means waiting for the device
 EASE = 2.0  # power of what is left of the way, in the logarithm of the cost
