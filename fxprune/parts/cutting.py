@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxprune.costs import costs_of
 from fxprune.dataflow.values import flatten
 from fxprune.parts.regions import Region
-from fxprune.parts.remarks import EVALUATION_ONLY, forgotten, overwritten, renaming
+from fxprune.parts.remarks import EVALUATION_ONLY, forgotten, overwritten, renaming, unloadable
 from fxprune.pipelines import PLAIN
 from fxprune.programs.observation import TensorSpec, observe
 from fxprune.programs.pipeline import Change, Pass, run
@@ -52,7 +52,7 @@ def cut_(
         Change(place, f"all channels around it stay: {reason}")
         for place, reason in program.barriers.items()
     ]
-    report.refused += overwritten(region) + forgotten(region)
+    report.refused += overwritten(region) + forgotten(region) + unloadable(region)
     of_evaluation = program.module.meta.get("evaluation_only")
     if trained and of_evaluation and not has_both_modes(program.graph):
         report.refused.append(Change("training", f"{EVALUATION_ONLY} ({program.untrained})"))

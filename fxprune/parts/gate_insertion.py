@@ -7,7 +7,15 @@ from typing import Any
 from fxprune.errors import VerificationError
 from fxprune.parts.piecewise import in_training_if_it_runs
 from fxprune.parts.regions import Region
-from fxprune.parts.remarks import EVALUATION_ONLY, forgotten, modes, notes, overwritten, renaming
+from fxprune.parts.remarks import (
+    EVALUATION_ONLY,
+    forgotten,
+    modes,
+    notes,
+    overwritten,
+    renaming,
+    unloadable,
+)
 from fxprune.passes.latest_names import read_latest_names
 from fxprune.passes.notes import drop_overwritten_notes
 from fxprune.pipelines import READABLE
@@ -40,7 +48,7 @@ def gate_(
     """
     program = region.program
     report = Report("instrument", name, renaming(region) | modes(region))
-    report.refused += overwritten(region) + forgotten(region)
+    report.refused += overwritten(region) + forgotten(region) + unloadable(region)
     if hoisting is not None and (region.path or program.in_training is not None):
         report.refused.append(Change("padding", _NOT_HOISTED))
         hoisting = None

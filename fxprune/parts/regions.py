@@ -18,6 +18,7 @@ from fxprune.gating.gates import gate_owners
 from fxprune.parts.recording import Call, Recording, Uses, record, uses_in
 from fxprune.programs.pipeline import Change
 from fxprune.programs.program import Program, capture
+from fxprune.runtime.storages import storage_of
 from fxprune.tracing.two_modes import nodes_of_training
 from fxprune.user_models.beside import names_said
 from fxprune.user_models.inputs import Inputs, describe, same, tensors_of
@@ -195,13 +196,13 @@ class _Search:
         """Say which tensor of `module` someone else holds, or uses while `module` does not run."""
         names = [*self.root.named_modules(remove_duplicate=False)]
         tops = [name for name, part in names if part is module]
-        mine = {_memory(tensor): name for name, tensor in _tensors(module)}
+        mine = {storage_of(tensor): name for name, tensor in _tensors(module)}
         for name, part in names:
             if any(name == top or name.startswith(f"{top}.") for top in tops):
                 continue
             for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-                if _memory(tensor) in mine:
-                    return f"its {mine[_memory(tensor)]} is shared with {name or 'the model'}"
+                if storage_of(tensor) in mine:
+                    return f"its {mine[storage_of(tensor)]} is shared with {name or 'the model'}"
         for name, tensor in _tensors(module):
             if module not in self.uses.inside.get(id(tensor), {module}):
                 return f"its {name} is used from outside of it"
@@ -289,7 +290,3 @@ def _example(calls: list[Call]) -> Call | None:
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() or id(tensor)

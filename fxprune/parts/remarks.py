@@ -1,5 +1,10 @@
 """What a report says of a part of a model besides what passes did to it."""
 
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
 from fxprune.parts.regions import Region
 from fxprune.programs.pipeline import Change
 from fxprune.tracing.notes import noted
@@ -11,6 +16,11 @@ _OVERWRITTEN = (
 _NOTED = "is set by every call, as the model does; what is finalised sets no attributes"
 _FORGOTTEN = (
     "is set by the model's forward, not by the result: let the forward return what is to be read"
+)
+_NESTED = (
+    "is a class inside of another, which the code that torch.fx writes into a file cannot import: "
+    "saved whole, the result cannot be loaded; move the class to the top of its module, or save "
+    "the state_dict"
 )
 EVALUATION_ONLY = (
     "not as in the model, which runs other operators then: gated, it computes in training what it "
@@ -44,6 +54,27 @@ def notes(region: Region) -> dict[str, list[Change]]:
 def forgotten(region: Region) -> list[Change]:
     """Return what to report of attributes that are not set any more."""
     return [Change(name, _FORGOTTEN) for name in region.program.module.meta.get("forgotten", [])]
+
+
+def unloadable(region: Region) -> list[Change]:
+    """Return what to report of classes that a saved graph module could not name."""
+    found = {kind for node in region.program.graph.nodes for kind in _classes(node)}
+    names = (kind.__qualname__ for kind in found)
+    return [Change(name, _NESTED) for name in sorted(names) if "." in name and "<" not in name]
+
+
+def _classes(node: fx.Node) -> Iterator[type]:
+    """Yield the classes that a node makes an object of, and those of tuples in its arguments."""
+    if isinstance(node.target, type):
+        yield node.target
+    waiting: list[Any] = [*node.args, *node.kwargs.values()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (tuple, list)):
+            yield type(value)
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
 
 
 def modes(region: Region) -> dict[str, list[Change]]:

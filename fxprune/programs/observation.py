@@ -19,6 +19,7 @@ from fxprune.programs.macs import MacCounter
 from fxprune.programs.program import Program
 from fxprune.runtime.kinds import asks_form
 from fxprune.runtime.randomness import drawing_alike, generator_state
+from fxprune.runtime.storages import storage_of
 from fxprune.tracing.two_modes import nodes_of_training, require_mode
 from fxprune.user_models.modules import device_of, evaluating
 
@@ -167,14 +168,14 @@ class _Observer(fx.Interpreter):
         """Return who stands for the memory of a result; groups it joins become one."""
         if n.op == "output":
             return n
-        mine = {_storage(tensor) for tensor in _tensors(result)}
+        mine = {storage_of(tensor) for tensor in _tensors(result)}
         if n.op == "get_attr":  # every read of a buffer is a node of its own
             readers = [self.attributes.setdefault(memory, n) for memory in mine]
             return next((self.seen.alias.get(reader, n) for reader in readers), n)
         groups = [
             self.seen.alias[node]
             for node, value in inputs.items()
-            if any(_storage(tensor) in mine for tensor in _tensors(value))
+            if any(storage_of(tensor) in mine for tensor in _tensors(value))
         ]
         if not groups:
             return n
@@ -220,9 +221,3 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    if tensor.layout is not torch.strided:  # sparse tensors have no storage, nor views
-        return id(tensor)
-    return tensor.untyped_storage()._cdata

@@ -22,11 +22,12 @@ from torch.fx.proxy import Attribute
 from torch.fx.proxy import TraceError as FxTraceError
 
 from fxprune.runtime.kinds import OVERWROTE, overwritten
+from fxprune.runtime.storages import share_memory
 from fxprune.tracing.assignments import CannotAssign, assigned
 from fxprune.tracing.example_values import ExampleValues, UnknownValueError
 from fxprune.tracing.expressions import expression
 from fxprune.tracing.lookups import is_lookup, is_name
-from fxprune.tracing.stale_names import Write, plain_index, share_memory, stale_read
+from fxprune.tracing.stale_names import Write, plain_index, stale_read
 
 ASSUMES = "this model assumes "
 # What an argument may be to have its value, rather than its shape, in the trace.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.runtime.kinds import asks_form
+from fxprune.runtime.storages import share_memory, storage_of
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def stale_read(
         old, new = tensor_of(write.old), tensor_of(write.new)
         if old is None or new is None:
             continue
-        names = [*before.get(_memory(old), []), old]
-        before[_memory(new)] = names
+        names = [*before.get(storage_of(old), []), old]
+        before[storage_of(new)] = names
         for node, readers in late.items():
             tensor = tensor_of(node)
             if tensor is not None and any(_shows(tensor, name, write.index) for name in names):
@@ -66,17 +67,8 @@ def stale_read(
     return None
 
 
-def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors lie in one memory, as a tensor and its views do."""
-    return _memory(one) == _memory(other)
-
-
 def _readers(node: fx.Node, order: dict[fx.Node, int], place: int) -> Iterator[fx.Node]:
     return (user for user in node.users if order[user] > place and not asks_form(user))
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _shows(tensor: Tensor, name: Tensor, index: Any) -> bool:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
 from fxprune.runtime.dispatch import DispatchMode
+from fxprune.runtime.storages import storage_of
 from fxprune.tracing.stand_ins import standing_in
 
 
@@ -26,12 +27,11 @@ class OwnTensors:
 
     def __init__(self, root: nn.Module) -> None:
         named: Any = (*root.named_parameters(), *root.named_buffers())
-        self.names = {key: name for name, one in named if (key := _memory(one)) is not None}
+        self.names = {storage_of(one): name for name, one in named}
 
     def name_of(self, tensor: Tensor) -> str:
         """Return whose memory a tensor is in, "" if it is nobody's."""
-        memory = _memory(tensor) if self.names else None
-        return "" if memory is None else self.names.get(memory, "")
+        return self.names.get(storage_of(tensor), "")
 
 
 @contextmanager
@@ -96,14 +96,6 @@ def _refusing_switches(own: OwnTensors, tracer: Any) -> Generator[None]:
         (torch.Tensor, "requires_grad_", refuse_requires_grad),
     ):
         yield
-
-
-def _memory(tensor: Tensor) -> int | None:
-    """Return what tells the memory of a tensor from others', None if it has none."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError, ValueError):  # sparse, or not made yet
-        return None
 
 
 _SWITCHES = (

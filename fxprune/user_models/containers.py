@@ -97,7 +97,7 @@ class Contents:
     def put_back(self) -> None:
         """Take out again what was written; memos stay where nothing traced is in them."""
         for one in self.containers:
-            if one.is_written() or _has_proxies(one.held):
+            if one.is_written() or has_proxies(one.held):
                 one.put_back()
 
 
@@ -124,12 +124,13 @@ def _is_memo(key: Any, value: Any) -> bool:
 
     Numbers by a name are counts and notes.
     """
-    if isinstance(key, fx.Proxy) or _has_proxies(key):
+    if isinstance(key, fx.Proxy) or has_proxies(key):
         return True
     plain = value is None or isinstance(value, (bool, int, float, str))
-    return not _has_proxies(value) and not (plain and isinstance(key, str))
+    return not has_proxies(value) and not (plain and isinstance(key, str))
 
 
-def _has_proxies(value: Any) -> bool:
+def has_proxies(value: Any) -> bool:
+    """Tell whether something that is being traced is in a structure, at the keys of a dict too."""
     parts = [*value, *dict.values(value)] if isinstance(value, dict) else value
     return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(parts))

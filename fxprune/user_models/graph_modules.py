@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.runtime.kinds import LAYERS, NORMS
+from fxprune.runtime.storages import storage_of
 from fxprune.user_models.modules import copying, is_hooked, put_parts_in, tensors_in
 
 _PRESERVED = "_user_preserved_attributes"
@@ -50,9 +51,9 @@ def borrowing_copy(model: fx.GraphModule) -> fx.GraphModule:
 
 def own_(module: nn.Module, lender: nn.Module) -> None:
     """Copy the weights that a module still borrows."""
-    lent = {_memory(parameter) for parameter in lender.parameters()}
+    lent = {storage_of(parameter) for parameter in lender.parameters()}
     for tensor in tensors_in(module):
-        if _memory(tensor) in lent:
+        if storage_of(tensor) in lent:
             tensor.data = tensor.detach().clone()
 
 
@@ -66,21 +67,19 @@ def _lent(model: fx.GraphModule) -> Iterator[nn.Parameter]:
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            lendable = type(module) in (*LAYERS, *NORMS) and _memory(parameter) != id(parameter)
+            lendable = type(module) in (*LAYERS, *NORMS) and _is_plain(parameter)
             if lendable and not hooked and f"{path}.{name}" not in taken:
                 plain.append(parameter)
             else:
-                held.add(_memory(parameter))
-    held |= {_memory(buffer) for buffer in model.buffers()}
-    yield from (parameter for parameter in plain if _memory(parameter) not in held)
+                held.add(storage_of(parameter))
+    held |= {storage_of(buffer) for buffer in model.buffers()}
+    yield from (parameter for parameter in plain if storage_of(parameter) not in held)
 
 
 def _borrowed(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
-def _memory(tensor: Tensor) -> int:
-    """Return what tensors of one memory have in common; others than plain ones are never lent."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-        return id(tensor)
-    return tensor.untyped_storage()._cdata
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is of torch's own class and dense; others are never lent."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided

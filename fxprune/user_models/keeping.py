@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.runtime.kinds import MADE_BY_TRACING, overwritten
+from fxprune.user_models.containers import has_proxies
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype)
 _TORCHS = frozenset(vars(nn.Module()))
@@ -51,7 +52,7 @@ class Held:
             and name not in _TORCHS
             and "." not in name
             and not name.startswith(MADE_BY_TRACING)
-            and _has_proxies(value)
+            and has_proxies(value)
         }
 
     def put_back(self) -> Written:
@@ -75,11 +76,11 @@ class Held:
         now = vars(self.module)
         for name, value in list(now.items()):
             before = self.attributes.get(name, self)  # nothing else is this object
-            by_torch = name.startswith(MADE_BY_TRACING) and not _has_proxies(value)
+            by_torch = name.startswith(MADE_BY_TRACING) and not has_proxies(value)
             if value is before or by_torch:
                 continue
             written.attributes.append(name)
-            if _has_proxies(value):
+            if has_proxies(value):
                 if before is self:
                     del now[name]
                 else:
@@ -128,7 +129,7 @@ class Parts:
         found = ""
         for kind, before in self.classes.items():
             for name, value in list(vars(kind).items()):
-                if value is not before.get(name, before) and _has_proxies(value):
+                if value is not before.get(name, before) and has_proxies(value):
                     found = f"{kind.__name__}.{name}"
                     if name in before:
                         setattr(kind, name, before[name])
@@ -227,10 +228,6 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _is_torchs(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ("torch", "builtins")
-
-
-def _has_proxies(value: Any) -> bool:
-    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value))
 
 
 def values_in(held: Any) -> Iterator[Any]:

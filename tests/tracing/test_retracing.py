@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -124,6 +124,32 @@ def test_a_loaded_model_returns_the_class_it_returned() -> None:
         loaded = reloaded(model)(x)
         assert isinstance(loaded, Output)
         assert torch.equal(loaded.hidden, model(x).hidden)
+
+
+class Scope:
+    """A class around classes that models return."""
+
+    @dataclass
+    class Objects:
+        """Two outputs."""
+
+        logits: Tensor
+        hidden: Tensor
+
+    class Tuples(NamedTuple):
+        """Two outputs."""
+
+        logits: Tensor
+        hidden: Tensor
+
+
+@pytest.mark.parametrize("kind", [Scope.Objects, Scope.Tuples])
+def test_what_could_not_be_loaded_is_said(kind: Any) -> None:
+    gated = fxprune.instrument(Model(_asks_for_a_mask, lambda y: kind(y, -y)), torch.randn(2, 8))
+    close_half(gated)
+    for one in (gated, fxprune.finalize(gated)):
+        refused = {change.where: change.what for change in one.report.refused}
+        assert "cannot be loaded" in refused[kind.__qualname__]
 
 
 def test_a_loaded_model_refuses_what_it_refused() -> None:
