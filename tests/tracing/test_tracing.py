@@ -435,9 +435,17 @@ class Memory:
     """What a language model keeps of the tokens before: an object, grown in place."""
 
 
-def test_an_object_no_graph_holds_is_named_with_a_remedy() -> None:
-    with pytest.raises(TraceError, match=r"a Memory, .*use_cache = False"):
-        traced(Model(lambda m, x: (m.layer(x), Memory())))
+class Attributes(dict[str, Any]):
+    """A dict whose entries are attributes, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+@pytest.mark.parametrize("kind", [Memory, Attributes])
+def test_an_object_no_graph_holds_is_named_with_a_remedy(kind: type) -> None:
+    with pytest.raises(TraceError, match=rf"a {kind.__name__}, .*use_cache = False"):
+        traced(Model(lambda m, x: (m.layer(x), kind())))
 
 
 def test_a_model_that_branches_at_its_top_is_refused_with_place_and_remedy() -> None:
