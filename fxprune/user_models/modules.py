@@ -100,7 +100,8 @@ def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
     state: dict[str, Any] = module.__getstate__()
     for key, value in state.items():
         if type(value) in _MAPPINGS and not value:
-            twin.__dict__[key] = type(value)()
+            # What holds a hook of the module knows its empty dicts, too, by weak references.
+            twin.__dict__[key] = memo[id(value)] = type(value)()
         elif _never_changes(value):
             twin.__dict__[key] = value
         else:

@@ -263,6 +263,16 @@ def test_what_holds_itself_is_copied() -> None:
     assert twin.notes["again"] is twin.notes and twin.notes is not notes
 
 
+def test_copies_of_what_holds_its_own_hooks_are_copied_and_remove_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.hooks = [model[1].register_forward_hook(_add_one, always_call=True)]  # type: ignore[assignment]
+    x, twin = batch(), copy_model(copy_model(model))
+    assert torch.equal(twin(x), model(x))
+    twin.hooks[0].remove()
+    assert not twin[1]._forward_hooks and not twin[1]._forward_hooks_always_called
+    assert torch.equal(twin(x) + 1, model(x))
+
+
 def test_a_copy_keeps_tied_weights_tied() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
