@@ -24,7 +24,7 @@ from fxprune.gating.remembered import memory_of
 from fxprune.parts.recording import copies, record
 from fxprune.parts.regions import Region, find_regions, leaves_of, put_in_place, recorded_region
 from fxprune.planning.lowering import raise_
-from fxprune.programs.observation import observe
+from fxprune.programs.observation import observe, require_observable
 from fxprune.programs.pipeline import Change
 from fxprune.programs.program import InTraining, Program, capture
 from fxprune.proof.comparison import Difference, differences, output_leaves
@@ -84,6 +84,7 @@ def parts_in_training(
     try:
         program = capture(model, inputs, check=check)
         _require_both_modes(program, model)
+        require_observable(program)
         whole = Region("", program, ())
     except TraceError as error:
         return _search(copy_model(model), inputs, error, in_training=True, treat=treat)
@@ -150,6 +151,7 @@ def parts_in_evaluation(
         return found
     try:
         program = capture_any(model, inputs, check=check)
+        require_observable(program)
     except TraceError as error:
         root = copy_model(model).eval()
         return _search(root, inputs, error, in_training=False, treat=treat)

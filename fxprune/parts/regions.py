@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import ExampleInputError, FxpruneError, NothingToDoError, TraceError
 from fxprune.gating.gates import gate_owners
 from fxprune.parts.recording import Call, Recording, Uses, record, uses_in
+from fxprune.programs.observation import require_observable
 from fxprune.programs.pipeline import Change
 from fxprune.programs.program import Program, capture
 from fxprune.runtime.storages import storage_of
@@ -183,6 +184,7 @@ class _Search:
         if example is None:
             raise ExampleInputError("it is called with empty tensors only on the example inputs")
         program = capture(module, example.inputs, inside=True)
+        require_observable(program)
         if self.in_training and program.untrained:
             raise TraceError(f"it does something else in training: {program.untrained}")
         if self.in_training and program.other_mode:

@@ -14,13 +14,14 @@ from torch import Tensor, fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
-from fxprune.errors import ExampleInputError, where
+from fxprune.errors import ExampleInputError, TraceError, where
 from fxprune.programs.macs import MacCounter
 from fxprune.programs.program import Program
 from fxprune.runtime.kinds import asks_form
 from fxprune.runtime.randomness import drawing_alike, generator_state
 from fxprune.runtime.storages import storage_of
 from fxprune.tracing.two_modes import nodes_of_training, require_mode
+from fxprune.user_models.inputs import NESTED
 from fxprune.user_models.modules import device_of, evaluating
 
 
@@ -108,6 +109,12 @@ def observe(program: Program) -> Observation:
     return known
 
 
+def require_observable(program: Program) -> None:
+    """Raise `TraceError` where a submodule that is kept whole gives what no analysis follows."""
+    if any(node.meta.get("leaf_because") for node in program.graph.nodes):
+        observe(program)
+
+
 class _Observer(fx.Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(program.module)
@@ -149,6 +156,8 @@ class _Observer(fx.Interpreter):
             raise ExampleInputError(
                 f"{where(n)} fails on the example inputs: {type(error).__name__}: {error}"
             ) from error
+        if any(tensor.is_nested for tensor in _tensors(result)):
+            raise TraceError(f"{where(n)} gives a nested tensor, {NESTED}")
         written = [
             node
             for node, value in inputs.items()

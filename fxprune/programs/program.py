@@ -26,7 +26,16 @@ from fxprune.tracing.signatures import bound_arguments
 from fxprune.tracing.two_modes import Flags, Twins
 from fxprune.user_models.deeds import Given, contents_of, written_into
 from fxprune.user_models.graph_modules import without_code
-from fxprune.user_models.inputs import Inputs, another, copied, describe, same, to_device
+from fxprune.user_models.inputs import (
+    NESTED,
+    Inputs,
+    another,
+    copied,
+    describe,
+    is_nested,
+    same,
+    to_device,
+)
 from fxprune.user_models.keeping import count_on_
 from fxprune.user_models.modules import (
     check_parameters,
@@ -132,6 +141,10 @@ def capture(
     Raises `ModelError`, `ExampleInputError` or `TraceError`.
     """
     check_parameters(model)
+    if any(map(is_nested, pytree.tree_leaves(inputs))):
+        raise ExampleInputError(
+            f"{type(model).__name__} is called with nested tensors, {describe(inputs)}, {NESTED}"
+        )
     root = copy_model(model)
     renamed = free_names_(root)
     args, kwargs = to_device(inputs, device_of(model))

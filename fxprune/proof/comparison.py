@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.user_models.inputs import describe, opened
+from fxprune.user_models.inputs import apart, describe, opened
 
 # The part of integer outputs (argmax, comparisons) that rounding alone may flip.
 FLIPS = 1e-3
@@ -44,7 +44,7 @@ def output_leaves(output: Any) -> dict[str, Any]:
     """
     return {
         f"output{pytree.keystr(path)}": _on_cpu(leaf) if isinstance(leaf, Tensor) else leaf
-        for path, leaf in pytree.tree_flatten_with_path(opened(output))[0]
+        for path, leaf in pytree.tree_flatten_with_path(apart(opened(output)))[0]
     }
 
 

@@ -13,6 +13,8 @@ from fxprune.errors import ExampleInputError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
+NESTED = "whose lengths no analysis follows; use a padded tensor and a mask"
+
 
 def model_inputs(example_inputs: Any) -> Inputs:
     """Normalise what users pass as example inputs: a tensor, a tuple, or a mapping of keywords."""
@@ -71,6 +73,22 @@ def opened(structure: Any) -> Any:
     return pytree.tree_map(entries, structure, is_leaf=_is_registered_without_keys)
 
 
+def is_nested(value: Any) -> bool:
+    """Tell whether a value is a nested tensor: several of different lengths in one."""
+    return isinstance(value, Tensor) and value.is_nested
+
+
+def apart(structure: Any) -> Any:
+    """Return a structure with nested tensors, which nothing compares, as dicts of their parts."""
+
+    def parts(leaf: Any) -> Any:
+        if not is_nested(leaf):
+            return leaf
+        return {"layout": str(leaf.layout), **dict(enumerate(leaf.unbind()))}
+
+    return pytree.tree_map(parts, structure)
+
+
 def _is_registered_without_keys(value: Any) -> bool:
     known = pytree.SUPPORTED_NODES.get(type(value))
     return known is not None and known.flatten_with_keys_fn is None
@@ -91,14 +109,15 @@ def leading_size(inputs: Any) -> int | None:
 
 def describe(inputs: Any) -> str:
     """Return shapes and dtypes of the tensors of an input structure, for messages."""
-    leaves = pytree.tree_leaves(inputs)
-    parts = [
-        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
-        if isinstance(leaf, Tensor)
-        else repr(leaf)
-        for leaf in leaves
-    ]
-    return "(" + ", ".join(parts) + ")"
+    return "(" + ", ".join(map(_description, pytree.tree_leaves(inputs))) + ")"
+
+
+def _description(leaf: Any) -> str:
+    if is_nested(leaf):
+        return f"nested{describe(leaf.unbind())}"
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    return repr(leaf)
 
 
 def same(left: Any, right: Any, *, nan: bool = False) -> bool:
@@ -120,7 +139,7 @@ def _dataclasses(structure: Any) -> list[type]:
 
 
 def _leaves(structure: Any) -> dict[str, Any]:
-    leaves = pytree.tree_flatten_with_path(opened(structure))[0]
+    leaves = pytree.tree_flatten_with_path(apart(opened(structure)))[0]
     return {pytree.keystr(path): leaf for path, leaf in leaves}
 
 

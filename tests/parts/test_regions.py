@@ -520,3 +520,54 @@ def test_nothing_is_kept_of_the_runs_that_instrument_makes(ran: bool) -> None:
     assert torch.equal(torch.stack(gated.seen), torch.stack(model.seen))
     assert gated.by_name == model.by_name and torch.equal(gated.average, model.average)
     assert gated.report and fxprune.finalize(gated).report
+
+
+class Nesting(nn.Module):
+    """Gives a nested tensor of sequences that came one behind the other."""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return torch.nested.nested_tensor(list(x.split(lengths.tolist())), layout=self.layout)
+
+
+class Nested(nn.Module):
+    """Computes on a nested tensor, and returns one: ViTs of images of any size."""
+
+    def __init__(self, layout: torch.layout, inside: bool) -> None:
+        super().__init__()
+        self.nest, self.inside = Nesting(layout), inside
+        self.first = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.last = copy.deepcopy(self.first)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last((self.nest if self.inside else self.nest.forward)(x, lengths))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_around_nested_tensors_a_model_is_cut(layout: torch.layout, inside: bool) -> None:
+    model = randomise(Nested(layout, inside)).eval()
+    inputs = (torch.randn(7, 4), torch.tensor([3, 4]))
+    gated: Any = fxprune.instrument(model, inputs)
+    assert [change.where for change in gated.report.passes["insert_gates"]] == ["first.1"] * 2
+    assert "last: no region: Sequential is called with nested tensors" in str(gated.report)
+    assert close_half(gated) == 4
+    small: Any = fxprune.finalize(gated)
+    assert small.report.verification.verdict == "equal"
+    assert small.first.get_submodule("0").out_features == 4
+    for case in (inputs, (torch.randn(6, 4), torch.tensor([1, 2, 3]))):
+        assert same(gated(*case), copy.deepcopy(gated)(*case))
+        expected, actual = gated(*case).unbind(), small(*case).unbind()
+        assert all(error(*pair) < 1e-6 for pair in zip(expected, actual, strict=True))
+
+
+def test_nested_tensors_are_no_example_inputs() -> None:
+    x = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=torch.jagged)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(fxprune.ExampleInputError, match="called with nested tensors"):
+        fxprune.instrument(model, x)
