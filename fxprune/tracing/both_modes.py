@@ -138,7 +138,7 @@ def _trace_in_both_modes(
     in_mode = functools.partial(trace_in_mode, root, given, inside=inside)
     with uncollected(), mode_questions() as asked:
         evaluation, tracer = in_mode(training=False, drawing=True)
-    if tracer.drew and (trained or not asked):
+    if tracer.drew:
         evaluation, tracer = in_mode(training=False)
     if not asked:
         return evaluation, evaluation, tracer

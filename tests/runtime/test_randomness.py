@@ -89,6 +89,30 @@ def test_a_layer_that_is_skipped_now_and_then_is_not_always_there() -> None:
         fxprune.instrument(Skipping(), X)
 
 
+class Sampling(nn.Module):
+    """Draws by itself in evaluation as well, and asks for its mode for something else."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) if self.draw() < 0.999 else x  # so seldom that no check would notice
+        return self.second(F.dropout(F.relu(x), 0.1, self.training))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("who", DRAWS)
+def test_what_is_drawn_in_evaluation_is_not_drawn_once_for_all(who: str, training: bool) -> None:
+    part = Sampling(DRAWS[who])
+    with pytest.raises(TraceError, match=f"draws random numbers .{who}"):
+        fxprune.instrument(part.train(training), torch.randn(3, 8, 4, 4))
+    model = nn.Sequential(part, nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    gated: Any = fxprune.instrument(model.train(training), torch.randn(3, 8, 4, 4))
+    assert [str(n.target) for n in gated.graph.nodes if n.meta.get("leaf_because")] == ["0"]
+
+
 class Drawing(nn.Module):
     """Draws with operators in evaluation, too: variational autoencoders, Monte Carlo dropout."""
 
