@@ -10,8 +10,7 @@ anything else with it (`type(x) is int`, `dtype=int`), other than ask for instan
 import builtins
 import dis
 import functools
-import inspect
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -19,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx
 
-from fxprune.tracing.stand_ins import StandIn, standing_in
+from fxprune.tracing.stand_ins import StandIn, attribute_of, standing_in
 
 _DEFINED = (type, FunctionType, type(functools.lru_cache(int)))
 _QUESTIONS = ("isinstance", "issubclass")
@@ -108,12 +107,21 @@ def _codes(module: ModuleType) -> Iterator[CodeType]:
 
 def _inside(value: Any) -> list[Any]:
     """Return what a function, or something around functions, is made of."""
-    functions: list[Callable[..., Any] | None] = [getattr(value, "__func__", None)]
+    functions: list[Any] = [attribute_of(value, "__func__")]
     if isinstance(value, property):
         functions += [value.fget, value.fset]
-    functions.append(inspect.unwrap(value) if callable(value) else None)
-    codes = [getattr(function, "__code__", None) for function in functions]
+    functions.append(_unwrapped(value))
+    codes = [attribute_of(function, "__code__") for function in functions]
     return [code for code in codes if isinstance(code, CodeType)]
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return what decorators were put around."""
+    met: set[int] = set()
+    while id(value) not in met:
+        met.add(id(value))
+        value = attribute_of(value, "__wrapped__") or value
+    return value
 
 
 def _is_of(value: Any, name: str) -> bool:

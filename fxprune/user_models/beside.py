@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from fxprune.tracing.stand_ins import attribute_of
 from fxprune.user_models.containers import Contents
 from fxprune.user_models.deeds import place_of
 
@@ -124,7 +125,7 @@ class _Search:
 def _function(value: Any) -> FunctionType | None:
     """Return the function of a method, class method or property."""
     for name in ("__func__", "fget", "__wrapped__"):
-        value = getattr(value, name, None) or value
+        value = attribute_of(value, name) or value
     return value if isinstance(value, FunctionType) else None
 
 

@@ -186,6 +186,34 @@ def test_modules_that_take_int_for_what_it_is_keep_it(name: str) -> None:
     assert _calls_int(module) is expected
 
 
+class Missing:
+    """What stands for a package that is not installed: it says so whatever one asks it for."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError("there is no such package")
+
+    def __call__(self) -> Any:
+        raise ImportError("there is no such package")
+
+
+missing = Missing()
+
+
+class Halved:
+    backend = missing
+
+    def __call__(self, _: Any, x: Tensor) -> Tensor:
+        size = int(x.shape[2] * 0.5)
+        return (missing() if size < 0 else x)[:, :, :size].mean((2, 3))
+
+
+def test_nobody_asks_what_stands_for_a_package_that_is_not_installed() -> None:
+    model = Between(Halved())
+    gated = fxprune.instrument(model, torch.randn(2, 3, 8, 8))
+    other = torch.randn(1, 3, 12, 12)
+    assert torch.equal(gated(other), model(other))
+
+
 def test_a_module_has_its_names_again_afterwards() -> None:
     here: Any = sys.modules[__name__]
     before = set(vars(here))
