@@ -76,11 +76,27 @@ def put_parts_in(memo: dict[int, Any], model: nn.Module) -> None:
                 memo[id(value)] = value.detach().clone()
             elif isinstance(value, torch.jit.ScriptFunction):  # a function, as others are
                 memo[id(value)] = value
-    parts = [part for part in reversed(list(model.modules())) if _is_its_attributes(type(part))]
+    parts = [part for part in _inside_out(model) if _is_its_attributes(type(part))]
     for part in parts:  # all of them before any attribute: a part may hold the model it is in
         memo[id(part)] = type(part).__new__(type(part))
     for part in parts:  # parts first
         _copy_attributes(part, memo)
+
+
+def _inside_out(model: nn.Module) -> list[nn.Module]:
+    """Return the parts of a model, what is in a part before it, under whatever name it is first."""
+    found: list[nn.Module] = []
+    met: set[nn.Module] = set()
+
+    def visit(part: nn.Module) -> None:
+        met.add(part)
+        for child in part.children():
+            if child not in met:
+                visit(child)
+        found.append(part)
+
+    visit(model)
+    return found
 
 
 def _is_its_attributes(cls: type[nn.Module]) -> bool:

@@ -281,6 +281,14 @@ def test_a_copy_keeps_tied_weights_tied() -> None:
     assert twin[0].weight is not model[0].weight
 
 
+def test_a_graph_that_stands_in_two_places_is_copied_once() -> None:
+    part = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model, x = nn.Sequential(part, nn.Sequential(part, nn.Linear(4, 4))), batch()
+    twin = copy_model(model)
+    assert twin[0] is twin[1][0] and twin[0] is not part
+    assert torch.equal(twin(x), model(x))
+
+
 def test_a_parametrised_model_is_captured() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU())
     program = captured(model, x := batch())
