@@ -233,15 +233,17 @@ def _restore_state(model: nn.Module, gated: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         _set_back(buffers.get(renamed_path(name, renamed)), buffer)
     parts = dict(gated.named_modules())
+    pairs: list[tuple[nn.Module, nn.Module]] = []
     for path, part in model.named_modules():
         twin = parts.get(renamed_path(path, renamed))
         # Torch's own keep what they keep in buffers.
         is_torchs = type(part).__module__.startswith(("torch.nn.", "torch.jit."))
         if twin is None or type(twin) is not type(part) or is_torchs:
             continue
-        put_back_plain(part, twin, RESERVED)
+        pairs.append((part, twin))
         for name, parameter in part.named_parameters(recurse=False):
             _set_back(twin._parameters.get(name), parameter)
+    put_back_plain(pairs, RESERVED)
 
 
 def _set_back(own: Tensor | None, tensor: Tensor) -> None:

@@ -5,7 +5,7 @@ mostly notes of what was last seen (attention maps); whether they are more, a se
 """
 
 import copy
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,12 +174,33 @@ def count_on_(root: nn.Module, names: Iterable[str]) -> None:
             held[last] += 1_000_000
 
 
-def put_back_plain(part: nn.Module, twin: nn.Module, but: Collection[str]) -> None:
-    """Give a copy of a part, which has run, what the part has: plain values, tensors, lists of any.
+def put_back_plain(pairs: Sequence[tuple[nn.Module, nn.Module]], but: Collection[str]) -> None:
+    """Give copies of parts, which have run, what the parts have: plain values, tensors, and lists.
 
-    but: attributes that the copy has by right.
+    What parts share (a list that one fills and another reads) their copies share.
+    but: attributes that copies have by right.
     """
-    before, now = vars(part), vars(twin)
+    memo = _unchanged(pairs)
+    for part, twin in pairs:
+        _put_back_attributes(vars(part), vars(twin), but, memo)
+        for name, buffer in part._buffers.items():
+            if buffer is None and name in twin._buffers:
+                twin._buffers[name] = None
+
+
+def _unchanged(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> dict[int, Any]:
+    """Return the lists and dicts in copies that are as they were, by the ids of the originals."""
+    return {
+        id(value): vars(twin).get(name)
+        for part, twin in pairs
+        for name, value in vars(part).items()
+        if type(value) in (list, dict) and _is_alike(value, vars(twin).get(name))
+    }
+
+
+def _put_back_attributes(
+    before: dict[str, Any], now: dict[str, Any], but: Collection[str], memo: dict[int, Any]
+) -> None:
     for name in _changed(before, now):
         value = before.get(name)
         if name not in before:
@@ -190,17 +211,17 @@ def put_back_plain(part: nn.Module, twin: nn.Module, but: Collection[str]) -> No
         elif value is None or isinstance(value, _PLAIN):
             now[name] = value
         elif type(value) in (list, dict, tuple) and not _is_alike(value, now.get(name)):
-            _put_back_structure(now, name, value)
-    for name, buffer in part._buffers.items():
-        if buffer is None and name in twin._buffers:
-            twin._buffers[name] = None
+            _put_back_structure(now, name, value, memo)
 
 
-def _put_back_structure(now: dict[str, Any], name: str, value: Any) -> None:
+def _put_back_structure(now: dict[str, Any], name: str, value: Any, memo: dict[int, Any]) -> None:
     """Put back nested lists and dicts of plain values and tensors; those of modules stay."""
     leaves = pytree.tree_leaves(value)
     if all(leaf is None or isinstance(leaf, (*_PLAIN, torch.Tensor)) for leaf in leaves):
-        now[name] = pytree.tree_map_only(torch.Tensor, lambda one: one.detach().clone(), value)
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in memo:
+                memo[id(leaf)] = leaf.detach().clone()
+        now[name] = copy.deepcopy(value, memo)
 
 
 def _is_alike(one: Any, other: Any) -> bool:

@@ -571,3 +571,35 @@ def test_nested_tensors_are_no_example_inputs() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     with pytest.raises(fxprune.ExampleInputError, match="called with nested tensors"):
         fxprune.instrument(model, x)
+
+
+class Supervised(nn.Module):
+    """A part that keeps what it computes in a list of its model's."""
+
+    def __init__(self, heads: list[Tensor]) -> None:
+        super().__init__()
+        self.net, self.head, self.heads = Encoder(ordered=True), nn.Linear(8, 8), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net(x) + (1 if float(x.detach().sum()) > 1e9 else 0)
+        self.heads[0] = x * 2
+        return x
+
+
+class DeeplySupervised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = [torch.zeros(1)]
+        self.part = Supervised(self.heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.part(x)
+        return x + self.heads[0] if float(x.detach().sum()) < 1e9 else x
+
+
+def test_a_list_that_parts_share_is_one_in_their_copies() -> None:
+    model: Any = randomise(DeeplySupervised())
+    gated: Any = fxprune.instrument(model, torch.randn(4, 8))
+    assert gated.heads is gated.part.heads and torch.equal(gated.heads[0], torch.zeros(1))
+    x = torch.randn(4, 8)
+    assert torch.equal(gated(x), model(x))
