@@ -81,6 +81,10 @@ IN_C = frozenset(
     for name, function in inspect.getmembers(space, callable)
     if not name.startswith("_")
 )
+# These do not dispatch on what they are given: torch.fx's own tracer fails on their calls. While a
+# model is traced the names are those of wrappers.
+_AS_TENSOR, _FULL = torch.as_tensor, torch.full
+_FROM_DATA = (torch.tensor, _AS_TENSOR)
 
 
 class Askable(fx.Proxy):
@@ -267,6 +271,22 @@ class AskedTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node in a proxy that answers."""
         return Askable(node, self)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
+    ) -> fx.Proxy:
+        """Create a node, of an operator that torch.fx can trace again where the graph is loaded."""
+        made_of = args[0] if target in _FROM_DATA and len(args) == 1 else None
+        if isinstance(made_of, fx.Proxy) and not self.answering:
+            form = self.class_of(made_of)
+            if form in (bool, int, float):
+                target, args = _FULL, ((), made_of)
+            elif form is Tensor and target is _AS_TENSOR:
+                kwargs = {name: value for name, value in kwargs.items() if value is not None}
+                if not kwargs:
+                    return made_of
+                kind, target = "call_method", "to"
+        return super().create_proxy(kind, target, args, kwargs, *more, **named)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer `if`, `assert`, `and`, `not`."""

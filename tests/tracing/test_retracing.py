@@ -300,3 +300,35 @@ def test_so_does_what_it_was_compacted_to(what: Callable[[nn.Module], Any]) -> N
     compacted = fxprune.compact(what(gated))
     after = fxprune.finalize(what(compacted)).report.after
     assert after == fxprune.finalize(gated).report.after
+
+
+class MadeOfData(nn.Module):
+    """Numbers and tensors that are made tensors, which torch's own functions do not dispatch."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.make = nn.Linear(4, 8), nn.Linear(8, 2), make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.make(F.relu(self.up(x))))
+
+
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "a size": lambda x: x * torch.tensor(x.shape[1]),
+    "a size with a dtype": lambda x: x * torch.tensor(x.shape[1] * 0.5, dtype=x.dtype),
+    "a batch": lambda x: x * torch.as_tensor(x.shape[0]),
+    "a tensor": lambda x: torch.as_tensor(x),
+    "a tensor of a dtype": lambda x: torch.as_tensor(x, dtype=torch.float64).to(x.dtype),
+    "a tensor where it is": lambda x: torch.as_tensor(x, device=x.device, dtype=None),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_what_is_made_of_data_is_loaded_and_follows_it(made: str) -> None:
+    model = MadeOfData(MADE[made])
+    x, other = torch.randn(2, 3, 4), torch.randn(5, 7, 4)
+    gated = reloaded(fxprune.instrument(model, x))
+    assert torch.equal(gated(other), model(other))
+    close_half(gated)
+    small = fxprune.finalize(gated)
+    torch.testing.assert_close(reloaded(small)(other), gated(other))
