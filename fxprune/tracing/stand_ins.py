@@ -4,7 +4,6 @@ And after: who was called meanwhile may have kept one. So a class that stands fo
 it, and is equal to it.
 """
 
-import inspect
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -76,12 +75,3 @@ class StandIn(type):
     def __hash__(cls) -> int:
         """Be found where what it stands for is."""
         return hash(cls.kind)
-
-
-def attribute_of(value: Any, name: str) -> Any:
-    """Return what anything has under a name; None if it has nothing, and is not asked for it.
-
-    Stand-ins for packages that are not installed raise errors of their own at whatever name.
-    """
-    has_none = inspect.getattr_static(value, name, None) is None
-    return None if has_none else getattr(value, name, None)

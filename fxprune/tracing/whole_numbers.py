@@ -18,7 +18,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx
 
-from fxprune.tracing.stand_ins import StandIn, attribute_of, standing_in
+from fxprune.tracing.stand_ins import StandIn, standing_in
+from fxprune.user_models.beside import attribute_of
 
 _DEFINED = (type, FunctionType, type(functools.lru_cache(int)))
 _QUESTIONS = ("isinstance", "issubclass")

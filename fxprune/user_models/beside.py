@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.tracing.stand_ins import attribute_of
 from fxprune.user_models.containers import Contents
 from fxprune.user_models.deeds import place_of
 
@@ -120,6 +119,15 @@ class _Search:
                 self.by_name.setdefault(name, []).append(function)
                 if name in self.said or name == "__call__":
                     self._meet(name, function, ())
+
+
+def attribute_of(value: Any, name: str) -> Any:
+    """Return what anything has under a name; None if it has nothing, and is not asked for it.
+
+    Stand-ins for packages that are not installed raise errors of their own at whatever name.
+    """
+    has_none = inspect.getattr_static(value, name, None) is None
+    return None if has_none else getattr(value, name, None)
 
 
 def _function(value: Any) -> FunctionType | None:
