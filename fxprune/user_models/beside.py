@@ -6,6 +6,7 @@ From `forward` on, by the names that code says: functions, classes, and objects 
 the model's classes are of, and containers of anybody's.
 """
 
+import inspect
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
