@@ -31,14 +31,8 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
-from fxprune.gating.penalties import (
-    Cost,
-    Penalty,
-    paper_penalties,
-    parameter_groups,
-    penalty,
-    require_undecayed,
-)
+from fxprune.gating.optimizer_groups import parameter_groups, require_undecayed
+from fxprune.gating.penalties import Cost, Penalty, paper_penalties, penalty
 from fxprune.gating.sharding import replicate_gates
 from fxprune.inspection import Inspection, architecture, freeze, inspect
 from fxprune.proof.verification import Verification, verify

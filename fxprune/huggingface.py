@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import BudgetError, one_line
-from fxprune.gating.penalties import require_undecayed
+from fxprune.gating.optimizer_groups import require_undecayed
 from fxprune.training.budget import Budget
 from fxprune.training.loops import add_penalty_gradients_, finish_step_, library, unscale_
 

@@ -34,7 +34,7 @@ from fxprune.gating.gates import (
     require_numbers,
     width_gate,
 )
-from fxprune.gating.penalties import gates_by_name
+from fxprune.gating.owners import gates_by_name
 from fxprune.gating.remembered import memory_of
 from fxprune.parts.piecewise import parts_in_evaluation
 from fxprune.passes.gate_removal import remove_gates

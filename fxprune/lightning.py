@@ -8,7 +8,7 @@ penalty in it.
 
 from typing import Any
 
-from fxprune.gating.penalties import require_undecayed
+from fxprune.gating.optimizer_groups import require_undecayed
 from fxprune.training.budget import Budget
 from fxprune.training.loops import (
     add_penalty_gradients_,

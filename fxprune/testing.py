@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.dataflow.channels import analyse
 from fxprune.gating.gates import HALF, UNGATED, Gates
-from fxprune.gating.penalties import gates_by_name
+from fxprune.gating.owners import gates_by_name
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.programs.pipeline import Change, Pass
 from fxprune.programs.program import Program, capture

@@ -32,7 +32,7 @@ MAP = (
     (
         "gating",
         "terms latency_tables chain_costs unit_costs gates gated_reads joint_terms remembered "
-        "sharding deferral penalties",
+        "sharding deferral owners optimizer_groups penalties",
     ),
     (
         "tracing",

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxprune
 from fxprune.errors import GateError
-from fxprune.gating.penalties import gates_of
+from fxprune.gating.owners import gates_of
 from fxprune.gating.unit_costs import KINDS
 from tests.planning.test_accounts import Residual
 

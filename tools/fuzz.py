@@ -34,7 +34,7 @@ import fxprune
 from fxprune.dataflow.rules import STRICT
 from fxprune.errors import FxpruneError
 from fxprune.gating.gates import UNGATED
-from fxprune.gating.penalties import gates_of
+from fxprune.gating.owners import gates_of
 from fxprune.passes import stream_gathers
 from fxprune.permutation import exchange_units
 from fxprune.programs.program import capture, quiet

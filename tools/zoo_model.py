@@ -21,7 +21,7 @@ from torchvision.models import get_model
 
 import fxprune
 from fxprune.errors import FxpruneError
-from fxprune.gating.penalties import gates_by_name
+from fxprune.gating.owners import gates_by_name
 from fxprune.gating.remembered import memory_of
 from fxprune.permutation import exchange_units
 from fxprune.programs.program import Program, capture, widened

@@ -9,17 +9,16 @@ holds it; λ3 ≥ λ1 sends every gate to 0 that the loss does not hold. The ter
 `gated.penalties`, an `nn.ModuleDict`: read, weigh, replace or add one.
 """
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fxprune.errors import GateError
-from fxprune.gating.gates import Gates, binarize, clipped, gate_owners
+from fxprune.gating.gates import Gates, binarize, clipped
 from fxprune.gating.joint_terms import joint_term
-from fxprune.gating.sharding import require_whole_gates
+from fxprune.gating.optimizer_groups import require_trained
+from fxprune.gating.owners import gates_of, gates_with_owners
 from fxprune.gating.terms import MACS
 from fxprune.gating.unit_costs import require_kind
 from fxprune.runtime.eager import is_eager
@@ -176,7 +175,7 @@ def penalty(gated: nn.Module) -> Tensor:
     optimizer was handed over to what `fxprune.compact` returned.
     """
     totals: list[Tensor] = []
-    for gates, owner in _owners(gated).items():
+    for gates, owner in gates_with_owners(gated).items():
         require_trained(gates, "take that model, `gated = fxprune.compact(gated, optimizer)`")
         terms: Any = owner.penalties
         joint, others = _divided(list(terms.values()))
@@ -184,80 +183,6 @@ def penalty(gated: nn.Module) -> Tensor:
         totals += [term(gates) for term in others]
     first = totals[0] if totals else _zero(gates_of(gated))
     return sum((total.to(first.device) for total in totals[1:]), first)
-
-
-def parameter_groups(
-    gated: nn.Module, *, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """Return optimizer parameter groups: the weights, and the gates without weight decay.
-
-    lr, weight_decay: for the weights. gate_lr: for the gates, 0.1 if not given. Decay would pull
-    gates to 0 whatever the loss says. Raises `GateError` if the model was not instrumented.
-    """
-    mine = {id(p) for gates in _owners(gated) for p in gates.parameters()}
-    trained = [p for p in gated.parameters() if p.requires_grad]
-    weights = [p for p in trained if id(p) not in mine]
-    gates = [p for p in trained if id(p) in mine]
-    return [
-        {"params": weights, "lr": lr, "weight_decay": weight_decay},
-        {"params": gates, "lr": 0.1 if gate_lr is None else gate_lr, "weight_decay": 0.0},
-    ]
-
-
-def require_undecayed(gated: nn.Module, optimizer: Optimizer) -> None:
-    """Raise `GateError` if an optimizer decays gates: they would close whatever the loss says.
-
-    `parameter_groups` keeps them apart; this is for groups made by hand.
-    """
-    mine = {id(p) for gates in _owners(gated) for p in gates.parameters()}
-    for place, group in enumerate(optimizer.param_groups):
-        if group.get("weight_decay") and any(id(p) in mine for p in group["params"]):
-            raise GateError(
-                f"group {place} of {type(optimizer).__name__} holds gates and has a weight decay "
-                f"of {group['weight_decay']:g}; make the groups by fxprune.parameter_groups(gated, "
-                "lr=…, weight_decay=…), which leaves gates alone"
-            )
-
-
-def require_trained(gates: Gates, remedy: str) -> None:
-    """Raise `GateError` if the optimizer of gates trains others: nothing would move these."""
-    if gates.superseded:
-        raise GateError(
-            f"the optimizer of these gates trains what fxprune.compact returned; {remedy}"
-        )
-
-
-def gates_of(model: nn.Module) -> Gates:
-    """Return the gates of an instrumented model, also inside a wrapper such as DDP.
-
-    Raises `GateError` if there are none.
-    """
-    return next(iter(_owners(model)))
-
-
-def gates_by_name(model: nn.Module) -> dict[str, Gates]:
-    """Return all gates of a model, by the name of the part that holds them: "" for all of it.
-
-    Raises `GateError` if there are none.
-    """
-    owners = {owner: gates for gates, owner in _owners(model).items()}
-    names = {name: owners[part] for name, part in model.named_modules() if part in owners}
-    # What a wrapper calls its model is no part of the model.
-    return {
-        re.sub(r"^((module|_orig_mod)(\.|$))+", "", name): gates for name, gates in names.items()
-    }
-
-
-def _owners(model: nn.Module) -> dict[Gates, nn.Module]:
-    found = gate_owners(model)
-    if not found:
-        raise GateError(
-            f"{type(model).__name__} has no gates; call fxprune.instrument(model) first and train "
-            "what it returns"
-        )
-    for gates in found:
-        require_whole_gates(gates)
-    return found
 
 
 def _divided(terms: list[nn.Module]) -> tuple[dict[type, float], list[nn.Module]]:

@@ -21,13 +21,9 @@ from torch.optim import Optimizer
 from fxprune.compiler import finalize
 from fxprune.errors import BudgetError
 from fxprune.gating.gates import Gates, gate_owners
-from fxprune.gating.penalties import (
-    Depth,
-    cost_of,
-    gates_by_name,
-    require_trained,
-    require_undecayed,
-)
+from fxprune.gating.optimizer_groups import require_trained, require_undecayed
+from fxprune.gating.owners import gates_by_name
+from fxprune.gating.penalties import Depth, cost_of
 from fxprune.gating.sharding import is_sharded
 from fxprune.gating.terms import LATENCY, MACS, NEURONS, PARAMETERS
 from fxprune.inspection import freeze

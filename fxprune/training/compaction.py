@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fxprune.compiler import GatedModel, gated_model, inputs_for
 from fxprune.errors import GateError
 from fxprune.gating.gates import Gates, require_numbers
-from fxprune.gating.penalties import gates_of
+from fxprune.gating.owners import gates_of
 from fxprune.gating.remembered import leave_with_gates_, memory_of
 from fxprune.passes.dead_channels import eliminate_dead_channels
 from fxprune.passes.gate_marking import mark_gates, restore_gates

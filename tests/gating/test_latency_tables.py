@@ -15,7 +15,8 @@ from fxprune.folding.latency import Latencies
 from fxprune.folding.layer_costs import COSTS, output_places
 from fxprune.folding.transposed_convolutions import transposed_geometry
 from fxprune.gating.latency_tables import Axis, LatencyTable, Timing
-from fxprune.gating.penalties import cost_of, gates_of
+from fxprune.gating.owners import gates_of
+from fxprune.gating.penalties import cost_of
 from fxprune.gating.terms import LATENCY, Row
 from fxprune.programs.observation import TensorSpec
 from tests.conftest import randomise

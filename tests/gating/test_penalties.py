@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from fxprune.errors import GateError
 from fxprune.gating.gates import UNGATED, DepthSite, Gates, WidthSite
+from fxprune.gating.optimizer_groups import parameter_groups
+from fxprune.gating.owners import gates_of
 from fxprune.gating.penalties import (
     Depth,
     DepthBinary,
     Penalty,
     Width,
     WidthBinary,
-    gates_of,
     paper_penalties,
-    parameter_groups,
     penalty,
 )
 

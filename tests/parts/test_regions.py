@@ -15,7 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 import fxprune
-from fxprune.gating.penalties import gates_by_name
+from fxprune.gating.owners import gates_by_name
 from fxprune.gating.remembered import memory_of
 from fxprune.testing import close_half, error
 from fxprune.user_models.inputs import same

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import GateError
-from fxprune.gating.penalties import Cost, cost_of, gates_of
+from fxprune.gating.owners import gates_of
+from fxprune.gating.penalties import Cost, cost_of
 from fxprune.gating.unit_costs import KINDS, UnitCosts
 from fxprune.testing import close_half
 from models.lenet import LeNet

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import BudgetError
 from fxprune.gating.gates import Gates
-from fxprune.gating.penalties import gates_by_name, gates_of
+from fxprune.gating.owners import gates_by_name, gates_of
 from models.lenet import LeNet
 from tests.conftest import randomise
 from tests.parts.test_regions import Untraceable

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fxprune
 from fxprune.errors import GateError, ModelError
-from fxprune.gating.penalties import gates_of
+from fxprune.gating.owners import gates_of
 from tests.conftest import randomise
 from tests.planning.test_accounts import NETS
 

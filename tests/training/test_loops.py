@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune.errors import BudgetError, FxpruneError, GateError
-from fxprune.gating.penalties import gates_of
+from fxprune.gating.owners import gates_of
 from fxprune.training.loops import add_penalty_gradients_, library, unscale_
 from tests.test_training import close
 
