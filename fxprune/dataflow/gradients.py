@@ -10,7 +10,7 @@ from torch import fx
 
 from fxprune.dataflow.values import flatten
 from fxprune.programs.observation import Observation, TensorSpec
-from fxprune.tracing.assumptions import PLAIN
+from fxprune.tracing.asked_tracer import PLAIN
 
 _DETACHING: tuple[Any, ...] = (torch.detach, "detach", "detach_")
 

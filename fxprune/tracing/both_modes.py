@@ -1,7 +1,7 @@
 """From any module to a `torch.fx.GraphModule` that means the same in training and evaluation.
 
 Three rungs of a ladder: symbolic tracing; where Python asks for a size, the example inputs' (see
-`assumptions`); and, where a submodule cannot be traced, that submodule as a leaf (`model_tracer`).
+`asked_tracer`); and, where a submodule cannot be traced, that submodule as a leaf (`model_tracer`).
 A model that asks for its mode is traced once in training and once in evaluation mode: a flag that
 torch.fx would have frozen (`F.dropout(x, training=self.training)`) becomes a read of the live flag
 instead.

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
 from fxprune.runtime.randomness import Generators
-from fxprune.tracing.assumptions import PLAIN
+from fxprune.tracing.asked_tracer import PLAIN
 from fxprune.tracing.notes import OWNER, leave_note
 from fxprune.tracing.signatures import flat_arguments, in_order, may_be_none, optional_inputs
 from fxprune.tracing.source_lines import first_line, first_line_of, user_line

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.runtime.kinds import PASSES
-from fxprune.tracing.assumptions import IN_C
+from fxprune.tracing.asked_tracer import IN_C
 from fxprune.tracing.dtype_limits import LIMITS, asking_for_limits
 from fxprune.tracing.modes import answering_modes, follows_mode
 from fxprune.tracing.notes import OWNER

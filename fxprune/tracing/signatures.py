@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fxprune.errors import ExampleInputError, TraceError
-from fxprune.tracing.assumptions import PLAIN
+from fxprune.tracing.asked_tracer import PLAIN
 
 
 def in_order(

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
 from fxprune.runtime.kinds import CALLS
-from fxprune.tracing.assumptions import PLAIN, AskedTracer
+from fxprune.tracing.asked_tracer import PLAIN, AskedTracer
 
 _are_on = torch.is_grad_enabled  # while a model is traced it is another
 # What only looks into a list, or an object.
