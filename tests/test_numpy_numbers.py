@@ -71,20 +71,57 @@ def test_what_numpy_makes_of_a_size_follows_the_input(name: str) -> None:
         assert torch.equal(gated(x), model(x))
 
 
-def test_what_python_would_not_compute_to_the_bit_is_assumed() -> None:
+def _queries(n: Any) -> Any:
     """Informer attends to as many queries as the logarithm of their number says."""
+    return 5 * np.ceil(np.log(n)).astype("int").item() + np.maximum(n, 2)
+
+
+def _checked(n: Any) -> Any:
+    """MONAI's SwinUNETR asks whether its maps can be halved often enough."""
+    wrong = np.array([n, 2 * n]) % np.power(5, 1) > 0
+    if wrong.any():
+        raise ValueError(f"axes {np.where(wrong)[0]}")
+    return n
+
+
+@pytest.mark.parametrize("number", [_queries, _checked, np.sinc])
+def test_what_python_would_not_compute_to_the_bit_is_assumed(number: Any) -> None:
     torch.manual_seed(0)
-    model = OfSizes(lambda n: 5 * np.ceil(np.log(n)).astype("int").item() + np.maximum(n, 2))
+    model = OfSizes(number)
     gated = fxprune.instrument(model, torch.randn(2, 5, 6))
-    (assumed,) = gated.report.assumptions
-    assert "shape[1] == 5" in str(assumed)
+    assert "shape[1] == 5" in str(gated.report.assumptions[0])
     x = torch.randn(3, 5, 6)
     assert torch.equal(gated(x), model(x))
     with pytest.raises(AssertionError, match="assumes"):
         gated(torch.randn(2, 9, 6))
 
 
-@pytest.mark.parametrize("number", [np.sinc, lambda n: np.array([1.0, 2.0]) * n], ids=["f", "[]"])
-def test_what_is_not_known_of_numpy_is_refused(number: Any) -> None:
+def test_a_shape_that_numpy_is_given_is_assumed() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), Halved())
+    gated = fxprune.instrument(model, torch.randn(2, 4, 6))
+    (assumed,) = gated.report.assumptions
+    assert "shape[1:] == (4, 4)" in str(assumed)
+
+
+class Halved(nn.Module):
+    """Asks numpy whether its input can be halved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if (np.array(x.shape[1:]) % 2 == 0).all() else x * 2
+
+
+class ToNumpy(nn.Module):
+    """Gives a tensor to numpy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + float(np.asarray(x.detach()).mean())
+
+
+def test_a_tensor_that_numpy_is_given_is_refused() -> None:
+    with pytest.raises(fxprune.TraceError, match="a traced tensor to numpy"):
+        capture(ToNumpy(), ((torch.randn(2, 5, 6),), {}))
+
+
+def test_what_is_not_known_of_numpy_is_refused() -> None:
     with pytest.raises(fxprune.TraceError, match="cannot be traced"):
-        capture(OfSizes(number), ((torch.randn(2, 5, 6),), {}))
+        capture(OfSizes(lambda n: np.array([1.0, 2.0]) * n), ((torch.randn(2, 5, 6),), {}))

@@ -6,7 +6,7 @@ What torch.fx's own proxies refuse is passed on to the tracer (`asked_tracer`).
 import math
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 from torch.fx.proxy import TraceError as FxTraceError
+from torch.utils import _pytree as pytree
 
 from fxprune.runtime.kinds import OVERWROTE, overwritten
 from fxprune.tracing.assignments import CannotAssign, assigned
@@ -37,6 +38,7 @@ _ROUNDED: dict[Any, Callable[..., Any]] = {np.ceil: math.ceil, np.floor: math.fl
 is_tensor = torch.is_tensor  # while a model is traced it has another
 OF_GRADIENTS = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "retains_grad"})
 _WRITABLE = frozenset({"data", "grad", "requires_grad"})
+_OF_ARRAYS = frozenset({"__array_struct__", "__array_interface__"})  # numpy asks for them first
 _OF_PROXIES = frozenset({"tracer", "node", "_node", "root", "attr", "lineno"})
 
 
@@ -68,18 +70,22 @@ class Askable(fx.Proxy):
             return self.tracer.of_number(_OF_NUMBERS[ufunc], self)
         if ufunc in _ROUNDED:
             return self.tracer.of_number(float, self.tracer.of_number(_ROUNDED[ufunc], self))
-        return self._of_example(ufunc, plain)
+        return self._of_example(ufunc, plain, {})
 
-    def _of_example(self, ufunc: Any, plain: Sequence[Any]) -> Any:
+    def _of_example(self, function: Any, args: Any, options: Any) -> Any:
         """Let numpy compute what Python could to another last bit, from what the example has."""
-        known = [self.tracer.known(one) if isinstance(one, fx.Proxy) else one for one in plain]
-        return NotImplemented if None in known else ufunc(*known)
+        args, options = pytree.tree_map_only(Askable, _told, (args, options))
+        return function(*args, **options)
 
     def __array_function__(self, function: Any, _: Any, args: Any, options: Any) -> Any:
         """Let numpy multiply a shape: `np.prod(x.shape[1:])`."""
-        if function is not np.prod or options or not isinstance(self.tracer.example(self), tuple):
-            return NotImplemented
-        return self.tracer.create_proxy("call_function", math.prod, args, {})
+        if function is np.prod and not options and isinstance(self.tracer.example(self), tuple):
+            return self.tracer.create_proxy("call_function", math.prod, args, {})
+        return self._of_example(function, args, options)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        """Let numpy have a size, or a shape, as the example has it: `np.array(x.shape) % 32`."""
+        return np.array(_told(self), dtype)
 
     def __hash__(self) -> int:
         """Let what is looked up in a table be what the example has, if that is plain."""
@@ -94,6 +100,8 @@ class Askable(fx.Proxy):
         return self.tracer.create_proxy("call_method", "clone", (self,), {}) if copied else self
 
     def __getattr__(self, k: str) -> Attribute:
+        if k in _OF_ARRAYS:
+            raise AttributeError(k)
         return AskableAttribute(self, k)
 
     def __len__(self) -> int:
@@ -207,3 +215,11 @@ class AskableNumber(Askable):
         if isinstance(other, (list, tuple, str)):
             return other * operator.index(self)
         return self.tracer.create_proxy("call_function", operator.mul, (other, self), {})
+
+
+def _told(value: Askable) -> Any:
+    """Return a size or shape as the example has it, which is noted."""
+    plain = value.tracer.known(value)
+    if plain is None:
+        raise FxTraceError("it gives a traced tensor to numpy, which no graph does: use torch")
+    return plain
