@@ -61,8 +61,8 @@ IN_C = frozenset(
 )
 # These do not dispatch on what they are given: torch.fx's own tracer fails on their calls. While a
 # model is traced the names are those of wrappers.
-_AS_TENSOR, _FULL = torch.as_tensor, torch.full
-_FROM_DATA = (torch.tensor, _AS_TENSOR)
+_AS_TENSOR, _FULL, _STACK, _TENSOR = torch.as_tensor, torch.full, torch.stack, torch.tensor
+_FROM_DATA = (_TENSOR, _AS_TENSOR)
 
 
 class AskedTracer(fx.Tracer):
@@ -86,7 +86,13 @@ class AskedTracer(fx.Tracer):
     ) -> fx.Proxy:
         """Create a node, of an operator that torch.fx can trace again where the graph is loaded."""
         made_of = args[0] if target in _FROM_DATA and len(args) == 1 else None
-        if isinstance(made_of, fx.Proxy) and not self.answering:
+        if isinstance(made_of, (list, tuple)) and kwargs.keys() <= {"dtype", "device"}:
+            form = self._form_of_numbers(made_of)
+            if form is not None:
+                told = {name: value for name, value in kwargs.items() if value is not None}
+                made = [self._full(one, {"dtype": form} | told) for one in made_of]
+                target, args, kwargs = _STACK, (made,), {}
+        elif isinstance(made_of, fx.Proxy) and not self.answering:
             form = self.class_of(made_of)
             if form in (bool, int, float):
                 target, args = _FULL, ((), made_of)
@@ -96,6 +102,18 @@ class AskedTracer(fx.Tracer):
                     return made_of
                 kind, target = "call_method", "to"
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
+
+    def _full(self, number: Any, options: dict[str, Any]) -> fx.Proxy:
+        return super().create_proxy("call_function", _FULL, ((), number), options)
+
+    def _form_of_numbers(self, numbers: Sequence[Any]) -> torch.dtype | None:
+        """Return the dtype of a tensor of numbers, some of them traced; None if they are others."""
+        if self.answering or not any(isinstance(one, fx.Proxy) for one in numbers):
+            return None
+        examples = [self.example(one) if isinstance(one, fx.Proxy) else one for one in numbers]
+        if not all(type(one) in (bool, int, float) for one in examples):
+            return None
+        return _TENSOR(examples).dtype
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer `if`, `assert`, `and`, `not`."""

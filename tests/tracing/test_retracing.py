@@ -317,6 +317,8 @@ MADE: dict[str, Callable[[Tensor], Tensor]] = {
     "a size": lambda x: x * torch.tensor(x.shape[1]),
     "a size with a dtype": lambda x: x * torch.tensor(x.shape[1] * 0.5, dtype=x.dtype),
     "a batch": lambda x: x * torch.as_tensor(x.shape[0]),
+    "sizes": lambda x: x * torch.tensor([x.shape[1], 3]).sum(),
+    "sizes and a number": lambda x: x * torch.as_tensor((x.shape[0], 1.5), dtype=None).prod(),
     "a tensor": lambda x: torch.as_tensor(x),
     "a tensor of a dtype": lambda x: torch.as_tensor(x, dtype=torch.float64).to(x.dtype),
     "a tensor where it is": lambda x: torch.as_tensor(x, device=x.device, dtype=None),
