@@ -5,6 +5,8 @@
 A copy has a dict of its own, and hooks that fill the model's: what it reads there is old.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -12,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError
 from fxprune.programs.program import quiet
+from fxprune.runtime.randomness import Generators
 from fxprune.user_models.inputs import Inputs, another, same, to_device
 from fxprune.user_models.modules import copy_model, device_of, evaluating, is_hooked, run_alike
 
@@ -37,7 +40,7 @@ def _require_same(model: nn.Module, twin: nn.Module, given: Inputs) -> None:
     with evaluating(model, twin), torch.no_grad(), quiet():
         for case in cases:
             try:
-                expected, actual = run_alike(model, case), run_alike(twin, case)
+                expected, actual = (_drawing_the_same(one, case) for one in (model, twin))
             except Exception:  # that the example fails is said elsewhere, and by name
                 continue
             if not same(expected, actual, nan=True):
@@ -46,3 +49,15 @@ def _require_same(model: nn.Module, twin: nn.Module, given: Inputs) -> None:
                     "into what is no part of it (a dict of their own); let them keep what they "
                     "find in an attribute of the module they are called with, or return it"
                 )
+
+
+def _drawing_the_same(model: nn.Module, case: Inputs) -> Any:
+    """Return what a model makes of inputs; Python's generators, and NumPy's, are left as they were.
+
+    That it draws from them is another reason to be refused.
+    """
+    generators = Generators()
+    try:
+        return run_alike(model, case)
+    finally:
+        generators.put_back()
