@@ -17,7 +17,7 @@ from fxprune.testing import close_half
 from fxprune.tracing.two_modes import CodeGenOfBothModes, join
 from tests.conftest import randomise, reloaded
 
-IMAGES = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+IMAGES = torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 class Noisy(nn.Module):
@@ -277,8 +277,7 @@ def _losses(model: Any, inputs: tuple[Tensor, ...]) -> list[float]:
 def test_gates_are_trained_in_training(name: str) -> None:
     _, ours, inputs = gated(name)
     _loss(ours.train(), inputs).backward()
-    # A unit whose ReLU is 0 at all of the few inputs has no gradient.
-    assert ours.gates.width.grad.abs().gt(0).float().mean() > 0.25
+    assert ours.gates.width.grad.abs().gt(0).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("name", ["noise and auxiliary heads", "a loss", "inputs overwritten"])
