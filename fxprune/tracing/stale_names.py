@@ -45,26 +45,36 @@ def stale_read(
 
     tensor_of: what a node is on the example inputs, if that is known, and a tensor.
     """
+    if not writes:
+        return None
     order = {node: place for place, node in enumerate(graph.nodes)}
     there = [one for one in writes if {one.old, one.new, one.last} <= order.keys()]
+    late = [_read_after(write, order) for write in there]
+    if not any(late):  # what is overwritten is as a rule not read again; values take long to get
+        return None
     before: dict[int, list[Tensor]] = {}  # by memory, the tensors that a name stood for so far
-    for write in there:
-        late = {
-            node: readers
-            for node in order
-            if order[node] <= order[write.last] and node is not write.new
-            if (readers := [*_readers(node, order, order[write.last])])
-        }
+    for write, readers in zip(there, late, strict=True):
         old, new = tensor_of(write.old), tensor_of(write.new)
         if old is None or new is None:
             continue
         names = [*before.get(storage_of(old), []), old]
         before[storage_of(new)] = names
-        for node, readers in late.items():
+        for node, reader in readers.items():
             tensor = tensor_of(node)
             if tensor is not None and any(_shows(tensor, name, write.index) for name in names):
-                return readers[0]
+                return reader
     return None
+
+
+def _read_after(write: Write, order: dict[fx.Node, int]) -> dict[fx.Node, fx.Node]:
+    """Return the nodes of before a write that are read after it, with their first readers."""
+    place = order[write.last]
+    return {
+        node: readers[0]
+        for node in order
+        if order[node] <= place and node is not write.new
+        if (readers := [*_readers(node, order, place)])
+    }
 
 
 def _readers(node: fx.Node, order: dict[fx.Node, int], place: int) -> Iterator[fx.Node]:

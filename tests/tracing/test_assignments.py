@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import TraceError
 from fxprune.testing import close_half, error
+from fxprune.tracing import asked_tracer
 from tests.conftest import randomise
 
 
@@ -245,3 +246,29 @@ def test_gradients_are_those_of_assignments(name: str) -> None:
     for layer in ("first", "second", "third"):
         left, right = getattr(gated, layer).weight.grad, getattr(model, layer).weight.grad
         assert torch.allclose(left, right, rtol=1e-12)
+
+
+class Summing(nn.Module):
+    """A residual block as torchvision writes it: what is overwritten is not read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 8, 1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y += x
+        return self.head(self.hidden(y.relu_()).relu_().mean((2, 3)))
+
+
+def test_sums_in_place_are_traced_without_example_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("example values are dear: a fake copy of the model, run node by node")
+
+    monkeypatch.setattr(asked_tracer, "ExampleValues", never)
+    model: Any = randomise(Summing()).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    gated: Any = fxprune.instrument(model, x)
+    close_half(gated)
+    assert error(fxprune.finalize(gated)(x), gated(x)) < 1e-12
