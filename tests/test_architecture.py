@@ -27,7 +27,7 @@ MAP = (
     (
         "user_models",
         "containers frozen_attributes inputs keeping cases deeds modules beside computed_layers "
-        "custom_functions graph_modules naming size_memos plain_weights",
+        "replaced_methods custom_functions graph_modules naming size_memos plain_weights",
     ),
     (
         "gating",

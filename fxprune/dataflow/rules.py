@@ -37,6 +37,7 @@ from fxprune.runtime.kinds import PASSES
 from fxprune.user_models.custom_functions import forward_of
 from fxprune.user_models.modules import is_hooked
 from fxprune.user_models.plain_weights import computes_weights
+from fxprune.user_models.replaced_methods import replaced_methods
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ RULES: dict[Hashable, OpRule] = {}
 POINTWISE = "a function of numbers"
 _OF_NUMBERS = ("elementwise", "product", "cast")
 _EXCLUDED = ("rrelu", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "pow")))
+# What a module is that is no example of its class; no rule is registered under it.
+_OF_ITS_OWN = object()
 _pointwise: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 # Whether what goes wrong in a rule is raised, as our own tests want it.
 STRICT = ContextVar("STRICT", default=False)
@@ -200,6 +203,8 @@ def register(rule: OpRule, *targets: Hashable) -> None:
 def key_of(node: fx.Node, module: nn.Module | None) -> Hashable:
     """Return what a node's rule is registered under: its operator, or the full name of it."""
     operator: Any = type(module) if node.op == "call_module" else node.target
+    if module is not None and replaced_methods(module):
+        return _OF_ITS_OWN
     name = f"{getattr(operator, '__module__', '')}.{getattr(operator, '__qualname__', '')}"
     if module is not None and node.meta.get("leaf_because") and operator not in RULES:
         takes_one = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs

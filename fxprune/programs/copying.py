@@ -1,42 +1,78 @@
-"""Whether a copy of a model is that model: not where hooks write into what is no part of it.
+"""Whether a copy of a model is that model: not where functions of it hold what they are part of.
 
     blocks[3].register_forward_hook(keep_in(activations))        model.activations = activations
+    layer.forward = lambda x: 2 * F.conv2d(x, layer.weight)
 
-A copy has a dict of its own, and hooks that fill the model's: what it reads there is old.
+Functions are not copied. What they close over, or name, is the model's, whoever calls them: a copy
+has a dict of its own, and does not see what hooks write into the model's; it has weights of its
+own, which nobody uses.
 """
 
+import functools
+from collections.abc import Iterator
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ModelError
 from fxprune.programs.program import quiet
+from fxprune.runtime.dispatch import DispatchMode
 from fxprune.runtime.randomness import Generators
+from fxprune.tracing.watching import OwnTensors
+from fxprune.user_models.beside import names_in
 from fxprune.user_models.inputs import Inputs, another, same, to_device
+from fxprune.user_models.keeping import values_in
 from fxprune.user_models.modules import copy_model, device_of, evaluating, is_hooked, run_alike
 
 
 def require_copyable(model: nn.Module, inputs: Inputs) -> None:
-    """Raise `ModelError` if a copy computes something else than a model with hooks.
+    """Raise `ModelError` if a copy computes something else than a model, or by its weights.
 
-    Models without hooks are not run. Buffers that the run changes get their numbers back.
+    Models without hooks, and without functions that hold anything, are not run. Buffers that the
+    run changes get their numbers back.
     """
     lazy = any(map(is_lazy, (*model.parameters(), *model.buffers())))  # is refused elsewhere
-    if lazy or not any(map(is_hooked, model.modules())):
+    holding = next(_holding(model), None)
+    hooked = any(map(is_hooked, model.modules()))
+    if lazy or not (hooked or holding):
         return
     held = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    given = to_device(inputs, device_of(model))
     try:
-        _require_same(model, copy_model(model), to_device(inputs, device_of(model)))
+        twin = copy_model(model)
+        if hooked:
+            _require_same(model, twin, given)
+        if holding:
+            _require_its_own(model, twin, given, holding)
     finally:
         for buffer, before in held:
             buffer.copy_(before)
 
 
+def _holding(model: nn.Module) -> Iterator[str]:
+    """Yield functions, in the attributes of a model's parts, that may hold some of it."""
+    for path, part in model.named_modules():
+        for value in values_in(vars(part)):
+            while isinstance(value, functools.partial | MethodType):
+                value = value.func if isinstance(value, functools.partial) else value.__func__
+            if isinstance(value, FunctionType) and (value.__closure__ or _names_parts(value)):
+                code = value.__code__
+                place = f"{code.co_filename}:{code.co_firstlineno}"
+                yield f"{code.co_name} of {path or type(model).__name__} at {place}"
+
+
+def _names_parts(function: FunctionType) -> bool:
+    """Tell whether a function names a global that is a module or a tensor."""
+    known = function.__globals__
+    return any(isinstance(known.get(name), nn.Module | Tensor) for name in names_in(function))
+
+
 def _require_same(model: nn.Module, twin: nn.Module, given: Inputs) -> None:
-    cases = (given, pytree.tree_map_only(torch.Tensor, another, given))
+    cases = (given, pytree.tree_map_only(Tensor, another, given))
     with evaluating(model, twin), torch.no_grad(), quiet():
         for case in cases:
             try:
@@ -49,6 +85,41 @@ def _require_same(model: nn.Module, twin: nn.Module, given: Inputs) -> None:
                     "into what is no part of it (a dict of their own); let them keep what they "
                     "find in an attribute of the module they are called with, or return it"
                 )
+
+
+def _require_its_own(model: nn.Module, twin: nn.Module, given: Inputs, holding: str) -> None:
+    """Run a copy in both modes, and raise where it computes with the model's tensors."""
+    watch = _Watching(OwnTensors(model))
+    for training in (False, True):
+        twin.train(training)
+        try:
+            with torch.no_grad(), quiet(), watch:
+                _drawing_the_same(twin, given)
+        except Exception:  # that the example fails is said elsewhere, and by name
+            continue
+    if watch.seen:
+        raise ModelError(
+            f"a copy of {type(model).__name__} computes with {watch.seen!r} of the model itself: a "
+            f"function in its attributes or hooks holds it ({holding}); make it a method, or bind "
+            "it by types.MethodType, so that it takes what it needs from self"
+        )
+
+
+class _Watching(DispatchMode):
+    """Notes the name of a tensor of a model that anything computes with."""
+
+    def __init__(self, own: OwnTensors) -> None:
+        super().__init__()
+        self.own, self.seen = own, ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = pytree.tree_leaves((args, kwargs))
+        names = [self.own.name_of(one) for one in given if isinstance(one, Tensor)]
+        self.seen = self.seen or next(filter(None, names), "")
+        return func(*args, **kwargs)
 
 
 def _drawing_the_same(model: nn.Module, case: Inputs) -> Any:

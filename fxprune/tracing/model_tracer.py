@@ -34,6 +34,7 @@ from fxprune.user_models.deeds import ADDING, contents_of, written_beside, writt
 from fxprune.user_models.keeping import Held, Written
 from fxprune.user_models.modules import has_hooks, tensors_in
 from fxprune.user_models.naming import RESERVED
+from fxprune.user_models.replaced_methods import replaced_methods
 
 _NOTHING = contents_of({})
 _TRANSFORMERS = (
@@ -94,9 +95,12 @@ class ModelTracer(UnrecordedTracer):
             else:
                 bound.arguments[name] = inputs[name]
 
+        own: Any = vars(self.root).get("forward")  # torch.fx takes the class's
+
         @functools.wraps(root_fn)
         def forward(*args: Any) -> Any:
-            return root_fn(*args, **bound.kwargs)
+            called, given = (root_fn, args) if own is None else (own, args[1:])
+            return called(*given, **bound.kwargs)
 
         return forward, [self.root, *bound.args]
 
@@ -160,9 +164,12 @@ class ModelTracer(UnrecordedTracer):
             return module_qualified_name in {*self.masked, *self.whole}
         if isinstance(m, torch.jit.ScriptModule):  # its forward is no Python
             return True
-        return module_qualified_name in self.whole or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        is_torchs = super().is_leaf_module(m, module_qualified_name)
+        if is_torchs and replaced_methods(m):
+            if module_qualified_name in self.whole:
+                raise TraceError(_not_its_class(m, module_qualified_name))
+            return False
+        return is_torchs or module_qualified_name in self.whole
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Read a parameter or buffer; torch.fx goes through all of them to find each name."""
@@ -242,6 +249,8 @@ class ModelTracer(UnrecordedTracer):
             while len(self.module_stack) > depth:
                 self.module_stack.popitem()
             self._erase_after(last)
+            if replaced_methods(m) and super().is_leaf_module(m, path):
+                raise TraceError(f"{_not_its_class(m, path)}: {error}") from error
             return self.create_proxy("call_module", path, args, kwargs)
 
     def _value(self, obj: fx.Proxy, *, tensors: bool = False) -> Any:
@@ -368,6 +377,15 @@ class ModelTracer(UnrecordedTracer):
         for name, proxy in list(self._parameter_proxies.items()):
             if proxy.node in erased:
                 del self._parameter_proxies[name]
+
+
+def _not_its_class(module: nn.Module, path: str) -> str:
+    """Say why a layer of torch's cannot be kept whole: all would take it for one of its class."""
+    names = ", ".join(sorted(replaced_methods(module)))
+    return (
+        f"{path} is a {type(module).__name__} with a {names} of its own, which cannot be traced; "
+        "make it a class"
+    )
 
 
 def _no_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -43,7 +43,7 @@ def names_said(parts: Sequence[nn.Module]) -> set[str]:
         for one in functions if name != "__init__" else ():
             search.meet_function(name, one)
     search.run()
-    return {name for one in search.functions for name in _names(one.__code__)}
+    return {name for one in search.functions for name in names_in(one)}
 
 
 class _Search:
@@ -68,7 +68,7 @@ class _Search:
         while self.waiting:
             function = self.waiting.pop()
             self.functions.append(function)
-            names = set(_names(function.__code__))
+            names = names_in(function)
             for name in names - self.said:
                 self.said.add(name)
                 for one in self.by_name.get(name, ()):
@@ -136,6 +136,11 @@ def _function(value: Any) -> FunctionType | None:
     for name in ("__func__", "fget", "__wrapped__"):
         value = attribute_of(value, name) or value
     return value if isinstance(value, FunctionType) else None
+
+
+def names_in(function: FunctionType) -> set[str]:
+    """Return the names that the code of a function says: globals, attributes, what it imports."""
+    return set(_names(function.__code__))
 
 
 def _names(code: CodeType) -> Iterator[str]:

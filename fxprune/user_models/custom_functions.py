@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.user_models.modules import has_hooks
+from fxprune.user_models.replaced_methods import replaced_methods
 
 _Function = torch.autograd.Function
 
@@ -41,6 +42,8 @@ def forward_of(module: nn.Module) -> list[fx.Graph] | None:
     Only of modules that hold nothing, and take one argument.
     """
     if next(module.children(), None) is not None or has_hooks(module):
+        return None
+    if replaced_methods(module):  # torch.fx traces the forward of the class
         return None
     if module._parameters or module._buffers or isinstance(module, torch.jit.ScriptModule):
         return None
