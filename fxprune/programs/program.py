@@ -46,6 +46,7 @@ from fxprune.user_models.modules import (
     run_on,
 )
 from fxprune.user_models.naming import free_names_
+from fxprune.user_models.replaced_methods import require_classes_as_written
 from fxprune.user_models.size_memos import agree, find_size_memos, forgotten, may_hold_memos
 
 
@@ -141,6 +142,7 @@ def capture(
     Raises `ModelError`, `ExampleInputError` or `TraceError`.
     """
     check_parameters(model)
+    require_classes_as_written(model)
     if any(map(is_nested, pytree.tree_leaves(inputs))):
         raise ExampleInputError(
             f"{type(model).__name__} is called with nested tensors, {describe(inputs)}, {NESTED}"

@@ -61,6 +61,15 @@ def test_the_forward_of_a_whole_model_is_what_is_analysed() -> None:
     require_halves_equal(model)
 
 
+def test_classes_of_torch_that_somebody_has_changed_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: forward(self, x).flip(1))
+    with pytest.raises(ModelError, match="into all of torch's Conv2d"):
+        fxprune.instrument(network(), X)
+
+
 class Doubling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x) * 2
