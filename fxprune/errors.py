@@ -71,7 +71,8 @@ def require_module(model: object) -> None:
     if isinstance(model, nn.Module):
         return
     what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-    raise ModelError(f"a model is an nn.Module, not {what}; pass the model itself")
+    given = "its .module()" if type(model).__name__ == "ExportedProgram" else "the model itself"
+    raise ModelError(f"a model is an nn.Module, not {what}; pass {given}")
 
 
 def where(node: fx.Node) -> str:

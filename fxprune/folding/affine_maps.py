@@ -8,9 +8,11 @@ The layer before or after can compute it too: its weights are scaled, its bias s
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.programs.observation import Observation, TensorSpec
@@ -37,7 +39,9 @@ def affine_map(
     module: what it calls, if nobody else uses its tensors.
     """
     if type(module) in NORMS and len(node.all_input_nodes) == 1:
-        return _of_batch_norm(node, module)
+        return _of_batch_norm(node.all_input_nodes[0], module)
+    if node.target is F.batch_norm:
+        return _of_norm_function(program, node, seen)
     combine = _ARITHMETIC.get(node.target)
     if combine is None or node.kwargs or len(node.args) != 2:
         return None
@@ -89,7 +93,7 @@ def takes_shift(layer: Any) -> bool:
     return layer.padding_mode != "zeros" or padding == "valid" or not any(padding)
 
 
-def _of_batch_norm(node: fx.Node, norm: Any) -> AffineMap | None:
+def _of_batch_norm(source: fx.Node, norm: Any) -> AffineMap | None:
     if norm.running_mean is None or norm.running_var is None:
         return None
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -98,7 +102,20 @@ def _of_batch_norm(node: fx.Node, norm: Any) -> AffineMap | None:
     shift = -norm.running_mean.double() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
-    return AffineMap(node.all_input_nodes[0], 1, scale, shift)
+    return AffineMap(source, 1, scale, shift)
+
+
+def _of_norm_function(program: Program, node: fx.Node, seen: Observation) -> AffineMap | None:
+    """Read a norm that is a function, and told to take its statistics, not the batch's."""
+    given = dict(zip(_NORM, node.args, strict=False)) | node.kwargs
+    tensors = {name: _constant(program, given.get(name), seen) for name in _NORM[1:5]}
+    known = all(tensors[name] is not None or given.get(name) is None for name in tensors)
+    source, eps = given["input"], given.get("eps", 1e-5)
+    if given.get("training", False) is not False or not known or not isinstance(eps, float):
+        return None
+    if not isinstance(source, fx.Node) or source.op == "get_attr":
+        return None
+    return _of_batch_norm(source, SimpleNamespace(**tensors, eps=eps))
 
 
 def _of_arithmetic(
@@ -159,6 +176,7 @@ def _along_one_axis(constant: Tensor, shape: tuple[int, ...]) -> tuple[int, Tens
 
 
 ANY_AXIS = -1
+_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
 def _sum(values: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.runtime.randomness import Generators
+from fxprune.tracing.aten_operators import called_in_python
 from fxprune.tracing.call_state import CallState, answers_matter, asked_of
 from fxprune.tracing.classes import modules_of, of_their_classes
 from fxprune.tracing.dtype_limits import asking_for_limits
@@ -140,6 +141,7 @@ def _traced(
             kept_whole(users, tracer),
             inlined(tracer),
             asking_for_limits(),
+            called_in_python(tracer),
         ):
             graph = tracer.trace(root)
             tracer.require_fresh()
