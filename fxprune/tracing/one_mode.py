@@ -53,7 +53,13 @@ def trace_in_mode(
     """Trace in one mode; drawing: let it draw random numbers of its own, which tells `drew`."""
     root.train(training)
     generators, beside, state = Generators(), Beside(root), CallState()
-    in_mode = functools.partial(_traced, root, given, whole, inside=inside)
+
+    def in_mode(**options: Any) -> tuple[ModelTracer, fx.Graph]:
+        try:
+            return _traced(root, given, whole, inside=inside, **options)
+        finally:
+            beside.forget_traced()
+
     try:
         tracer, graph = in_mode(state=state)
         if answers_matter(state.asked, functools.partial(_is_same, root, in_mode, graph)):

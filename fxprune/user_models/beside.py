@@ -6,18 +6,24 @@ From `forward` on, by the names that code says: functions, classes, and objects 
 the model's classes are of, and containers of anybody's.
 """
 
+import functools
+import gc
 import inspect
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxprune.user_models.containers import Contents
 from fxprune.user_models.deeds import place_of
 
 _CONTAINERS = (dict, list, set, deque)
+# What `functools.lru_cache` makes of a function: it remembers what that returned.
+_Remembering: Any = type(functools.lru_cache(int))
+# What of it is looked into for traced values, and these.
+_LOOKED_INTO = (tuple, *_CONTAINERS, fx.Proxy)
 
 
 class Beside(Contents):
@@ -26,7 +32,13 @@ class Beside(Contents):
     def __init__(self, root: nn.Module) -> None:
         search = _Search(list(root.modules()))
         super().__init__(search.run(), search.is_users, memos=True)
-        self.functions = search.functions
+        self.functions, self.remembering = search.functions, search.remembering
+
+    def forget_traced(self) -> None:
+        """Clear what functions remember of a trace: the model would be given it for its own."""
+        for function in self.remembering:
+            if _holds_traced(function):
+                function.cache_clear()
 
     def place(self, name: str) -> str:
         """Return where code writes into something, or says its name."""
@@ -56,6 +68,7 @@ class _Search:
         self.met: set[int] = set()
         self.waiting: list[FunctionType] = []
         self.functions: list[FunctionType] = []
+        self.remembering: list[Any] = []
         for kind in kinds:
             self._meet_class(kind)
         for part in parts:
@@ -100,6 +113,9 @@ class _Search:
         self.met.add(id(value))
         if isinstance(value, _CONTAINERS):
             self.found.append((name, value))
+        elif isinstance(value, _Remembering):
+            self.remembering.append(value)
+            self._meet(name, value.__wrapped__, names)
         elif isinstance(value, FunctionType):
             if self.is_users(value):
                 self.waiting.append(value)
@@ -115,8 +131,7 @@ class _Search:
         for name, value in vars(kind).items():
             if isinstance(value, _CONTAINERS) and not name.startswith("__"):
                 self._meet(f"{kind.__name__}.{name}", value, ())
-            function = _function(value)
-            if function is not None:
+            for function in _functions(value):
                 self.by_name.setdefault(name, []).append(function)
                 if name in self.said or name == "__call__":
                     self._meet(name, function, ())
@@ -131,11 +146,34 @@ def attribute_of(value: Any, name: str) -> Any:
     return None if has_none else getattr(value, name, None)
 
 
-def _function(value: Any) -> FunctionType | None:
-    """Return the function of a method, class method or property."""
+def _functions(value: Any) -> Iterator[Any]:
+    """Yield the function of a method, class method or property, and those around it that remember.
+
+    What wraps a function is met for what it closes over.
+    """
     for name in ("__func__", "fget", "__wrapped__"):
+        if isinstance(value, _Remembering):
+            yield value
         value = attribute_of(value, name) or value
-    return value if isinstance(value, FunctionType) else None
+    if isinstance(value, FunctionType):
+        yield value
+
+
+def _holds_traced(function: Any) -> bool:
+    """Tell whether a traced value is among what a function was called with and returned.
+
+    Python's collector is told of both; nobody else is.
+    """
+    waiting = [one for one in gc.get_referents(function) if isinstance(one, _LOOKED_INTO)]
+    met: set[int] = set()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, fx.Proxy):
+            return True
+        if id(one) not in met:
+            met.add(id(one))
+            waiting += [held for held in gc.get_referents(one) if isinstance(held, _LOOKED_INTO)]
+    return False
 
 
 def names_in(function: FunctionType) -> set[str]:
