@@ -30,10 +30,14 @@ _WITHOUT_GRADIENTS = (
 )
 
 
-# What lists tensors of a module, or goes through such lists.
-_LISTS = {
-    *("parameters", "named_parameters", "buffers", "named_buffers", "state_dict"),
-    *("update_parameters", "parameters_to_vector", "vector_to_parameters"),
+# What lists tensors of a module, or goes through such lists; and which.
+_BOTH = {"state_dict"}
+_LISTS: dict[str, set[str]] = {
+    "parameters": {
+        *("parameters", "named_parameters", *_BOTH),
+        *("update_parameters", "parameters_to_vector", "vector_to_parameters"),
+    },
+    "buffers": {"buffers", "named_buffers", *_BOTH},
 }
 
 
@@ -149,17 +153,19 @@ class _Search:
         A graph module lists them in the order of their use, and so does every copy of it.
         """
         module = self.root.get_submodule(region.path)
-        if _order(module) == _order(region.program.module):
+        before, after = _orders(module), _orders(region.program.module)
+        moved = [kind for kind in _LISTS if before[kind] != after[kind]]
+        if not moved:
             return
         inside = set(module.modules())
-        around = [part for part in self.root.modules() if part not in inside]
-        said = sorted(names_said(around) & _LISTS)
-        if said:
-            raise TraceError(
-                "it would list its parameters in the order of their use, and code around it calls "
-                f"{said[0]}, which may pair them with another's: make its layers in the order in "
-                "which forward uses them"
-            )
+        names = names_said([part for part in self.root.modules() if part not in inside])
+        for kind in moved:
+            if said := sorted(names & _LISTS[kind]):
+                raise TraceError(
+                    f"it would list its {kind} in the order of their use, and code around it calls "
+                    f"{said[0]}, which may pair them with another's: make its layers in the order "
+                    "in which forward uses them"
+                )
 
     def _below(self, path: str) -> Iterator[str]:
         """Yield the nearest modules below `path` that are called with tensors."""
@@ -225,10 +231,14 @@ class _Search:
             raise TraceError("the model computes something else with a trace in its place")
 
 
-def _order(module: nn.Module) -> list[str]:
-    """Return the names of parameters and buffers in their order, but for those that gates add."""
+def _orders(module: nn.Module) -> dict[str, list[str]]:
+    """Return the names of parameters and of buffers in their order, but for those of gates."""
     added = ("gates.", "penalties.") if gate_owners(module) else ()
-    return [name for name, _ in _tensors(module) if not name.startswith(added)]
+    lists = {"parameters": module.named_parameters(), "buffers": module.named_buffers()}
+    return {
+        kind: [name for name, _ in tensors if not name.startswith(added)]
+        for kind, tensors in lists.items()
+    }
 
 
 def _agrees(trace: fx.GraphModule, call: Call) -> bool:

@@ -462,6 +462,16 @@ class Updating(Teacher):
         average_into(self.target, self.online)
 
 
+class Counting(Teacher):
+    def counts(self) -> list[Tensor]:
+        return [buffer for buffer in self.target.buffers() if buffer.dim() == 0]
+
+
+def test_code_that_lists_buffers_does_not_mind_the_order_of_parameters() -> None:
+    gated: Any = fxprune.instrument(randomise(Counting(ordered=False)), torch.randn(4, 8))
+    assert sorted(memory_of(gated)["regions"]) == ["online", "predictor"]
+
+
 @pytest.mark.parametrize("kind", [Teacher, Updating])
 @pytest.mark.parametrize("ordered", [True, False])
 def test_code_that_pairs_parameters_finds_them_in_their_order(
