@@ -22,6 +22,7 @@ from fxprune.progress import stages
 from fxprune.proof.comparison import output_leaves
 from fxprune.runtime.dispatch import DispatchMode
 from fxprune.runtime.randomness import drawing_alike
+from fxprune.user_models.beside import forgetful
 from fxprune.user_models.inputs import Inputs, tensors_of
 from fxprune.user_models.modules import copy_model, device_of, empty_
 
@@ -53,10 +54,11 @@ def run_all(
 
     doing: what that is for, to be shown.
     """
-    return {
-        name: [_run(model, cases[name], d) for model, d in zip(models, inputs_as, strict=True)]
-        for name in stages(doing, cases, len(cases))
-    }
+    with forgetful(models):
+        return {
+            name: [_run(model, cases[name], d) for model, d in zip(models, inputs_as, strict=True)]
+            for name in stages(doing, cases, len(cases))
+        }
 
 
 def run_nudged(model: nn.Module, inputs: Inputs, seed: int, epsilon: float) -> list[Run]:
@@ -78,7 +80,8 @@ def run_nudged(model: nn.Module, inputs: Inputs, seed: int, epsilon: float) -> l
         beside: Any = pytree.tree_map_only(
             Tensor, lambda t: nudge(t) if t.is_floating_point() else t, inputs
         )
-        runs.append(_run(moved, beside, torch.float64))
+        with forgetful([moved]):
+            runs.append(_run(moved, beside, torch.float64))
         empty_(moved)
     return runs
 

@@ -17,6 +17,7 @@ from torch import fx, nn
 from fxprune.errors import TraceError
 from fxprune.runtime.randomness import Generators
 from fxprune.tracing.aten_operators import called_in_python
+from fxprune.tracing.caches import uncached
 from fxprune.tracing.call_state import CallState, answers_matter, asked_of
 from fxprune.tracing.classes import modules_of, of_their_classes
 from fxprune.tracing.dtype_limits import asking_for_limits
@@ -53,13 +54,7 @@ def trace_in_mode(
     """Trace in one mode; drawing: let it draw random numbers of its own, which tells `drew`."""
     root.train(training)
     generators, beside, state = Generators(), Beside(root), CallState()
-
-    def in_mode(**options: Any) -> tuple[ModelTracer, fx.Graph]:
-        try:
-            return _traced(root, given, whole, inside=inside, **options)
-        finally:
-            beside.forget_traced()
-
+    in_mode = functools.partial(_traced, root, given, whole, inside=inside, beside=beside)
     try:
         tracer, graph = in_mode(state=state)
         if answers_matter(state.asked, functools.partial(_is_same, root, in_mode, graph)):
@@ -70,7 +65,7 @@ def trace_in_mode(
         watching = drew and not drawing
         if watching or wrote or state.refused:
             beside.put_back()
-            tracer, graph = in_mode(watching=watching, beside=beside, state=state)
+            tracer, graph = in_mode(watching=watching, refusing_writes=True, state=state)
             require_unwritten(beside)
         if watching:
             require_drawn_nothing(generators)
@@ -117,21 +112,23 @@ def _traced(
     whole: Collection[str],
     *,
     inside: bool,
+    beside: Beside,
     watching: bool = False,
-    beside: Beside | None = None,
+    refusing_writes: bool = False,
     state: CallState,
 ) -> tuple[ModelTracer, fx.Graph]:
     """Trace once.
 
-    watching: for modules that draw random numbers, which are then kept whole. beside: modules
-    that write into it are kept whole, too. state: answers questions for gradients and autocast.
+    watching: for modules that draw random numbers, which are then kept whole. refusing_writes:
+    modules that write into what is beside are kept whole, too. state: answers questions for
+    gradients and autocast.
     """
     if has_hooks(root):
         raise TraceError(HOOKED)
     teach_einops()
     tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
     tracer.watching, tracer.own = watching, OwnTensors(root)
-    tracer.beside = beside
+    tracer.beside = beside if refusing_writes else None
     parts, users = Parts(root), modules_of(root)
     try:
         with (
@@ -146,6 +143,7 @@ def _traced(
             asked_of(state, users, tracer),
             kept_whole(users, tracer),
             inlined(tracer),
+            uncached(beside, tracer),
             asking_for_limits(),
             called_in_python(tracer),
         ):

@@ -10,8 +10,10 @@ import functools
 import gc
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import fx, nn
@@ -33,16 +35,29 @@ class Beside(Contents):
         search = _Search(list(root.modules()))
         super().__init__(search.run(), search.is_users, memos=True)
         self.functions, self.remembering = search.functions, search.remembering
+        self.remembering_as = search.remembering_as
 
     def forget_traced(self) -> None:
         """Clear what functions remember of a trace: the model would be given it for its own."""
-        for function in self.remembering:
+        for _, function in self.remembering:
             if _holds_traced(function):
                 function.cache_clear()
 
     def place(self, name: str) -> str:
         """Return where code writes into something, or says its name."""
         return place_of(self.functions, name.rpartition(".")[2])
+
+
+@contextmanager
+def forgetful(models: Sequence[nn.Module]) -> Generator[None]:
+    """Let functions that remember what they returned run anew, and remember nothing.
+
+    They would give a model in float64 what they made for one in float32, and the other way round.
+    """
+    search = _Search([part for model in models for part in model.modules()])
+    search.run()
+    with search.remembering_as(lambda function: function.__wrapped__):
+        yield
 
 
 def names_said(parts: Sequence[nn.Module]) -> set[str]:
@@ -68,7 +83,8 @@ class _Search:
         self.met: set[int] = set()
         self.waiting: list[FunctionType] = []
         self.functions: list[FunctionType] = []
-        self.remembering: list[Any] = []
+        # And how to put something else in their place.
+        self.remembering: list[tuple[Callable[[Any], None], Any]] = []
         for kind in kinds:
             self._meet_class(kind)
         for part in parts:
@@ -88,10 +104,24 @@ class _Search:
                     self._meet(name, one, ())
             known = function.__globals__
             for name in names & known.keys():
+                self._note(known[name], partial(known.__setitem__, name))
                 self._meet(name, known[name], names)
-            for name, value in _closed_over(function):
+            for name, cell, value in _closed_over(function):
+                self._note(value, partial(setattr, cell, "cell_contents"))
                 self._meet(name, value, names)
         return self.found
+
+    @contextmanager
+    def remembering_as(self, stand_in: Callable[[Any], Any]) -> Generator[None]:
+        """Let something stand in for every function that remembers what it returned."""
+        places = [(put, function, stand_in(function)) for put, function in self.remembering]
+        try:
+            for put, _, other in places:
+                put(other)
+            yield
+        finally:
+            for put, function, _ in places:
+                put(function)
 
     def is_users(self, value: Any) -> bool:
         """Tell whether something is, or is an object, of a package that the model is of."""
@@ -108,13 +138,13 @@ class _Search:
         if isinstance(value, ModuleType):
             if value.__name__.partition(".")[0] in self.packages:
                 for one in names & vars(value).keys():
+                    self._note(vars(value)[one], partial(setattr, value, one))
                     self._meet(f"{name}.{one}", vars(value)[one], names)
             return
         self.met.add(id(value))
         if isinstance(value, _CONTAINERS):
             self.found.append((name, value))
         elif isinstance(value, _Remembering):
-            self.remembering.append(value)
             self._meet(name, value.__wrapped__, names)
         elif isinstance(value, FunctionType):
             if self.is_users(value):
@@ -131,10 +161,28 @@ class _Search:
         for name, value in vars(kind).items():
             if isinstance(value, _CONTAINERS) and not name.startswith("__"):
                 self._meet(f"{kind.__name__}.{name}", value, ())
-            for function in _functions(value):
+            self._note_method(kind, name, value)
+            function = _function(value)
+            if function is not None:
                 self.by_name.setdefault(name, []).append(function)
                 if name in self.said or name == "__call__":
                     self._meet(name, function, ())
+
+    def _note_method(self, kind: type, name: str, value: Any) -> None:
+        """Note a method that remembers, and one that another wraps, which closes over it."""
+        if isinstance(value, (staticmethod, classmethod)):
+            wrap = type(value)
+            self._note(value.__func__, lambda other: setattr(kind, name, wrap(other)))
+        else:
+            self._note(value, partial(setattr, kind, name))
+        while (inner := attribute_of(value, "__wrapped__")) is not None:
+            for _, cell, one in _closed_over(value) if isinstance(value, FunctionType) else ():
+                self._note(one, partial(setattr, cell, "cell_contents"))
+            value = inner
+
+    def _note(self, value: Any, put: Callable[[Any], None]) -> None:
+        if isinstance(value, _Remembering):
+            self.remembering.append((put, value))
 
 
 def attribute_of(value: Any, name: str) -> Any:
@@ -146,17 +194,11 @@ def attribute_of(value: Any, name: str) -> Any:
     return None if has_none else getattr(value, name, None)
 
 
-def _functions(value: Any) -> Iterator[Any]:
-    """Yield the function of a method, class method or property, and those around it that remember.
-
-    What wraps a function is met for what it closes over.
-    """
+def _function(value: Any) -> FunctionType | None:
+    """Return the function of a method, class method or property."""
     for name in ("__func__", "fget", "__wrapped__"):
-        if isinstance(value, _Remembering):
-            yield value
         value = attribute_of(value, name) or value
-    if isinstance(value, FunctionType):
-        yield value
+    return value if isinstance(value, FunctionType) else None
 
 
 def _holds_traced(function: Any) -> bool:
@@ -188,10 +230,10 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(one)
 
 
-def _closed_over(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _closed_over(function: FunctionType) -> Iterator[tuple[str, CellType, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            yield name, cell.cell_contents
+            yield name, cell, cell.cell_contents
         except ValueError:  # nothing is in it yet
             continue
 
