@@ -21,11 +21,17 @@ from fxprune.dataflow.values import Value
 from fxprune.programs.observation import Observation, TensorSpec, observe
 from fxprune.programs.pipeline import Change
 from fxprune.programs.program import Program
-from fxprune.runtime.kinds import PRODUCTS, SUMS
+from fxprune.runtime.kinds import CALLS, PRODUCTS, SUMS
+from fxprune.tracing.asked_tracer import PLAIN
 from fxprune.user_models.modules import device_of
 
 _DIFFERENCES = (operator.sub, torch.sub, "sub")
 _QUOTIENTS = (operator.truediv, torch.div, "div")
+# What makes tensors of other tensors' sizes and dtypes, and what gives a tensor those of another.
+_MAKING = frozenset(
+    name for what in ("zeros", "ones", "full", "empty") for name in (f"{what}_like", f"new_{what}")
+)
+_BECOMING = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 
 
 def remove_constant_branches(
@@ -37,7 +43,7 @@ def remove_constant_branches(
     trained on, so that what is computed from parameters alone is constant until the next step only.
     """
     seen = observe(program)
-    learnt = _computed_from_parameters(program) if trained else set[fx.Node]()
+    learnt = _computed_from_parameters(program, seen) if trained else set[fx.Node]()
     channels = known or analyse(program, observation=seen)
     changes: list[Change] = []
     for node, call in channels.calls.items():
@@ -59,17 +65,42 @@ def remove_constant_branches(
     return changes
 
 
-def _computed_from_parameters(program: Program) -> set[fx.Node]:
-    """Return the nodes that read nothing but state, some of which an optimizer moves."""
+def _computed_from_parameters(program: Program, seen: Observation) -> set[fx.Node]:
+    """Return the nodes whose numbers are computed from state alone, some of which is learnt.
+
+    Of what an input is read for its size, device or dtype only, they may read more.
+    """
     moved: dict[fx.Node, bool] = {}
     parameters = dict(program.module.named_parameters(remove_duplicate=False))
     for node in program.graph.nodes:
         if node.op == "get_attr":
             parameter = parameters.get(str(node.target))
             moved[node] = parameter is not None and parameter.requires_grad
-        elif node.all_input_nodes and all(source in moved for source in node.all_input_nodes):
-            moved[node] = any(moved[source] for source in node.all_input_nodes)
+        elif node.op in CALLS and isinstance(seen.values.get(node), TensorSpec):
+            sources = _numbers_read(node, seen)
+            if all(source in moved for source in sources):
+                moved[node] = any(moved[source] for source in sources) or _learns(program, node)
     return {node for node, is_moved in moved.items() if is_moved}
+
+
+def _numbers_read(node: fx.Node, seen: Observation) -> list[fx.Node]:
+    """Return the tensors whose numbers an operator may read."""
+    name = getattr(node.target, "__name__", node.target)
+    if name in _MAKING:
+        return []
+    sources = [one for one in node.all_input_nodes if _has_numbers(seen.values.get(one))]
+    return sources[:1] if name in _BECOMING else sources
+
+
+def _has_numbers(value: Any) -> bool:
+    return not isinstance(value, PLAIN)
+
+
+def _learns(program: Program, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    module = program.module.get_submodule(str(node.target))
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _constant(channels: Channels, node: fx.Node) -> Tensor | None:

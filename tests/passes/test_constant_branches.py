@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.passes.constant_branches import remove_constant_branches
 from fxprune.programs.program import Program, capture
-from fxprune.testing import check_rewrite, error, spread
+from fxprune.testing import check_rewrite, close_half, error, spread
 from tests.conftest import randomise
 
 
@@ -180,3 +180,47 @@ def test_a_factor_of_a_matrix_product_is_not_broadcast() -> None:
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     check_rewrite(remove_constant_branches, capture(model, ((x,), {})))
     assert error(model(x), fxprune.finalize(model, x)(x)) < 1e-12
+
+
+class Scaled(nn.Module):
+    """Similarities, as CLIP computes them, times what parameters alone compute."""
+
+    def __init__(self, scale: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = nn.Linear(8, 16), nn.Linear(16, 4), scale
+        self.learnt, self.inner = nn.Parameter(torch.tensor([0.5])), nn.Linear(1, 1)
+        self.register_buffer("ones", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(x)))
+        return y * self.scale(self, y)
+
+
+LEARNT: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "of itself": lambda net, _: net.learnt.exp(),
+    "on a device": lambda net, y: net.learnt.exp().to(y.device),
+    "of a dtype": lambda net, y: net.learnt.exp().to(y.dtype),
+    "as a tensor is": lambda net, y: net.learnt.exp().to(y),
+    "type_as": lambda net, y: net.learnt.exp().type_as(y),
+    "of a size": lambda net, y: net.learnt.exp().expand(y.shape[1]),
+    "expanded as a tensor": lambda net, y: net.learnt.exp().expand_as(y),
+    "times ones": lambda net, _: net.learnt.exp() * torch.ones(1),
+    "times ones of a size": lambda net, y: net.learnt.exp() * torch.ones(y.shape[1]),
+    "times ones like": lambda net, y: net.learnt.exp() * torch.ones_like(y),
+    "times new ones": lambda net, y: net.learnt.exp() * y.new_ones(y.shape[1]),
+    "of a layer": lambda net, _: net.inner(net.ones).exp(),
+}
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_what_parameters_alone_compute_is_still_learnt(name: str) -> None:
+    x = torch.randn(3, 8)
+    gated = fxprune.instrument(Scaled(LEARNT[name]).eval(), x)
+    close_half(gated)
+    small: Any = fxprune.finalize(gated, fold=False)
+    gated.eval()(x).sum().backward()
+    small(x).sum().backward()
+    part = "inner.weight" if name == "of a layer" else "learnt"
+    expected = gated.get_parameter(part).grad
+    assert expected is not None and expected.abs().max() > 0
+    torch.testing.assert_close(small.get_parameter(part).grad, expected)
