@@ -24,6 +24,7 @@ from fxprune.tracing.two_modes import nodes_of_training
 from fxprune.user_models.beside import names_said
 from fxprune.user_models.inputs import Inputs, describe, same, tensors_of
 from fxprune.user_models.modules import copy_model, evaluating
+from fxprune.user_models.naming import renamed_in
 
 _WITHOUT_GRADIENTS = (
     "the model calls it under torch.no_grad, where nothing says what its units are worth"
@@ -91,6 +92,13 @@ def leaves_of(program: Program) -> list[str]:
     return [*dict.fromkeys(str(node.target) for node in leaves if node not in of_training)]
 
 
+def _own_names(program: Program) -> list[str]:
+    """Return the leaves of a program by the names that they have in the user's module."""
+    renamed = {new: old for old, new in renamed_in(program.module).items()}
+    tops = [leaf.partition(".") for leaf in leaves_of(program)]
+    return [f"{renamed.get(top, top)}{dot}{rest}" for top, dot, rest in tops]
+
+
 def put_in_place(root: nn.Module, path: str, module: nn.Module) -> None:
     """Replace the submodule at `path` by `module`, under all names it has."""
     old = root.get_submodule(path)
@@ -135,7 +143,7 @@ class _Search:
             return self._below(path)
         if useless:
             self.refused.append(Change(path, f"left alone: {useless}"))
-            return self._called(f"{path}.{leaf}" for leaf in leaves_of(region.program))
+            return self._called(f"{path}.{leaf}" for leaf in _own_names(region.program))
         self.found.append(region)
         return ()
 

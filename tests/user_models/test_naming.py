@@ -55,6 +55,30 @@ class AskingData(nn.Module):
         return self.part(x * 2 if float(x.sum()) > 0 else x)
 
 
+class Around(nn.Module):
+    """A traceable module with a part of any name, which is not."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.last = name, nn.Linear(8, 8)
+        inner = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        setattr(self, name, AskingData(inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(getattr(self, self.name)(x))
+
+
+@pytest.mark.parametrize("at_the_top", [True, False])
+@pytest.mark.parametrize("name", ["self", "graph", "plain"])
+def test_a_part_of_any_name_may_hold_a_region(name: str, at_the_top: bool) -> None:
+    model, x = Around(name) if at_the_top else AskingData(Around(name)), torch.randn(4, 8)
+    gated: Any = fxprune.instrument(randomise(model).eval(), x)
+    assert torch.equal(gated(x), model(x))
+    assert close_half(gated) == 8
+    small = fxprune.finalize(gated)
+    assert error(gated(x), small(x)) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["norm", "scale", "mask"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_part_may_have_any_name(name: str, kind: str) -> None:
