@@ -156,10 +156,10 @@ def finalize(
 
     model: it is not modified. example_inputs: as in `instrument`, which remembers them for its
     models. fold: also fold batch norms and chains of layers; without it the result can be trained
-    on. cost: what layers are merged to save, and never take more of: "parameters"; on the example
-    inputs "macs"; or "latency", of single layers in onnxruntime, measured here where the user's
-    cache does not know it. check: prove trace and result, in float64 to 1e-9 and in the model's
-    dtype to 1e-4.
+    on, and what is constant in evaluation only stays. cost: what layers are merged to save, and
+    never take more of: "parameters"; on the example inputs "macs"; or "latency", of single layers
+    in onnxruntime, measured here where the user's cache does not know it. check: prove trace and
+    result, in float64 to 1e-9 and in the model's dtype to 1e-4.
 
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
     not the same function.

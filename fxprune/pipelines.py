@@ -54,13 +54,15 @@ def remove_dead_units(program: Program, *, trained: bool = False) -> list[Change
     """Remove constant branches, then dead channels: one analysis serves all that change nothing.
 
     A branch that nothing is left of would keep a unit, and the stream it joins from shrinking.
-    trained: the result is trained on.
+    trained: the result is trained on, so that a constant is what training mode computes, too.
     """
-    known = analyse(program)
+    known = analyse(program, trained=trained)
     changes = remove_constant_branches(program, known, trained=trained)
-    known = analyse(program) if changes else known
+    known = analyse(program, trained=trained) if changes else known
     gathers = insert_gathers(program, known)
-    changes += gathers + eliminate_dead_channels(program, None if gathers else known)
+    changes += gathers + eliminate_dead_channels(
+        program, None if gathers else known, trained=trained
+    )
     remove_unsettled_gathers(program)
     return changes
 

@@ -36,15 +36,20 @@ _Plan = dict[fx.Node, Arguments | Literal]
 
 @keeps_shapes
 def eliminate_dead_channels(
-    program: Program, known: Channels | None = None, *, in_training: bool = False
+    program: Program,
+    known: Channels | None = None,
+    *,
+    in_training: bool = False,
+    trained: bool = False,
 ) -> list[Change]:
     """Cut every unit that is dead: unread, or a constant its readers can absorb.
 
     known: the analysis of the program as it is, if there is one already. in_training: only what is
     dead whatever the weights become, and a constant only if it is 0, so that a training goes on as
-    it would have. What was cut stands in `program.cuts`.
+    it would have. trained: a constant only if training mode computes it, too. What was cut stands
+    in `program.cuts`.
     """
-    channels, cut, plan = _plan(program, known, in_training=in_training)
+    channels, cut, plan = _plan(program, known, in_training=in_training, trained=trained)
     seen = observe(program)
     # Which mode's outputs are returned is no operator of the model.
     program.barriers = {
@@ -76,7 +81,7 @@ def eliminate_dead_channels(
 
 
 def _plan(
-    program: Program, known: Channels | None, *, in_training: bool
+    program: Program, known: Channels | None, *, in_training: bool, trained: bool
 ) -> tuple[Channels, Cut, _Plan]:
     """Decide what goes, adding barriers until every operator can follow."""
     seen = observe(program)
@@ -88,6 +93,7 @@ def _plan(
                 program,
                 generic=in_training,
                 absorbing=not in_training,
+                trained=trained,
                 barriers=barriers,
                 observation=seen,
             ),

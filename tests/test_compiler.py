@@ -196,6 +196,55 @@ def test_without_folding_what_training_needs_is_kept() -> None:
     assert [type(m).__name__ for _, m in folded.named_children()] == ["Linear", "ReLU", "Linear"]
 
 
+class OfNothing(nn.Module):
+    """A layer that reads nothing but dead units, what training computes of it, and another path."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.middle = nn.Linear(4, 6), nn.Linear(6, 8), middle
+        self.third, self.beside, self.last = nn.Linear(8, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.middle(F.relu(self.second(F.relu(self.first(x)))))
+        return self.last(F.relu(self.third(y) + self.beside(x)))
+
+
+def silenced(middle: nn.Module) -> OfNothing:
+    model = randomise(OfNothing(middle)).double()
+    assert isinstance(model, OfNothing)
+    with torch.no_grad():
+        model.first.weight[:], model.first.bias[:] = 0, -1
+        model.second.bias.abs_()  # of a dropout, 0 is a constant in both modes
+    return model
+
+
+MIDDLES = [nn.BatchNorm1d(8), nn.Dropout(0.5), nn.AlphaDropout(0.5)]
+
+
+@pytest.mark.parametrize("middle", MIDDLES, ids=lambda middle: type(middle).__name__)
+def test_without_folding_a_constant_is_one_in_training_too(middle: nn.Module) -> None:
+    # In evaluation it was another than in training, which it was taken for.
+    model, x = silenced(middle), torch.randn(16, 4).double()
+    small = fxprune.finalize(model, x, fold=False)
+    for training in (False, True):
+        model.train(training)
+        small.train(training)
+        torch.manual_seed(1)
+        expected = model(x)
+        torch.manual_seed(1)
+        assert error(expected, small(x)) < 1e-12
+    assert not hasattr(fxprune.finalize(model, x), "third")
+
+
+def test_without_folding_a_constant_that_statistics_have_settled_at_goes() -> None:
+    norm = nn.BatchNorm1d(8, momentum=1.0)
+    model, x = silenced(norm), torch.randn(16, 4).double()
+    model.train()(x)  # the mean is the constant now
+    small = fxprune.finalize(model, x, fold=False)
+    assert not hasattr(small, "third")
+    assert error(model.train()(x), small.train()(x)) < 1e-9
+
+
 class Learnt(nn.Module):
     """Scales and shifts that a forward brings into shape, some where they begin."""
 

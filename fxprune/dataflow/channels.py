@@ -85,14 +85,17 @@ def analyse(
     barriers: Mapping[fx.Node, str] | None = None,
     observation: Observation | None = None,
     absorbing: bool = True,
+    trained: bool = False,
 ) -> Channels:
     """Run the forward analysis.
 
     generic: only what holds for whatever weights training may find. zeroed: nodes whose output is
     taken to be 0 in every channel. barriers: nodes to treat as unknown operators, and why.
     absorbing: layers may take constants into their biases; else only zeros need not be read.
+    trained: constant is only what training mode computes, too, where batch norms and dropout do
+    something else.
     """
-    return _Forward(program, generic, zeroed, barriers or {}, observation, absorbing).run()
+    return _Forward(program, generic, zeroed, barriers or {}, observation, absorbing, trained).run()
 
 
 class _Forward:
@@ -104,12 +107,14 @@ class _Forward:
         barriers: Mapping[fx.Node, str],
         observation: Observation | None,
         absorbing: bool,
+        trained: bool,
     ) -> None:
         self.program = program
         self.generic = generic
         self.zeroed = zeroed
         self.forced = barriers
         self.absorbing = absorbing
+        self.trained = trained
         self.seen = observation or observe(program)
         self.table = TagTable()
         self.found = Channels({}, {}, {}, {}, torch.empty(0), [], [], {}, {})
@@ -168,6 +173,7 @@ class _Forward:
             self.generic,
             self.absorbing and self._sole_use(node),
             self.device,
+            self.trained,
         )
         leaves = flatten((args, kwargs))
         if not any(isinstance(leaf, (Value, State, ShapeOf)) for leaf in leaves) and not (

@@ -89,7 +89,8 @@ class Call:
     spec: its observed output, `TensorSpec` for each tensor. new_tags: hands out tags nobody has.
     generic: only facts that hold for whatever weights training may find. sole_use: no other node
     or module uses its parameters. device: where to run it on constants, that they are rounded there
-    as they will be (CUDA's hardsigmoid knows its 1/6 in float32); all else is on the CPU.
+    as they will be (CUDA's hardsigmoid knows its 1/6 in float32); all else is on the CPU. trained:
+    constants are only those that training mode computes, too.
     """
 
     node: fx.Node
@@ -102,6 +103,7 @@ class Call:
     generic: bool = False
     sole_use: bool = True
     device: torch.device = CPU
+    trained: bool = False
     _made: Tensor | None = None
 
     def state(self, name: str) -> State | None:

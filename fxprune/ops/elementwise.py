@@ -43,6 +43,9 @@ from fxprune.dataflow.values import (
 from fxprune.ops.divisors import is_never_zero
 from fxprune.runtime.randomness import drawing_alike
 
+# What puts other numbers than 0 in the place of what it drops (Klambauer et al. 2017).
+_NOISY = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+_NOISY_FUNCTIONS = (F.alpha_dropout, F.feature_alpha_dropout)
 _ACROSS = "another operand has its channels along another axis"
 
 
@@ -65,6 +68,16 @@ def passing_flow(call: Call) -> Flow:
     """Pass tags and constants of the one operand on: the operator is the identity on numbers."""
     value = call.value()
     return Flow(call.output(value.tags, value.constants))
+
+
+def dropout_flow(call: Call) -> Flow:
+    """Pass tags and constants on; in training only 0 stays what it is, and not in alpha dropout."""
+    value = call.value()
+    constants = value.constants
+    if call.trained:
+        noisy = isinstance(call.module, _NOISY) or call.node.target in _NOISY_FUNCTIONS
+        constants = torch.where((constants == 0) & (not noisy), constants, torch.nan)
+    return Flow(call.output(value.tags, constants))
 
 
 def prelu_flow(call: Call) -> Flow:
@@ -378,9 +391,12 @@ register(
 )
 register(
     OpRule("identity", passing_flow),
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
-    nn.FeatureAlphaDropout,
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    nn.Identity,
+)
+register(
+    OpRule("identity", dropout_flow),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, *_NOISY),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, *_NOISY_FUNCTIONS),
     "torchvision.ops.stochastic_depth.stochastic_depth",
 )
 register(

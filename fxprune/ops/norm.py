@@ -3,7 +3,8 @@
 It is a·x + t with a = γ/√(σ² + ε) and t = β − a·μ (Ioffe & Szegedy 2015).
 
 A constant channel c becomes the constant a·c + t; with γ = 0 any channel becomes the constant β.
-With the statistics of the batch, or as in instance norm of each map by itself, c becomes β.
+With the statistics of the batch, or as in instance norm of each map by itself, c becomes β. Where
+a model is to be trained on, a constant is one in both modes, or none: a·c + t has to be β.
 """
 
 from typing import Any
@@ -17,6 +18,8 @@ from fxprune.dataflow.rules import Call, Flow, OpRule, register
 from fxprune.dataflow.values import Barrier, State
 
 _NAMES = ("running_mean", "running_var", "weight", "bias")
+# How far apart, relatively, a constant of evaluation and one of training may be.
+_SAME = 1e-9
 
 
 def batch_norm_flow(call: Call) -> Flow:
@@ -31,6 +34,8 @@ def batch_norm_flow(call: Call) -> Flow:
         constants = _centred(states, along.constants)
     else:
         constants = _constants(call, states, along.constants)
+        if call.trained:
+            constants = _in_both_modes(constants, _centred(states, along.constants))
     shape = [1, -1, *(1,) * (len(value.shape) - 2)]
     ties += along.ties
     return Flow(call.output(along.tags.reshape(shape), constants.reshape(shape)), ties=ties)
@@ -60,6 +65,12 @@ def _centred(states: dict[str, State | None], inputs: Tensor) -> Tensor:
     if weight is not None:
         result = torch.where(weight.known() == 0, 0.0, result)
     return result if bias is None else result + bias.known()
+
+
+def _in_both_modes(stored: Tensor, centred: Tensor) -> Tensor:
+    """Return what channels are whether stored statistics are taken or those of the batch."""
+    same = torch.isclose(stored, centred, rtol=_SAME, atol=_SAME)
+    return torch.where(same, stored, torch.nan)
 
 
 def _states(call: Call) -> dict[str, State | None]:
