@@ -33,7 +33,7 @@ from fxprune.tracing.modes import differ_in_constants, forget_counts, same_struc
 from fxprune.tracing.retracing import wrap_functions_
 from fxprune.tracing.scripts import inlined
 from fxprune.tracing.source_lines import first_line, place_of_error
-from fxprune.tracing.tables import sliced_by_name
+from fxprune.tracing.tables import sliced_by_name, spread_by_size
 from fxprune.tracing.watching import OwnTensors, left_alone
 from fxprune.tracing.whole_numbers import kept_whole
 from fxprune.user_models.beside import Beside
@@ -139,6 +139,7 @@ def _traced(
             tracer.refusing_autocast(),
             tracer.noting_functions(),
             sliced_by_name(root, tracer),
+            spread_by_size(tracer),
             of_their_classes(users, tracer),
             asked_of(state, users, tracer),
             kept_whole(users, tracer),

@@ -5,6 +5,11 @@
 A tracer knows parameters and buffers by their names. Any other tensor is a constant to it, and what
 its slices begin and end with a number: that of the example, for good. While a model is traced such
 a slice reads the tensor by its name instead.
+
+    torch.eye(3).view(1, 9).repeat(x.shape[0], 1)
+
+What a forward makes of plain numbers is a constant as well, and spread out by a traced size it was
+one of the example's: that spreading is an operator of the graph.
 """
 
 from collections.abc import Generator
@@ -41,6 +46,27 @@ def sliced_by_name(root: nn.Module, tracer: Any) -> Generator[None]:
 
     with standing_in((Tensor, "__getitem__", read)):
         yield
+
+
+@contextmanager
+def spread_by_size(tracer: Any) -> Generator[None]:
+    """Let constants that are repeated or expanded by traced sizes be values.
+
+    tracer: whose values these are; while it is `answering` all numbers are what they are.
+    """
+    with standing_in(*((Tensor, name, _spreading(name, tracer)) for name in ("repeat", "expand"))):
+        yield
+
+
+def _spreading(name: str, tracer: Any) -> Any:
+    inherited: Any = getattr(Tensor, name)
+
+    def spread(self: Tensor, *sizes: Any, **named: Any) -> Any:
+        if tracer.answering or not _is_traced((*sizes, *named.values())):
+            return inherited(self, *sizes, **named)
+        return tracer.create_proxy("call_method", name, (self, *sizes), named)
+
+    return spread
 
 
 def _is_traced(index: Any) -> bool:

@@ -71,3 +71,32 @@ def test_a_table_is_read_by_name_in_a_part() -> None:
     x = torch.randn(2, 7, 3, dtype=torch.float64)
     assert torch.equal(gated(x), model(x))
     assert "part.table" in dict(gated.named_buffers())
+
+
+SPREADS: dict[str, Callable[[int], Tensor]] = {
+    "repeated": lambda n: torch.tensor([1.0, 0, 0, 2]).view(1, 4).repeat(n, 1),
+    "expanded": lambda n: torch.eye(2).view(1, 4).expand(n, -1),
+    "to sizes": lambda n: torch.tensor([[0.5, 2, 1, 3]]).expand((n, 4)),
+}
+
+
+class Spreading(nn.Module):
+    """Adds what its forward makes of numbers, once for each sample (PointNet's identity)."""
+
+    def __init__(self, spread: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.spread = nn.Linear(3, 8), nn.Linear(8, 4), spread
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()) + self.spread(x.size(0))
+
+
+@pytest.mark.parametrize("name", SPREADS)
+def test_constants_are_spread_over_any_batch(name: str) -> None:
+    model: Any = randomise(Spreading(SPREADS[name]))
+    gated: Any = fxprune.instrument(model, torch.randn(2, 3))
+    assert not gated.report.assumptions
+    x = torch.randn(5, 3)
+    assert torch.equal(gated(x), model(x))
+    assert close_half(gated) > 0
+    assert error(gated(x), fxprune.finalize(gated)(x)) < 1e-5
