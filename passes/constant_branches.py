@@ -11,7 +11,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from fxprune.dataflow.channels import Channels, analyse
@@ -40,7 +40,8 @@ def remove_constant_branches(
     """Let elementwise operators meet a constant operand as a buffer, and drop what computed it.
 
     known: the analysis of the program as it is, if there is one already. trained: the result is
-    trained on, so that what is computed from parameters alone is constant until the next step only.
+    trained on, so that what is computed from parameters alone is constant until the next step only,
+    and what a branch has learnt (a bias behind what is dead) is a parameter instead of a buffer.
     """
     seen = observe(program)
     learnt = _computed_from_parameters(program, seen) if trained else set[fx.Node]()
@@ -58,7 +59,8 @@ def remove_constant_branches(
         for operand in dict.fromkeys(node.all_input_nodes):
             constant = None if operand in learnt else _constant(channels, operand)
             if constant is not None and _broadcasts(call, seen, operand, constant):
-                changes.append(_replace(program, seen, node, operand, constant))
+                learning = trained and _has_learnt(program, operand)
+                changes.append(_replace(program, seen, node, operand, constant, learning=learning))
     if changes:
         seen.drop_dead_code(program.graph)
         program.module.delete_all_unused_submodules()
@@ -103,6 +105,21 @@ def _learns(program: Program, node: fx.Node) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
+def _has_learnt(program: Program, operand: fx.Node) -> bool:
+    """Tell whether what computes a constant has parameters that are trained."""
+    parameters = dict(program.module.named_parameters(remove_duplicate=False))
+    waiting, met = [operand], {operand}
+    while waiting:
+        node = waiting.pop()
+        own = parameters.get(str(node.target)) if node.op == "get_attr" else None
+        if _learns(program, node) or (own is not None and own.requires_grad):
+            return True
+        new = set(node.all_input_nodes) - met
+        met |= new
+        waiting += new
+    return False
+
+
 def _constant(channels: Channels, node: fx.Node) -> Tensor | None:
     """Return what a computed tensor always is, float64; None if not known for maps of any size."""
     value = channels.values.get(node)
@@ -128,7 +145,13 @@ def _broadcasts(call: Call, seen: Observation, operand: fx.Node, constant: Tenso
 
 
 def _replace(
-    program: Program, seen: Observation, node: fx.Node, operand: fx.Node, constant: Tensor
+    program: Program,
+    seen: Observation,
+    node: fx.Node,
+    operand: fx.Node,
+    constant: Tensor,
+    *,
+    learning: bool,
 ) -> Change:
     other = _what_it_leaves(node, operand, constant)
     if other is not None and _may_stand_for(other, node, seen):
@@ -138,7 +161,10 @@ def _replace(
     name = f"{operand.name}_constant"
     if not hasattr(program.module, name):
         constant = constant.to(device_of(program.module), spec.dtype)
-        program.module.register_buffer(name, constant)
+        if learning:
+            program.module.register_parameter(name, nn.Parameter(constant))
+        else:
+            program.module.register_buffer(name, constant)
     with node.graph.inserting_before(node):
         buffer = node.graph.get_attr(name)
 
@@ -146,7 +172,8 @@ def _replace(
         return buffer if argument is operand else argument
 
     node.args, node.kwargs = map_arg(node.args, put), map_arg(node.kwargs, put)
-    return Change(node.name, f"{operand.name} is constant: a buffer stands for it")
+    kind = "parameter" if learning else "buffer"
+    return Change(node.name, f"{operand.name} is constant: a {kind} stands for it")
 
 
 def _may_stand_for(other: fx.Node, node: fx.Node, seen: Observation) -> bool:

@@ -224,3 +224,34 @@ def test_what_parameters_alone_compute_is_still_learnt(name: str) -> None:
     expected = gated.get_parameter(part).grad
     assert expected is not None and expected.abs().max() > 0
     torch.testing.assert_close(small.get_parameter(part).grad, expected)
+
+
+class Shifted(nn.Module):
+    """A branch whose last layer has a bias: all that is left of it once its units are dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Linear(4, 8), nn.Linear(8, 16)
+        self.outer, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).tanh()
+        return self.head(x + self.outer(self.inner(x).relu()))
+
+
+def test_the_bias_of_a_dead_branch_is_still_learnt_without_folding() -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    gated: Any = fxprune.instrument(Shifted().double(), x)
+    with torch.no_grad():
+        gated.gates.width.zero_()
+    small: Any = fxprune.finalize(gated, fold=False)
+    assert "outer" not in dict(small.named_modules())
+    gates = {id(parameter) for parameter in gated.gates.parameters()}
+    learnt = [parameter for parameter in gated.parameters() if id(parameter) not in gates]
+    optimizers = [torch.optim.SGD(one, lr=0.05) for one in (small.parameters(), learnt)]
+    for _ in range(3):
+        for model, optimizer in zip((small, gated), optimizers, strict=True):
+            optimizer.zero_grad()
+            model.train()(x).square().sum().backward()
+            optimizer.step()
+    assert error(small(x), gated(x)) < 1e-12
