@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.errors import TraceError
 from fxprune.programs.program import Program, capture
 from fxprune.proof.verification import Verification
-from fxprune.testing import close_half
+from fxprune.testing import close_half, error
 from fxprune.tracing.assumptions import assumptions
 from fxprune.user_models.inputs import same
 from tests.conftest import randomise
@@ -651,6 +651,29 @@ def test_traced_values_are_of_the_class_that_they_will_be() -> None:
         assert close_half(gated) == 3
         small: Any = fxprune.finalize(gated)
         assert small.report.verification.verdict == "equal"
+
+
+class AskingForTraces(nn.Module):
+    """Looks at numbers to save work, but not where it is traced, as transformers makes masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if isinstance(mask, fx.Proxy) or not bool(mask.all()):
+            x = x * mask[:, None]
+        return self.second(F.relu(self.first(x)))
+
+
+def test_code_that_knows_of_traces_is_told_of_one() -> None:
+    model, x = AskingForTraces().double(), torch.randn(5, 4, dtype=torch.float64)
+    some = torch.tensor([True, False, True, True, False])
+    gated: Any = fxprune.instrument(model, (x, torch.ones(5, dtype=torch.bool)))
+    assert close_half(gated) == 3
+    small: Any = fxprune.finalize(gated)
+    for mask in (some, ~some):
+        assert error(small(x, mask), gated(x, mask)) < 1e-12
 
 
 class Registered(OrderedDict[str, Tensor]):
