@@ -136,7 +136,7 @@ def _run(call: Call, values: list[Value], tensors: list[Tensor]) -> list[Tensor]
 
     try:
         return move(operate, tensors, [v.shape for v in values])
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError) as error:  # a size may be a tensor of one number
         raise Barrier(f"it does not run on channel tags: {error}") from error
 
 

@@ -131,3 +131,17 @@ class Picked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, [3, 5, 7, 1, 0]]
+
+
+def test_channels_stay_around_a_size_that_is_a_tensor() -> None:
+    def paired(model: Any, x: Tensor) -> Tensor:
+        half: Any = torch.div(x.size(1), 2, rounding_mode="trunc")
+        return x.view(x.size(0), half, 2, 8).flatten(1, 2)
+
+    model: Any = randomise(Positions(paired)).double()
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    gated: Any = fxprune.instrument(model, x)
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.first.out_features == 8 and small.second.out_features == 3
+    assert error(small(x), gated(x)) < 1e-12
