@@ -7,6 +7,7 @@ What is known of a class is not true of such a module.
 """
 
 import functools
+import inspect
 from types import FunctionType
 
 from torch import nn
@@ -29,7 +30,8 @@ def require_classes_as_written(model: nn.Module) -> None:
     Of those that a model is made of, and of those that a result may be made of.
     """
     for kind in {*map(type, model.modules()), *LAYERS, *NORMS}:
-        forward = getattr(kind.forward, "__globals__", {}).get("__name__", "torch")
+        function = inspect.getattr_static(kind, "forward")  # a script's is no attribute to be read
+        forward = getattr(function, "__globals__", {}).get("__name__", "torch")
         if kind.__module__.startswith("torch.") and not forward.startswith(("torch", "fxprune.")):
             raise ModelError(
                 f"{forward} has put a forward of its own into all of torch's {kind.__name__}, of "
