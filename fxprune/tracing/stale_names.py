@@ -7,8 +7,10 @@ others would read what was there before, which no example tells where a mask is 
 So they are looked for, by the memory that names share on the example inputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -45,40 +47,44 @@ def stale_read(
 
     tensor_of: what a node is on the example inputs, if that is known, and a tensor.
     """
-    if not writes:
-        return None
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    there = [one for one in writes if {one.old, one.new, one.last} <= order.keys()]
-    late = [_read_after(write, order) for write in there]
-    if not any(late):  # what is overwritten is as a rule not read again; values take long to get
+    there = [one for one in writes if not any(n._erased for n in (one.old, one.new, one.last))]
+    late = _read_after(graph, there)
+    if not late:  # what is overwritten is as a rule not read again; values take long to get
         return None
     before: dict[int, list[Tensor]] = {}  # by memory, the tensors that a name stood for so far
-    for write, readers in zip(there, late, strict=True):
+    for place, write in enumerate(there):
         old, new = tensor_of(write.old), tensor_of(write.new)
         if old is None or new is None:
             continue
         names = [*before.get(storage_of(old), []), old]
         before[storage_of(new)] = names
-        for node, reader in readers.items():
+        for node, reader in late.get(place, {}).items():
             tensor = tensor_of(node)
             if tensor is not None and any(_shows(tensor, name, write.index) for name in names):
                 return reader
     return None
 
 
-def _read_after(write: Write, order: dict[fx.Node, int]) -> dict[fx.Node, fx.Node]:
-    """Return the nodes of before a write that are read after it, with their first readers."""
-    place = order[write.last]
-    return {
-        node: readers[0]
-        for node in order
-        if order[node] <= place and node is not write.new
-        if (readers := [*_readers(node, order, place)])
-    }
+def _read_after(graph: fx.Graph, writes: Sequence[Write]) -> dict[int, dict[fx.Node, fx.Node]]:
+    """Return, by the place of a write, the nodes of before it that are read after it, and by whom.
 
-
-def _readers(node: fx.Node, order: dict[fx.Node, int], place: int) -> Iterator[fx.Node]:
-    return (user for user in node.users if order[user] > place and not asks_form(user))
+    Whom of them is first. Only nodes behind the first write are gone through.
+    """
+    if not writes:
+        return {}
+    behind = [*takewhile(lambda node: node is not writes[0].last, reversed(graph.nodes))][::-1]
+    order = {node: place for place, node in enumerate(behind)}
+    places = [order.get(write.last, -1) for write in writes]
+    late: dict[int, dict[fx.Node, fx.Node]] = {}
+    for reader in behind:
+        if asks_form(reader):
+            continue
+        for node in reader.all_input_nodes:
+            first = bisect_left(places, order.get(node, -1))
+            for place in range(first, bisect_left(places, order[reader])):
+                if node is not writes[place].new:
+                    late.setdefault(place, {}).setdefault(node, reader)
+    return late
 
 
 def _shows(tensor: Tensor, name: Tensor, index: Any) -> bool:
