@@ -9,7 +9,7 @@ own, which nobody uses.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -36,7 +36,7 @@ def require_copyable(model: nn.Module, inputs: Inputs) -> None:
     run changes get their numbers back.
     """
     lazy = any(map(is_lazy, (*model.parameters(), *model.buffers())))  # is refused elsewhere
-    holding = next(_holding(model), None)
+    holding = [*_holding(model)]
     hooked = any(map(is_hooked, model.modules()))
     if lazy or not (hooked or holding):
         return
@@ -87,21 +87,23 @@ def _require_same(model: nn.Module, twin: nn.Module, given: Inputs) -> None:
                 )
 
 
-def _require_its_own(model: nn.Module, twin: nn.Module, given: Inputs, holding: str) -> None:
+def _require_its_own(
+    model: nn.Module, twin: nn.Module, given: Inputs, holding: Sequence[str]
+) -> None:
     """Run a copy in both modes, and raise where it computes with the model's tensors."""
     watch = _Watching(OwnTensors(model))
     for training in (False, True):
-        twin.train(training)
         try:
+            twin.train(training)
             with torch.no_grad(), quiet(), watch:
                 _drawing_the_same(twin, given)
-        except Exception:  # that the example fails is said elsewhere, and by name
+        except Exception:  # that the example fails, or a mode, is said elsewhere, and by name
             continue
     if watch.seen:
         raise ModelError(
             f"a copy of {type(model).__name__} computes with {watch.seen!r} of the model itself: a "
-            f"function in its attributes or hooks holds it ({holding}); make it a method, or bind "
-            "it by types.MethodType, so that it takes what it needs from self"
+            f"function in its attributes or hooks holds it ({' or '.join(holding[:3])}); make it a "
+            "method, or bind it by types.MethodType, so that it takes what it needs from self"
         )
 
 
