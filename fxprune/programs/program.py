@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExampleInputError, TraceError
+from fxprune.runtime.kinds import LAYERS
 from fxprune.runtime.memory_formats import like
 from fxprune.runtime.randomness import Generators
 from fxprune.tracing.assumptions import assumptions
@@ -44,6 +45,7 @@ from fxprune.user_models.modules import (
     evaluating,
     run_alike,
     run_on,
+    submodule,
 )
 from fxprune.user_models.naming import free_names_
 from fxprune.user_models.replaced_methods import require_classes_as_written
@@ -152,6 +154,7 @@ def capture(
     args, kwargs = to_device(inputs, device_of(model))
     given = bound_arguments(root, args, kwargs)
     program = Program(trace(root, given, inside=inside), args, kwargs)
+    _count_channels(program)
     if assumptions(program.graph) and may_hold_memos(root):
         program = _without_size_memos(root, program, given, inside=inside) or program
     if renamed:
@@ -165,6 +168,24 @@ def capture(
             program.module.meta["untrained"] = "traced in training, it computes something else"
         _forget_unfaithful_notes(root, program)
     return program
+
+
+def _count_channels(program: Program) -> None:
+    """Let layers that are called say how many channels they have: who cut one may not have."""
+    for node in program.graph.nodes:
+        if node.op != "call_module":
+            continue
+        layer: Any = submodule(program.module, str(node.target))
+        weight = layer._parameters.get("weight")
+        if type(layer) not in LAYERS or weight is None:
+            continue
+        first, second = weight.shape[:2]
+        if isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = first, second
+        elif layer.transposed:
+            layer.in_channels, layer.out_channels = first, second * layer.groups
+        else:
+            layer.out_channels, layer.in_channels = first, second * layer.groups
 
 
 def _forget_unfaithful_notes(root: nn.Module, program: Program) -> None:

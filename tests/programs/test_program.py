@@ -22,7 +22,7 @@ from fxprune.errors import ExampleInputError, ModelError, TraceError
 from fxprune.programs.out_of_place import make_out_of_place
 from fxprune.programs.program import Program, capture
 from fxprune.programs.sharing import sole_modules
-from fxprune.testing import close_half
+from fxprune.testing import close_half, error
 from fxprune.user_models.inputs import describe, model_inputs, same
 from fxprune.user_models.modules import check_parameters, copy_model, device_of, evaluating
 from fxprune.user_models.plain_weights import with_plain_weights
@@ -756,3 +756,21 @@ def test_arrays_of_numpy_are_compared_by_their_numbers() -> None:
     assert not same(left, right)
     assert not same(left, {"boxes": torch.zeros(2, 3)})
     assert not same(left, {"boxes": 0.0})
+
+
+def test_layers_cut_by_hand_have_the_channels_of_their_weights() -> None:
+    layers = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU())
+    model: Any = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 3))
+    for layer in (model[0], model[2]):
+        layer.weight = nn.Parameter(layer.weight[:8].detach())
+        layer.bias = nn.Parameter(layer.bias[:8].detach())
+    model[2].groups = 8
+    model[5].weight = nn.Parameter(model[5].weight[:, :32].detach())
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    gated: Any = fxprune.instrument(model.double(), x)
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert error(small(x), gated(x)) < 1e-12
+    cut = small.get_submodule("2")
+    assert cut.groups == cut.in_channels == cut.out_channels == len(cut.weight) == 4
+    assert model[0].out_channels == 16  # it is not ours
