@@ -50,7 +50,7 @@ MAP = (
     ("dataflow", "fixed_sizes memories channels flattening foresight liveness"),
     (
         "folding",
-        "affine_maps convolutions functional_layers average_pools transposed_convolutions "
+        "functional_layers affine_maps convolutions average_pools transposed_convolutions "
         "whole_maps affine_neighbours chains latency linear_layers layer_costs links plans",
     ),
     ("proof", "comparison precision verdicts verification"),

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxprune.folding.functional_layers import TENSORS, arguments_of
 from fxprune.programs.observation import Observation, TensorSpec
 from fxprune.programs.program import Program
 from fxprune.runtime.kinds import NORMS
@@ -107,8 +108,8 @@ def _of_batch_norm(source: fx.Node, norm: Any) -> AffineMap | None:
 
 def _of_norm_function(program: Program, node: fx.Node, seen: Observation) -> AffineMap | None:
     """Read a norm that is a function, and told to take its statistics, not the batch's."""
-    given = dict(zip(_NORM, node.args, strict=False)) | node.kwargs
-    tensors = {name: _constant(program, given.get(name), seen) for name in _NORM[1:5]}
+    given = arguments_of(node) or {}
+    tensors = {name: _constant(program, given.get(name), seen) for name in TENSORS}
     known = all(tensors[name] is not None or given.get(name) is None for name in tensors)
     source, eps = given["input"], given.get("eps", 1e-5)
     if given.get("training", False) is not False or not known or not isinstance(eps, float):
@@ -176,7 +177,6 @@ def _along_one_axis(constant: Tensor, shape: tuple[int, ...]) -> tuple[int, Tens
 
 
 ANY_AXIS = -1
-_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
 def _sum(values: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
