@@ -8,6 +8,7 @@ So are those that programs are decomposed into, whose results beside the first n
 not listed stays what it is, an operator that nothing is known of.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -79,13 +80,22 @@ def _in_python(
         return NotImplemented
     name = operator._schema.name.partition("::")[2]
     for one in (f"{name}.{operator._overloadname}", name):
-        if one in _OTHERS:
+        if one in _OTHERS and _fits(_OTHERS[one], args, kwargs):
             return _OTHERS[one](*args, **kwargs)
         if one in _FUNCTIONS:
             return tracer.create_proxy("call_function", _FUNCTIONS[one], args, kwargs)
         if one in _METHODS:
             return tracer.create_proxy("call_method", _METHODS[one], args, kwargs)
     return NotImplemented
+
+
+def _fits(called: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Tell whether a function takes arguments; a program names none that may be given by place."""
+    try:
+        inspect.signature(called).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _batch_norm(

@@ -174,6 +174,14 @@ def test_what_programs_are_decomposed_into_is_joined(name: str) -> None:
     torch.testing.assert_close(traced(X), model(X), rtol=0, atol=0)
 
 
+def test_what_is_named_where_programs_go_by_places_stays_an_operator() -> None:
+    model = Calling(lambda x: A.layer_norm.default(x, [6], eps=1e-3))
+    traced = trace(model, {"x": X})
+    traced.recompile()
+    assert any(node.target is A.layer_norm.default for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(X), model(X), rtol=0, atol=0)
+
+
 def test_a_name_that_torch_does_not_have_would_be_seen() -> None:
     known = {*aten_operators._FUNCTIONS, *aten_operators._METHODS, *aten_operators._OTHERS}
     assert all(hasattr(A, name.partition(".")[0]) for name in known)
