@@ -176,8 +176,8 @@ def _count_channels(program: Program) -> None:
         if node.op != "call_module":
             continue
         layer: Any = submodule(program.module, str(node.target))
-        weight = layer._parameters.get("weight")
-        if type(layer) not in LAYERS or weight is None:
+        weight = layer._parameters.get("weight") if type(layer) in LAYERS else None
+        if weight is None:
             continue
         first, second = weight.shape[:2]
         if isinstance(layer, nn.Linear):
