@@ -23,6 +23,7 @@ from fxprune.ops.mixing import (
     Mixing,
     read_call,
 )
+from fxprune.user_models.modules import count_channels_
 
 
 def mixing_flow(call: Call) -> Flow:
@@ -91,17 +92,10 @@ def resize_module(call: Call) -> None:
     module: Any = call.module
     if module is None:
         return
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-        return
-    first, second = module.weight.shape[:2]
-    depthwise = module.groups > 1 and module.groups == module.in_channels
-    if module.transposed:
-        module.groups = first if depthwise else module.groups
-        module.in_channels, module.out_channels = first, second * module.groups
-        return
-    module.groups = first // (module.out_channels // module.groups) if depthwise else module.groups
-    module.out_channels, module.in_channels = first, second * module.groups
+    if not isinstance(module, nn.Linear) and 1 < module.groups == module.in_channels:
+        each = 1 if module.transposed else module.out_channels // module.groups
+        module.groups = len(module.weight) // each
+    count_channels_(module)
 
 
 def _weight_tags(mixing: Mixing, inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

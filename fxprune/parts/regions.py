@@ -32,13 +32,12 @@ _WITHOUT_GRADIENTS = (
 
 
 # What lists tensors of a module, or goes through such lists; and which.
-_BOTH = {"state_dict"}
 _LISTS: dict[str, set[str]] = {
     "parameters": {
-        *("parameters", "named_parameters", *_BOTH),
+        *("parameters", "named_parameters", "state_dict"),
         *("update_parameters", "parameters_to_vector", "vector_to_parameters"),
     },
-    "buffers": {"buffers", "named_buffers", *_BOTH},
+    "buffers": {"buffers", "named_buffers", "state_dict"},
 }
 
 

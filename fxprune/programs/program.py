@@ -41,6 +41,7 @@ from fxprune.user_models.keeping import count_on_
 from fxprune.user_models.modules import (
     check_parameters,
     copy_model,
+    count_channels_,
     device_of,
     evaluating,
     run_alike,
@@ -176,16 +177,8 @@ def _count_channels(program: Program) -> None:
         if node.op != "call_module":
             continue
         layer: Any = submodule(program.module, str(node.target))
-        weight = layer._parameters.get("weight") if type(layer) in LAYERS else None
-        if weight is None:
-            continue
-        first, second = weight.shape[:2]
-        if isinstance(layer, nn.Linear):
-            layer.out_features, layer.in_features = first, second
-        elif layer.transposed:
-            layer.in_channels, layer.out_channels = first, second * layer.groups
-        else:
-            layer.out_channels, layer.in_channels = first, second * layer.groups
+        if type(layer) in LAYERS and layer._parameters.get("weight") is not None:
+            count_channels_(layer)
 
 
 def _forget_unfaithful_notes(root: nn.Module, program: Program) -> None:

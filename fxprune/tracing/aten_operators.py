@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
-from fxprune.tracing.stand_ins import standing_in
+from fxprune.tracing.stand_ins import is_given_traced, standing_in
 
 _OF_TORCH = (
     "abs add addcdiv addcmul addmm amax amin arange argmax argmin argsort atan baddbmm "
@@ -58,7 +56,7 @@ def called_in_python(tracer: Any) -> Generator[None]:
     call: Any = OpOverload.__call__
 
     def spoken(operator: OpOverload, /, *args: Any, **kwargs: Any) -> Any:
-        if not tracer.answering and any(map(_is_traced, pytree.tree_leaves((args, kwargs)))):
+        if not tracer.answering and is_given_traced(args, kwargs):
             made = _in_python(tracer, operator, args, kwargs)
             if made is not NotImplemented:
                 return made
@@ -66,10 +64,6 @@ def called_in_python(tracer: Any) -> Generator[None]:
 
     with standing_in((OpOverload, "__call__", spoken)):
         yield
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, fx.Proxy)
 
 
 def _in_python(

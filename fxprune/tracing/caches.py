@@ -12,9 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import fx
-from torch.utils import _pytree as pytree
-
+from fxprune.tracing.stand_ins import is_given_traced
 from fxprune.user_models.beside import Beside
 
 
@@ -29,8 +27,7 @@ def uncached(beside: Beside, tracer: Any) -> Generator[None]:
     def forgetting(remembering: Any) -> Any:
         @functools.wraps(remembering)
         def call(*args: Any, **kwargs: Any) -> Any:
-            traced = any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
-            anew = traced and not tracer.answering
+            anew = is_given_traced(args, kwargs) and not tracer.answering
             return (remembering.__wrapped__ if anew else remembering)(*args, **kwargs)
 
         said: Any = call

@@ -8,10 +8,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import fx
+
 # torch.fx's own, which has to go first and come back last.
 from torch.fx._symbolic_trace import (
     _maybe_revert_all_patches,  # pyright: ignore[reportPrivateUsage]
 )
+from torch.utils import _pytree as pytree
 
 _NOTHING: Any = object()
 # Whose name, which, and what it was before.
@@ -53,6 +56,11 @@ def _set(owner: Any, name: str, value: Any) -> None:
         setattr(owner, name, value)
     elif name in vars(owner):  # or a class above has it, or Python itself
         delattr(owner, name)
+
+
+def is_given_traced(args: Any, kwargs: Any) -> bool:
+    """Tell whether a call, of what stands in perhaps, is given traced values."""
+    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
 
 
 class StandIn(type):

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxprune.tracing.stand_ins import standing_in
+from fxprune.tracing.stand_ins import is_given_traced, standing_in
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def _spreading(name: str, tracer: Any) -> Any:
     inherited: Any = getattr(Tensor, name)
 
     def spread(self: Tensor, *sizes: Any, **named: Any) -> Any:
-        if tracer.answering or not _is_traced((*sizes, *named.values())):
+        if tracer.answering or not is_given_traced(sizes, named):
             return inherited(self, *sizes, **named)
         return tracer.create_proxy("call_method", name, (self, *sizes), named)
 

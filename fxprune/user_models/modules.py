@@ -144,6 +144,17 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def count_channels_(layer: Any) -> None:
+    """Let a linear layer or convolution say how many channels its weight has."""
+    first, second = layer.weight.shape[:2]
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = first, second
+    elif layer.transposed:
+        layer.in_channels, layer.out_channels = first, second * layer.groups
+    else:
+        layer.out_channels, layer.in_channels = first, second * layer.groups
+
+
 def free_name(module: nn.Module, name: str) -> str:
     """Return a name that a module does not use, `name` if it can be."""
     while hasattr(module, name):

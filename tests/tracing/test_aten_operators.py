@@ -15,11 +15,10 @@ from fxprune.tracing.both_modes import trace
 from tests.conftest import randomise
 
 A: Any = torch.ops.aten
-X, Y, FLAT = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6), torch.randn(2, 6)
+X, Y = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
 W, B, MAT = torch.randn(8, 4, 3, 3), torch.randn(8), torch.randn(5, 6)
 V, M, S = torch.randn(4), torch.randn(4), torch.rand(4) + 0.5
 LAST = 9223372036854775807
-ONES = (1, 1)
 
 # What is called on X, with the arguments behind it.
 ON_MAPS: dict[str, tuple[OpOverload, tuple[Any, ...], dict[str, Any]]] = {
