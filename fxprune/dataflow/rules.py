@@ -11,7 +11,7 @@ and outputs stay.
 from collections.abc import Callable, Generator, Hashable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -248,11 +248,20 @@ def rule_for(node: fx.Node, module: nn.Module | None) -> OpRule:
     if module is not None and computes_weights(module):
         raise Barrier("its weights are computed by a norm, a parametrization or a mask")
     if rule is None:
-        because = node.meta.get("leaf_because")
-        raise Barrier("it could not be traced into: " + because if because else "unknown operator")
+        raise Barrier(_unknown(node))
     if module is not None and is_hooked(module):
         raise Barrier("the module has forward hooks")
     return rule
+
+
+def _unknown(node: fx.Node) -> str:
+    """Return why nothing is known of an operator."""
+    because = node.meta.get("leaf_because")
+    if because:
+        return f"it could not be traced into: {because}"
+    target: Any = node.target
+    is_structure = isinstance(target, type) and (issubclass(target, dict) or is_dataclass(target))
+    return f"it is handed over in a {target.__name__}" if is_structure else "unknown operator"
 
 
 def flow_of(call: Call) -> Flow:

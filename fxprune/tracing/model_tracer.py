@@ -11,7 +11,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import TraceError
 from fxprune.runtime.randomness import Generators
 from fxprune.tracing.asked_tracer import PLAIN
+from fxprune.tracing.mappings import arguments_of
 from fxprune.tracing.notes import OWNER, leave_note
 from fxprune.tracing.signatures import flat_arguments, in_order, may_be_none, optional_inputs
 from fxprune.tracing.source_lines import first_line, first_line_of, user_line
@@ -130,7 +130,7 @@ class ModelTracer(UnrecordedTracer):
         return pytree.tree_unflatten(parts, spec)
 
     def create_arg(self, a: Any) -> Any:
-        """Lower an argument; a dict that is a dataclass too (a ModelOutput) stays what it is."""
+        """Lower an argument; a dict of a class of its own (a ModelOutput) is made by that."""
         if isinstance(a, np.generic):
             return a.item()  # a graph's code would name numpy
         if isinstance(a, Tensor) and self.own is not None:
@@ -140,12 +140,11 @@ class ModelTracer(UnrecordedTracer):
                     f"it reads {name!r} under a second name (.data, a list), as no graph does: use "
                     f"self.{name}"
                 )
-        if not isinstance(a, dict) or not is_dataclass(a):
+        arguments = arguments_of(a) if isinstance(a, dict) else None
+        if arguments is None:
             return self._lowered(a)
-        entries = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
-        if not entries.keys() >= a.keys():
-            raise TraceError(f"a {type(a).__name__} has entries besides its fields")
-        return self.create_node("call_function", type(a), (), entries)
+        args, kwargs = (self._lowered(part) for part in arguments)
+        return self.create_node("call_function", type(a), args, kwargs)
 
     def _lowered(self, a: Any) -> Any:
         try:

@@ -60,12 +60,15 @@ def tensors_of(values: Any) -> list[Tensor]:
 def opened(structure: Any) -> Any:
     """Return a nested structure with dicts in the place of what pytree cannot name the parts of.
 
-    Those are dataclasses, which it sees whole, and classes that were made known to it without keys.
+    Those are dataclasses and mappings that it sees whole, and classes that were made known to it
+    without keys.
     """
 
     def entries(leaf: Any) -> Any:
         if _is_registered_without_keys(leaf):
             return opened(_parts(leaf))
+        if isinstance(leaf, Mapping):
+            return opened(_entries(leaf))
         if not is_dataclass(leaf) or isinstance(leaf, type):
             return leaf
         return opened({field.name: getattr(leaf, field.name) for field in fields(leaf)})
@@ -94,11 +97,14 @@ def _is_registered_without_keys(value: Any) -> bool:
     return known is not None and known.flatten_with_keys_fn is None
 
 
+def _entries(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
+    return dict(mapping)
+
+
 def _parts(value: Any) -> dict[Any, Any]:
     """Return the parts of what is registered without keys: by its own, if it is a dict, too."""
     if isinstance(value, Mapping):
-        mapping: Mapping[Any, Any] = value
-        return dict(mapping)
+        return _entries(value)
     return dict(enumerate(pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)[0]))
 
 
@@ -128,14 +134,15 @@ def same(left: Any, right: Any, *, nan: bool = False) -> bool:
     """
     flat_left, flat_right = _leaves(left), _leaves(right)
     return (
-        _dataclasses(left) == _dataclasses(right)
+        _classes(left) == _classes(right)
         and flat_left.keys() == flat_right.keys()
         and all(_same_leaf(leaf, flat_right[path], nan) for path, leaf in flat_left.items())
     )
 
 
-def _dataclasses(structure: Any) -> list[type]:
-    return [type(leaf) for leaf in pytree.tree_leaves(structure) if is_dataclass(leaf)]
+def _classes(structure: Any) -> list[type]:
+    leaves = pytree.tree_leaves(structure)
+    return [type(leaf) for leaf in leaves if is_dataclass(leaf) or isinstance(leaf, Mapping)]
 
 
 def _leaves(structure: Any) -> dict[str, Any]:
