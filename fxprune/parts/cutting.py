@@ -23,6 +23,7 @@ from fxprune.tracing.retracing import keep_buffers_, keep_questions_
 from fxprune.tracing.two_modes import has_both_modes
 from fxprune.user_models.graph_modules import own_
 from fxprune.user_models.inputs import Inputs
+from fxprune.user_models.modules import copy_model
 
 
 def cut_(
@@ -74,8 +75,9 @@ def _prove(
     The rewrite itself is proved in float64, on a model that the same passes made from the same
     weights in float64: rounding the merged weights to their dtype would hide what it does. Where
     Python made constants (`torch.linspace(0, 1, 7)`) a trace holds them as they were rounded, and
-    is the reference there.
+    is the reference there: as it came, before the passes write constants of their own into it.
     """
+    traced = copy_model(source.module) if _holds_constants(source, reference) else None
     exact = widened(source)
     if exact is not None:
         casts = _casts_to_float32(exact)
@@ -89,7 +91,7 @@ def _prove(
         program.module,
         (source.args, source.kwargs),
         exact=None if exact is None else exact.module,
-        traced=source.module if _holds_constants(source, reference) else None,
+        traced=traced,
         extra_inputs=extra_inputs,
     )
 

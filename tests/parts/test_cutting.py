@@ -1,0 +1,40 @@
+"""The proof of a result is of the result, not of a model that the passes have already been over."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import compiler
+from fxprune.errors import VerificationError
+from fxprune.programs.pipeline import Change
+from fxprune.programs.program import Program
+
+
+class ConstantBranch(nn.Module):
+    """Adds what a branch without weights computes: a constant, which a pass writes down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        nn.init.zeros_(self.branch.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.tanh() + self.branch(x).relu())
+
+
+def spoil(program: Program) -> list[Change]:
+    """Change the weights by what float32 could not tell from rounding."""
+    program.module.get_parameter("head.weight").data.mul_(1 + 1e-6)
+    return [Change("head", "spoilt")]
+
+
+def test_constants_that_passes_write_leave_the_proof_its_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = ConstantBranch(), torch.randn(2, 4)
+    small = fxprune.finalize(model, x, fold=False)
+    assert any("is constant" in str(one) for one in small.report.passes["remove_dead_units"])
+    monkeypatch.setattr(compiler, "CUT_TO_BE_TRAINED", (*compiler.CUT_TO_BE_TRAINED, spoil))
+    with pytest.raises(VerificationError, match="float64"):
+        fxprune.finalize(model, x, fold=False)
