@@ -65,6 +65,11 @@ class Value:
         return Beside(lead, align(self.constants, lead), [(self.tags, lead)] if inside else [])
 
 
+def axes_of(dims: Iterable[int], rank: int) -> set[int]:
+    """Return axes counted from the front; a number has none, though torch takes 0 and -1 for it."""
+    return {dim % rank for dim in dims} if rank else set()
+
+
 @dataclass(frozen=True)
 class Beside:
     """A value's channels beside some axes: tags and constants of size 1 there, and ties."""

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fxprune.dataflow.cuts import Arguments, Cut
 from fxprune.dataflow.rules import Call, Flow, OpRule, Read, register
 from fxprune.dataflow.tags import FIXED, varying_axes
-from fxprune.dataflow.values import Barrier, Value, flatten, unknown, zeros_of
+from fxprune.dataflow.values import Barrier, Value, axes_of, flatten, unknown, zeros_of
 from fxprune.ops.elementwise import elementwise_flow
 from fxprune.programs.observation import TensorSpec
 
@@ -114,7 +114,7 @@ def normalize_flow(call: Call) -> Flow:
     dim = call.argument(2, "dim", 1)
     if not isinstance(dim, int):
         raise Barrier("it normalises over several axes")
-    axes = {dim % len(value.shape)}
+    axes = axes_of((dim,), len(value.shape))
     output = call.output(value.tags, zeros_of(value.constants))
     if not _is_over(value, axes):
         return Flow(output, ties=value.beside(axes, _OVER).ties)
@@ -164,7 +164,7 @@ def _axes(call: Call, value: Value, place: int) -> set[int]:
     dims: Any = given if isinstance(given, (tuple, list)) else (given,)
     if not all(isinstance(dim, int) for dim in dims):
         raise Barrier("the axes it reduces over are computed")
-    return {dim % rank for dim in dims} or set(range(rank))
+    return axes_of(dims, rank) or set(range(rank))
 
 
 def _register(name: str, reduction: Reduction, *targets: Any) -> None:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.dataflow.rules import Call, Flow, OpRule, register
 from fxprune.dataflow.tags import varying_axes
-from fxprune.dataflow.values import Barrier, State, Value, flatten, unknown, zeros_of
+from fxprune.dataflow.values import Barrier, State, Value, axes_of, flatten, unknown, zeros_of
 from fxprune.programs.observation import TensorSpec
 
 _NORMALISES = "it normalises over channels, where a removed one would still count"
@@ -80,7 +80,7 @@ def _beside(
     value = call.value()
     if not all(isinstance(dim, int) for dim in dims):
         raise Barrier("it does not say along which axis it works")
-    beside = value.beside({dim % len(value.shape) for dim in dims}, reason)
+    beside = value.beside(axes_of(dims, len(value.shape)), reason)
     for state in _states(call):
         state.freeze()
     others = [v for v in flatten((call.args, call.kwargs)) if isinstance(v, Value)]
