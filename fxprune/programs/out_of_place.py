@@ -32,6 +32,13 @@ def make_out_of_place(node: fx.Node, module: fx.GraphModule) -> bool:
     return before != (node.target, node.kwargs, overwrites(node, module))
 
 
+def ordinary_call(node: fx.Node) -> Any:
+    """Return what to call in the place of an in-place function or method; None if nothing is."""
+    if node.op == "call_method" and (twin := _method_out_of_place(str(node.target))):
+        return getattr(Tensor, twin)
+    return _out_of_place(node.target) if node.op == "call_function" else None
+
+
 def give_own_module(node: fx.Node, module: fx.GraphModule) -> None:
     """Let a node that calls a module as others do call a copy of it instead."""
     path, _, name = str(node.target).rpartition(".")

@@ -54,6 +54,29 @@ def test_memory_read_again_keeps_its_form() -> None:
     assert error(expected, before.run()) == 0
 
 
+class OfAnotherType(nn.Module):
+    """Overwrites numbers with truth values, and with sums of more bits: both stay numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.positions: Tensor
+        self.register_buffer("positions", torch.linspace(0, 1, 6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.relu(self.first(x))
+        z = (y * 2).add_(self.positions)
+        return self.second(z.relu()), (y * 1).gt_(0.5)
+
+
+def test_what_would_be_of_another_type_keeps_its_form() -> None:
+    model = OfAnotherType().eval()
+    x = torch.randn(3, 4)
+    found = fxprune.finalize(model, x)(x)
+    assert [one.dtype for one in found] == [torch.float32, torch.float32]
+    assert error(model(x), found) < 1e-6
+
+
 class AskedAgain(nn.Module):
     """Asks for the rank of what was overwritten, as a norm with an activation does."""
 
