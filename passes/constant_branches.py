@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from fxprune.dataflow.channels import Channels, analyse
+from fxprune.dataflow.fixed_sizes import is_fixed
 from fxprune.dataflow.rules import Call, rule_for
 from fxprune.dataflow.tags import compress, varying_axes
 from fxprune.dataflow.values import Value
@@ -46,6 +47,7 @@ def remove_constant_branches(
     seen = observe(program)
     learnt = _computed_from_parameters(program, seen) if trained else set[fx.Node]()
     channels = known or analyse(program, observation=seen)
+    moved = _computed_from_inputs(program)
     changes: list[Change] = []
     for node, call in channels.calls.items():
         if (
@@ -58,7 +60,9 @@ def remove_constant_branches(
             continue
         for operand in dict.fromkeys(node.all_input_nodes):
             constant = None if operand in learnt else _constant(channels, operand)
-            if constant is not None and _broadcasts(call, seen, operand, constant):
+            if constant is None or not _broadcasts(call, seen, operand, constant):
+                continue
+            if not _grows_alone(program, call, seen, operand, moved):
                 learning = trained and _has_learnt(program, operand)
                 changes.append(_replace(program, seen, node, operand, constant, learning=learning))
     if changes:
@@ -83,6 +87,15 @@ def _computed_from_parameters(program: Program, seen: Observation) -> set[fx.Nod
             if all(source in moved for source in sources):
                 moved[node] = any(moved[source] for source in sources) or _learns(program, node)
     return {node for node, is_moved in moved.items() if is_moved}
+
+
+def _computed_from_inputs(program: Program) -> set[fx.Node]:
+    """Return the nodes whose sizes an input may change."""
+    moved: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or not moved.isdisjoint(node.all_input_nodes):
+            moved.add(node)
+    return moved
 
 
 def _numbers_read(node: fx.Node, seen: Observation) -> list[fx.Node]:
@@ -142,6 +155,28 @@ def _broadcasts(call: Call, seen: Observation, operand: fx.Node, constant: Tenso
     specs = [seen.values.get(node) for node in others]  # but constants put here before: small too
     shapes = [spec.shape for spec in specs if isinstance(spec, TensorSpec)]
     return torch.broadcast_shapes(constant.shape, *shapes) == call.tensor_spec().shape
+
+
+def _grows_alone(
+    program: Program, call: Call, seen: Observation, operand: fx.Node, moved: set[fx.Node]
+) -> bool:
+    """Tell whether other inputs may make an operand longer than all that it meets.
+
+    Of one sample, a learnt position is as large as what is added to it; of two it is not.
+    """
+    shape = call.tensor_spec().shape
+    others = [node for node in call.node.all_input_nodes if node is not operand]
+
+    def may_grow(node: fx.Node, axis: int) -> bool:
+        spec = seen.values.get(node)
+        own = axis - len(shape) + len(spec.shape) if isinstance(spec, TensorSpec) else -1
+        return own >= 0 and node in moved and not is_fixed(program.module, node, own, seen)
+
+    single = [axis for axis, size in enumerate(shape) if size == 1]
+    return any(
+        may_grow(operand, axis) and not any(may_grow(other, axis) for other in others)
+        for axis in single
+    )
 
 
 def _replace(

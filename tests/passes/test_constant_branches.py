@@ -166,6 +166,47 @@ def test_a_constant_that_varies_over_a_map_does_not_freeze_its_size() -> None:
     assert error(model(larger), small(larger)) < 1e-12
 
 
+class Placed(nn.Module):
+    """Adds what it computes of a sample to learnt positions, the same for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.outer, self.head = nn.Linear(3, 6), nn.Linear(6, 4), nn.Linear(4, 2)
+        self.positions = nn.Parameter(torch.randn(1, 5, 4))
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.positions + self.outer(self.hidden(x).relu())).tanh())
+
+
+def test_what_grows_with_the_batch_is_not_left_out_for_an_example_of_one_sample() -> None:
+    model = Placed().double().eval()
+    final = fxprune.finalize(model, torch.randn(1, 5, 3, dtype=torch.float64))
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    assert error(model(x), final(x)) < 1e-12
+
+
+class Weighed(nn.Module):
+    """Weighs a map by what its mean says, which is one place whatever the size of the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = (nn.Conv2d(n, 4, 1) for n in (3, 4, 4))
+        self.mean = nn.AdaptiveAvgPool2d(1)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.outer(self.inner(x).relu()) * self.mean(x)
+
+
+def test_what_grows_with_the_map_is_not_left_out_for_an_example_of_one_pixel() -> None:
+    model = Weighed().double().eval()
+    final = fxprune.finalize(model, torch.randn(2, 3, 1, 1, dtype=torch.float64))
+    x = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    assert error(model(x), final(x)) < 1e-12
+
+
 def test_a_factor_of_a_matrix_product_is_not_broadcast() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
