@@ -164,3 +164,24 @@ def test_a_parameter_that_is_an_output_is_compared_once_its_model_is_let_go() ->
     found = verify(model, other, torch.randn(2, 3))
     assert found.verdict == "different"
     assert {check.output for check in found.checks if check.verdict == "different"} == {"output[1]"}
+
+
+class InsistsOnFloat64(nn.Module):
+    """Adds numbers of its own in float64, which its layers take from a model in float64 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu() + torch.linspace(0, 1, 6, dtype=torch.float64))
+
+
+def test_a_model_that_takes_no_float32_is_compared_as_it_is() -> None:
+    model, x = InsistsOnFloat64(), torch.randn(2, 4, dtype=torch.float64)
+    found = verify(model, copy.deepcopy(model), x)
+    assert found.verdict == "equal"
+    assert check_of(found, "example", "float32").inputs == "(float64[2, 4])"
+    other = copy.deepcopy(model)
+    other.second.weight.data *= 1.01
+    assert verify(model, other, x).verdict == "different"
