@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 from torch.fx.proxy import TraceError as FxTraceError
@@ -35,7 +34,6 @@ _ARITHMETIC: dict[Any, Callable[..., Any]] = {
 _OF_NUMBERS: dict[Any, Callable[..., Any]] = {np.sqrt: math.sqrt}
 # These give whole numbers in Python, floats in numpy.
 _ROUNDED: dict[Any, Callable[..., Any]] = {np.ceil: math.ceil, np.floor: math.floor}
-is_tensor = torch.is_tensor  # while a model is traced it has another
 OF_GRADIENTS = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "retains_grad"})
 _WRITABLE = frozenset({"data", "grad", "requires_grad"})
 _OF_ARRAYS = frozenset({"__array_struct__", "__array_interface__"})  # numpy asks for them first

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import TraceError as FxTraceError
 
 from fxprune.runtime.storages import share_memory
-from fxprune.tracing.askable import OF_GRADIENTS, Askable, AskableNumber, is_tensor
+from fxprune.tracing.askable import OF_GRADIENTS, Askable, AskableNumber
 from fxprune.tracing.assignments import CannotAssign
 from fxprune.tracing.assumptions import refusal
 from fxprune.tracing.example_values import ExampleValues, UnknownValueError
@@ -215,7 +215,8 @@ class AskedTracer(fx.Tracer):
 
     def assume_tensor(self, obj: fx.Proxy) -> None:
         """Note that something of which nothing is known is a tensor."""
-        self._assume(self._call(is_tensor, obj))
+        # `torch.is_tensor` would be answered, of a proxy, where the graph's own code is traced.
+        self._assume(self._call(hasattr, obj, "__torch_dispatch__"))
 
     def assume_structure(self, obj: fx.Proxy, value: Any) -> None:
         """Note that an input has the entries that the example has."""

@@ -49,6 +49,14 @@ def listed(x: Any) -> Any:
     return made[1]
 
 
+def times_being_a_tensor(x: Any) -> Any:
+    """Multiply by the answer to a question that a trace sees being asked."""
+    if not isinstance(x, fx.Proxy):
+        return x * hasattr(x, "__torch_dispatch__")
+    asked: Any = x.tracer.create_proxy("call_function", hasattr, (x, "__torch_dispatch__"), {})
+    return asked * x
+
+
 def is_positive(x: Tensor) -> Tensor:
     return x > 0
 
@@ -667,7 +675,7 @@ EXPRESSIONS: dict[str, tuple[nn.Module, Sample]] = {
     "len": (Expression(lambda x: x * len(x.shape)), Sample()),
     "list": (Expression(listed), Sample()),
     "is_floating_point": (Expression(lambda x: x * x.is_floating_point()), Sample()),
-    "is_tensor": (Expression(lambda x: x * torch.is_tensor(x)), Sample()),
+    "hasattr": (Expression(times_being_a_tensor), Sample()),
 }
 
 

@@ -188,6 +188,28 @@ def test_a_loaded_model_knows_why_modules_are_whole() -> None:
     assert any("symbolically traced" in str(change) for change in again.report.refused)
 
 
+class Experts(nn.Module):
+    """Loops over what the data says, so that nothing is known of what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for row in (x.sum(1) > 0).nonzero():
+            y.index_add_(0, row, x[row])
+        return y
+
+
+def test_a_loaded_model_still_asks_whether_something_is_a_tensor() -> None:
+    def ask(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = model.get_submodule("experts")(x)
+        return y if isinstance(y, Tensor) else y[0]
+
+    model, x = Model(ask), torch.randn(3, 8)
+    model.add_module("experts", Experts())
+    for one in _pair(model, x):
+        assert torch.equal(reloaded(one)(x), one(x))
+        assert "this model assumes hasattr(experts," in reloaded(one).code
+
+
 class Positions(nn.Module):
     """Adds to tokens what a buffer says of their places, by number."""
 
