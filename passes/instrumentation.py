@@ -51,7 +51,8 @@ def insert_gates(
     sites = {node: site.index for node, site in depth.items()}
     changes = refused + plan.refused + _refusals(plan) + undecided
     if not width and not depth:
-        reasons = "; ".join(map(str, changes)) or "it has no nonlinearity with f(0) = 0"
+        found = changes or _untraced(program.graph)
+        reasons = "; ".join(map(str, found)) or "it has no nonlinearity with f(0) = 0"
         raise NothingToDoError(f"no gate could be inserted: {reasons}")
     program.module.gates = Gates(
         width,
@@ -66,6 +67,17 @@ def insert_gates(
     changes += [Change(s.name, f"width gate over {len(s.units)} channels") for s in width]
     changes += [Change(s.name, "linearity gate") for s in depth.values()]
     return changes
+
+
+def _untraced(graph: fx.Graph) -> list[Change]:
+    """Return the submodules that are kept whole, whose nonlinearities nobody sees, and why."""
+    calls = graph.find_nodes(op="call_module")
+    reasons = {str(call.target): call.meta.get("leaf_because") for call in calls}
+    return [
+        Change(path, f"it could not be traced into: {because}")
+        for path, because in reasons.items()
+        if because
+    ]
 
 
 def _width_sites(plan: Plan) -> tuple[list[WidthSite], dict[int, int]]:

@@ -382,6 +382,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         fxprune.NothingToDoError,
         "no gate could be inserted",
     ),
+    "nothing to gate but in what cannot be traced": (
+        lambda: fxprune.instrument(nn.Sequential(nn.Linear(4, 4), Untraceable()), torch.ones(2, 4)),
+        fxprune.NothingToDoError,
+        "1: it could not be traced into: .*gt is a tensor",
+    ),
     "instrumented twice": (
         lambda: fxprune.instrument(fxprune.instrument(LeNet(), IMAGE), IMAGE),
         fxprune.GateError,

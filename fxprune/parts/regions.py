@@ -40,6 +40,9 @@ _LISTS: dict[str, set[str]] = {
     "buffers": {"buffers", "named_buffers", "state_dict"},
 }
 
+# How many of a module's methods a reason names; models of some libraries have a hundred.
+_SHOWN = 5
+
 
 @dataclass(frozen=True)
 class Region:
@@ -266,7 +269,8 @@ def _visible_outside(module: nn.Module) -> str:
         for name, value in vars(kind).items()
         if not name.startswith("_") and name != "forward" and not _is_plain(value)
     )
-    return f"others may call its {', '.join(methods)}" if methods else ""
+    shown = [*methods[:_SHOWN], *(["…"] if len(methods) > _SHOWN else [])]
+    return f"others may call its {', '.join(shown)}" if methods else ""
 
 
 def _own_classes(module: nn.Module) -> list[type]:

@@ -200,6 +200,21 @@ def test_where_no_region_is_found_the_error_says_what_was_tried() -> None:
         fxprune.instrument(Hopeless(), torch.ones(2, 4))
 
 
+class ManySided(nn.Sequential):
+    """A module with more methods than a reason should name."""
+
+
+for letter in "abcdefgh":
+    setattr(ManySided, letter, lambda self: self[0])
+
+
+def test_a_reason_names_a_few_methods_only() -> None:
+    model: Any = Hopeless()
+    model.layer = ManySided(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(fxprune.TraceError, match="others may call its a, b, c, d, e, …;"):
+        fxprune.instrument(model, torch.ones(2, 4))
+
+
 class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
