@@ -41,6 +41,7 @@ from fxprune.tracing.assumptions import assumptions
 from fxprune.tracing.notes import begin_notes_, noted
 from fxprune.tracing.retracing import marks_in
 from fxprune.user_models.frozen_attributes import freeze_
+from fxprune.user_models.hooks import drop_later_hooks_, hooks_of
 from fxprune.user_models.inputs import Inputs, model_inputs, to_device
 from fxprune.user_models.keeping import put_back_plain
 from fxprune.user_models.modules import copy_model, device_of, evaluating, require_no_gradient_hooks
@@ -227,7 +228,7 @@ def _restore_state(model: nn.Module, gated: nn.Module) -> None:
     """Let what a model keeps from call to call be what it was before it was run here.
 
     That is what it counts in buffers, and what its own parts, which are kept whole, put into
-    attributes and parameters at their first call.
+    attributes and parameters, and the hooks they register, at their first call.
     """
     renamed, buffers = renamed_in(gated), dict(gated.named_buffers())
     for name, buffer in model.named_buffers():
@@ -238,7 +239,10 @@ def _restore_state(model: nn.Module, gated: nn.Module) -> None:
         twin = parts.get(renamed_path(path, renamed))
         # Torch's own keep what they keep in buffers.
         is_torchs = type(part).__module__.startswith(("torch.nn.", "torch.jit."))
-        if twin is None or type(twin) is not type(part) or is_torchs:
+        if twin is None or type(twin) is not type(part):
+            continue
+        drop_later_hooks_(twin, hooks_of(part))
+        if is_torchs:
             continue
         pairs.append((part, twin))
         for name, parameter in part.named_parameters(recurse=False):

@@ -26,8 +26,9 @@ MAP = (
     ),
     (
         "user_models",
-        "containers frozen_attributes inputs keeping cases deeds modules beside computed_layers "
-        "replaced_methods custom_functions graph_modules naming size_memos plain_weights",
+        "containers frozen_attributes hooks inputs keeping cases deeds modules beside "
+        "computed_layers replaced_methods custom_functions graph_modules naming size_memos "
+        "plain_weights",
     ),
     (
         "gating",

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.runtime.kinds import MADE_BY_TRACING, overwritten
 from fxprune.user_models.containers import has_proxies
+from fxprune.user_models.hooks import drop_later_hooks_, hooks_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype)
 _TORCHS = frozenset(vars(nn.Module()))
@@ -103,6 +104,7 @@ class Parts:
         # A script makes attributes of its own as they are asked for.
         parts = [one for one in root.modules() if not isinstance(one, torch.jit.ScriptModule)]
         self.root, self.held = root, {part: dict(vars(part)) for part in parts}
+        self.hooks = {part: hooks_of(part) for part in parts}
         self.registered: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             (path, held, dict(held))
             for path, part in root.named_modules()
@@ -150,12 +152,13 @@ class Parts:
         )
 
     def put_back(self) -> None:
-        """Give all modules the attributes, parameters and buffers they had."""
+        """Give all modules the attributes, parameters, buffers and hooks they had."""
         for _, held, before in self.registered:
             made = {n: t for n, t in held.items() if n.startswith(MADE_BY_TRACING)}
             held.clear()
             held.update(before | made)
         for part, before in self.held.items():
+            drop_later_hooks_(part, self.hooks[part])
             now = vars(part)
             for name in _changed(before, now):
                 if name in before:

@@ -547,6 +547,43 @@ def test_nothing_is_kept_of_the_runs_that_instrument_makes(ran: bool) -> None:
     assert gated.report and fxprune.finalize(gated).report
 
 
+COLLECTED: list[Tensor] = []
+
+
+def collect(module: nn.Module, args: Any, output: Tensor) -> None:
+    """Keep what a layer returned, for the forward that is running."""
+    COLLECTED.append(output)
+
+
+class Collecting(nn.Module):
+    """Returns what its block did too, by a hook that its first call registers."""
+
+    is_watched = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if not self.is_watched:
+            self.block.register_forward_hook(collect)
+            self.is_watched = True
+        COLLECTED.clear()
+        return [self.block(x + 1 if x.sum() > 1e9 else x), *COLLECTED]
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_hooks_that_a_first_call_registers_are_registered_once(ran: bool) -> None:
+    model, x = Collecting().eval(), torch.randn(3, 4)
+    if ran:
+        model(x)
+    gated: Any = fxprune.instrument(model, x)
+    assert set(gates_by_name(gated)) == {"block.0"}
+    assert len(gated.block._forward_hooks) == ran
+    for one in (gated, fxprune.finalize(gated)):
+        assert len(one(x)) == len(model(x)) == 2
+
+
 class Nesting(nn.Module):
     """Gives a nested tensor of sequences that came one behind the other."""
 
