@@ -39,9 +39,9 @@ MAP = (
         "tracing",
         "assignments einops_backend example_values expressions literals lookups source_lines "
         "notes stale_names stand_ins aten_operators two_modes assumptions askable asked_tracer "
-        "caches call_state classes dtype_limits faithful_notes imports modes scripts tables "
-        "watching whole_numbers retracing unrecorded signatures mappings model_tracer one_mode "
-        "both_modes",
+        "caches call_state checkpoints classes dtype_limits faithful_notes imports modes scripts "
+        "tables watching whole_numbers retracing unrecorded signatures mappings model_tracer "
+        "one_mode both_modes",
     ),
     (
         "programs",

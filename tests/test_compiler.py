@@ -522,14 +522,25 @@ def test_constants_that_require_gradients_are_copied() -> None:
     assert small.report.verification.verdict == "equal"
 
 
-def test_another_default_device_than_the_models_is_no_matter(tmp_path: Path) -> None:
+def set_default(default: Any) -> None:
+    if isinstance(default, torch.dtype):
+        torch.set_default_dtype(default)
+    else:
+        torch.set_default_device(default)
+
+
+@pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16])
+def test_another_default_than_the_models_is_no_matter(default: Any, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 6, 6)
     randomise(model)
     try:
-        torch.set_default_device("meta")
+        set_default(default)
         gated: Any = fxprune.instrument(model, x)
+        assert all(gate.dtype == torch.float32 for gate in gated.gates.parameters())
         budget = fxprune.Budget(gated, macs=0.7, steps=4, estimator="taylor")
+        pulling: Any = fxprune.Budget(gated, macs=0.7, steps=4).state_dict()
+        assert pulling["log_strength"].dtype == torch.float32
         optimizer = torch.optim.SGD(fxprune.parameter_groups(gated, lr=0.01))
         for _ in range(4):
             optimizer.zero_grad()
@@ -543,6 +554,7 @@ def test_another_default_device_than_the_models_is_no_matter(tmp_path: Path) -> 
         cost = fxprune.count_costs(small, ((x,), {}))
     finally:
         torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
     assert small.report.after and small.report.after.macs == cost.macs <= budget.target
     assert small.report.verification and small.report.verification.verdict == "equal"
 

@@ -5,21 +5,19 @@ A gate there would be told by nothing what its units are worth: its penalty alon
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxprune.dataflow.values import flatten
 from fxprune.programs.observation import Observation, TensorSpec
+from fxprune.runtime.kinds import DETACHING
 from fxprune.tracing.asked_tracer import PLAIN
-
-_DETACHING: tuple[Any, ...] = (torch.detach, "detach", "detach_")
 
 
 def reached_by_gradients(graph: fx.Graph, seen: Observation) -> set[fx.Node]:
     """Return the nodes whose output some function of the model's outputs has a gradient by."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        is_reached = any(user in found and user.target not in _DETACHING for user in node.users)
+        is_reached = any(user in found and user.target not in DETACHING for user in node.users)
         if node.op == "output" or (is_reached and _has_fractions(seen.values[node])):
             found.add(node)
     return found

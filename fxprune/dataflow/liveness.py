@@ -128,7 +128,8 @@ def _emptied(axes: list[Tensor], classes: Tensor, live: Tensor) -> list[Tensor]:
         return []
     sizes = torch.tensor([len(tags) for tags in axes])
     owners = torch.arange(len(axes)).repeat_interleave(sizes)
-    counts = torch.zeros(len(axes)).index_add(0, owners, live[classes[torch.cat(axes)]].float())
+    is_live = live[classes[torch.cat(axes)]]
+    counts = torch.zeros(len(axes), dtype=torch.long).index_add(0, owners, is_live.long())
     return [axes[place] for place in (counts == 0).nonzero().reshape(-1).tolist()]
 
 

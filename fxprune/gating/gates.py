@@ -92,16 +92,16 @@ class Gates(Structured):
         self.depth_sites = tuple(depth_sites)
         self.costs = costs
         units = 1 + max((u for site in width_sites for u in site.units), default=-1)
-        self.width = nn.Parameter(torch.full((units,), width_init)) if units else None
+        self.width = _parameter(units, width_init)
         depth = len(self.depth_sites)
-        self.linear = nn.Parameter(torch.full((depth,), linear_init)) if depth else None
+        self.linear = _parameter(depth, linear_init)
         gather = [u if u != UNGATED else units for site in width_sites for u in site.units]
         self.hold("_gather", torch.tensor(gather, dtype=torch.long))
         index = {site.name: site.index for site in depth_sites}
         layer = [index.get(site.name, depth) for site in width_sites for _ in site.units]
         self.hold("_layer", torch.tensor(layer, dtype=torch.long))
         self.hold("dead_calls", torch.zeros(units, dtype=torch.long))
-        self.hold("importance", torch.zeros(units))
+        self.hold("importance", torch.zeros(units, dtype=torch.float32))
         self._sizes = [len(site.units) for site in width_sites]
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -212,6 +212,11 @@ class Gates(Structured):
         """Return which channels of a site are kept, bool (channels,)."""
         live = torch.cat([self.live().cpu(), torch.ones(1, dtype=torch.bool)])
         return live[torch.tensor(site.units)]
+
+
+def _parameter(count: int, start: float) -> nn.Parameter | None:
+    """Return gates, whatever dtype new tensors have: steps would be rounded away in a short one."""
+    return nn.Parameter(torch.full((count,), start, dtype=torch.float32)) if count else None
 
 
 def sound_inits(width_init: Any, linear_init: Any) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Which of torch's classes and functions are of one kind: convolutions, batch norms, sums."""
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -20,6 +21,8 @@ OVERWROTE = "overwrote"
 CALLS = ("call_module", "call_function", "call_method")
 # What augmented arithmetic on a buffer is traced as.
 IN_PLACE = ("add_", "sub_", "mul_", "div_")
+# What gives a tensor that gets no gradient by what is done with it.
+DETACHING: tuple[Any, ...] = (torch.detach, "detach", "detach_")
 # How torch.fx names the attributes it makes for tensors that a traced forward came with.
 MADE_BY_TRACING = "_tensor_constant"
 # What asks a tensor for anything but its numbers.

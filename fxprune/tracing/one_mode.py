@@ -19,6 +19,7 @@ from fxprune.runtime.randomness import Generators
 from fxprune.tracing.aten_operators import called_in_python
 from fxprune.tracing.caches import uncached
 from fxprune.tracing.call_state import CallState, answers_matter, asked_of
+from fxprune.tracing.checkpoints import computed_once
 from fxprune.tracing.classes import modules_of, of_their_classes
 from fxprune.tracing.dtype_limits import asking_for_limits
 from fxprune.tracing.einops_backend import teach_einops
@@ -138,6 +139,7 @@ def _traced(
             without_fused_layers(),
             tracer.refusing_autocast(),
             tracer.noting_functions(),
+            computed_once(tracer),
             sliced_by_name(root, tracer),
             spread_by_size(tracer),
             of_their_classes(users, tracer),

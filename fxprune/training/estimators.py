@@ -68,7 +68,7 @@ class Pull:
 
     def __init__(self, strength: float, steps: int) -> None:
         """Take the first λ; short runs have to move it faster."""
-        self.log_strength = torch.tensor(math.log(strength), device="cpu")
+        self.log_strength = torch.tensor(math.log(strength), dtype=torch.float32, device="cpu")
         self.weakest = math.log(strength / 10)  # or it would have to come a long way back
         self.limit = max(0.02, 16 / steps)
         self.gates: Sequence[Gates] = ()
