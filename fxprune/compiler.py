@@ -12,7 +12,7 @@ from fxprune.costs import Costs, count_costs
 from fxprune.dataflow.memories import memory_of_run
 from fxprune.errors import ExampleInputError, FxpruneError, GateError, VerificationError
 from fxprune.gating.gates import Gates, gate_owners, sound_inits
-from fxprune.gating.remembered import memory_of, remember_
+from fxprune.gating.remembered import memory_of, remember_, remembered_inputs
 from fxprune.gating.sharding import require_whole
 from fxprune.parts.cutting import cut_
 from fxprune.parts.gate_insertion import gate_
@@ -37,6 +37,7 @@ from fxprune.report import Report
 from fxprune.runtime.default_device import on_cpu
 from fxprune.runtime.eager import uncompiled
 from fxprune.runtime.parameter_tags import carry_tags_, renamed_path
+from fxprune.runtime.turns import in_turn
 from fxprune.tracing.assumptions import assumptions
 from fxprune.tracing.notes import begin_notes_, noted
 from fxprune.tracing.retracing import marks_in
@@ -72,6 +73,7 @@ ENDS_LEFT = 0.5
 COMPUTED = 1e-4
 
 
+@in_turn
 @uncompiled
 @on_cpu
 @shown("instrument")
@@ -138,6 +140,7 @@ def instrument(
     return cast(GatedModel, gated)
 
 
+@in_turn
 @uncompiled
 @on_cpu
 @shown("finalize")
@@ -279,9 +282,9 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
     """Return the inputs given, remembered or guessed, in this order."""
     if example_inputs is not None:
         return model_inputs(example_inputs)
-    remembered = memory_of(model)
-    if remembered:
-        return remembered["example_inputs"]
+    remembered = remembered_inputs(model)
+    if remembered is not None:
+        return remembered
     if gate_owners(model):
         raise ExampleInputError("the gated model has lost its example inputs; pass example_inputs=")
     return infer_example_inputs(model)

@@ -44,6 +44,7 @@ from fxprune.programs.program import Program
 from fxprune.progress import shown
 from fxprune.runtime.default_device import on_cpu
 from fxprune.runtime.eager import uncompiled
+from fxprune.runtime.turns import in_turn
 from fxprune.user_models.plain_weights import with_plain_weights
 
 
@@ -104,6 +105,7 @@ class Inspection:
         return stream.getvalue()
 
 
+@in_turn
 @uncompiled
 @on_cpu
 @shown("inspect")

@@ -22,7 +22,7 @@ MAP = (
     (
         "runtime",
         "default_device dispatch eager garbage kinds memory_formats parameter_tags randomness "
-        "storages structure",
+        "storages structure turns",
     ),
     (
         "user_models",

@@ -522,6 +522,40 @@ def test_constants_that_require_gradients_are_copied() -> None:
     assert small.report.verification.verdict == "equal"
 
 
+class Deciding(nn.Module):
+    """Python decides here by numbers, so that its parts are gated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = small_net(), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y) if y.sum() > -1e9 else y
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 5))
+
+
+@pytest.mark.parametrize("kind", [small_net, Deciding])
+def test_example_inputs_follow_a_model_to_another_dtype(
+    kind: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    gated: Any = fxprune.instrument(randomise(kind()), torch.randn(4, 6)).double()
+    close_half(gated)
+    if kind is small_net:
+        gated = fxprune.compact(gated)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    small = fxprune.finalize(gated)
+    assert error(gated.eval()(x), small(x)) < 1e-12
+    if kind is small_net:
+        fxprune.export_onnx(small.float(), tmp_path / "small.onnx")
+    budget = fxprune.Budget(gated, parameters=0.9, steps=1)
+    budget.finish()
+    assert budget.frozen
+
+
 def set_default(default: Any) -> None:
     if isinstance(default, torch.dtype):
         torch.set_default_dtype(default)

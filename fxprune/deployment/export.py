@@ -23,12 +23,13 @@ from fxprune.deployment.onnx_program import FIX_SIZES, write_onnx
 from fxprune.deployment.onnx_signature import Flat, Sizes
 from fxprune.deployment.open_sizes import Answers
 from fxprune.errors import ExportError, as_export_error, one_line, require_module
-from fxprune.gating.remembered import memory_of
+from fxprune.gating.remembered import remembered_inputs
 from fxprune.programs.program import quiet
 from fxprune.progress import shown, stages
 from fxprune.proof.comparison import FLIPS, Difference, differences
 from fxprune.proof.precision import full_precision
 from fxprune.runtime.default_device import on_cpu
+from fxprune.runtime.turns import in_turn
 from fxprune.tracing.assumptions import ASSUMES
 from fxprune.user_models.cases import normalised_inputs
 from fxprune.user_models.inputs import Inputs, describe, tensors_of, to_device
@@ -60,6 +61,7 @@ class OnnxCheck:
         return {**asdict(self), "errors": errors}
 
 
+@in_turn
 @on_cpu
 @shown("export")
 def export_onnx(
@@ -138,7 +140,7 @@ def onnx_session(
 
 def _example_inputs(model: nn.Module, given: Any) -> Inputs:
     if given is None:
-        given = memory_of(model).get("example_inputs")
+        given = remembered_inputs(model)
     if given is None:
         raise ExportError(
             f"{type(model).__name__} remembers no inputs to export it with; pass example_inputs="

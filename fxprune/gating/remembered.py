@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.gating.gates import Gates
+from fxprune.gating.gates import Gates, gate_owners
 from fxprune.runtime.structure import Unchanging
 from fxprune.user_models.inputs import Inputs
 
@@ -26,6 +27,23 @@ def memory_of(model: nn.Module) -> dict[str, Any]:
     return kept or {}
 
 
+def remembered_inputs(model: nn.Module) -> Inputs | None:
+    """Return the example inputs a verb left, in the dtype that the model was put in since."""
+    memory = memory_of(model)
+    before, now = memory.get("dtype"), _dtype_of(model)
+    inputs: Inputs | None = memory.get("example_inputs")
+    if inputs is None or before is None or now is None:
+        return inputs
+    return pytree.tree_map_only(Tensor, lambda t: t.to(now) if t.dtype == before else t, inputs)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of all of a model's parameters, None if they have several, or none."""
+    gates = {tensor for owner in gate_owners(model) for tensor in owner.parameters()}
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter not in gates}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
 def _held_by_gates(model: nn.Module) -> dict[str, Any]:
     held = (vars(part).get(_HELD) for part in model.children() if isinstance(part, Gates))
     return next((one.memory for one in held if one is not None), {})
@@ -37,6 +55,7 @@ def remember_(model: nn.Module, report: Any, example_inputs: Inputs, /, **memory
     Of a graph module a deep copy keeps the meta data, a pickle the attributes, and a copy of what
     was loaded neither: but its gates. What a run did is for copies only.
     """
+    memory["dtype"] = _dtype_of(model)
     memory["example_inputs"] = pytree.tree_map_only(Tensor, Tensor.cpu, example_inputs)
     vars(model)["report"] = report
     vars(model)["_fxprune"] = {key: value for key, value in memory.items() if key != "run"}

@@ -20,7 +20,7 @@ from torch import fx, nn
 from fxprune.dataflow.memories import recalled
 from fxprune.errors import ExampleInputError, NothingToDoError, TraceError, VerificationError
 from fxprune.gating.gates import gate_owners
-from fxprune.gating.remembered import memory_of
+from fxprune.gating.remembered import memory_of, remembered_inputs
 from fxprune.parts.recording import copies, record
 from fxprune.parts.regions import Region, find_regions, leaves_of, put_in_place, recorded_region
 from fxprune.planning.lowering import raise_
@@ -176,7 +176,8 @@ def _found_before(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> Par
     regions: list[Region] = []
     for path in paths:
         # A copy of what was loaded remembers nothing.
-        remembered = memory_of(model.get_submodule(path))["example_inputs"]
+        remembered = remembered_inputs(model.get_submodule(path))
+        assert remembered is not None
         remembered = to_device(remembered, device_of(root))
         regions.append(recorded_region(root, path, calls[path], remembered))
     return Parts(root, regions)

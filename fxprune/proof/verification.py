@@ -27,6 +27,7 @@ from fxprune.proof.precision import (
 from fxprune.proof.verdicts import Check, Verdict, judge_all
 from fxprune.runtime.default_device import on_cpu
 from fxprune.runtime.eager import uncompiled
+from fxprune.runtime.turns import in_turn
 from fxprune.user_models.cases import normalised_inputs, random_cases
 from fxprune.user_models.inputs import Inputs, describe
 from fxprune.user_models.modules import copy_model, empty_
@@ -121,6 +122,7 @@ class Verification:
         return "\n".join([first, *rows])
 
 
+@in_turn
 @uncompiled
 @on_cpu
 @shown("verify")

@@ -7,6 +7,7 @@ Python that asks a traced value for a size is answered by that, and the answer i
 import inspect
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -72,10 +73,15 @@ class AskedTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(IN_C))
         self._autowrap_search += [torch, F, torch.fft]
         self.examples: dict[fx.Node, Any] = {}
-        self.answering = False
+        self._answers, self._thread = False, threading.get_ident()
         self.assumptions: dict[str, fx.Node] = {}
         self.writes: list[Write] = []
         self._values: ExampleValues | None = None
+
+    @property
+    def answering(self) -> bool:
+        """Whether code runs that is not traced: for an answer, or in another thread."""
+        return self._answers or threading.get_ident() != self._thread
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node in a proxy that answers."""
@@ -273,14 +279,14 @@ class AskedTracer(fx.Tracer):
                 f"it asks for {node.args[1]}, which is one thing in training and another where "
                 "gradients are off"
             )
-        self.answering = True
+        self._answers = True
         try:
             self._values = self._values or self._example_values()
             value = self._values.of(node)
         except UnknownValueError as error:
             raise FxTraceError(f"{_REFUSAL}: {error}") from error
         finally:
-            self.answering = False
+            self._answers = False
         if isinstance(value, Tensor) and not tensors:
             raise FxTraceError(f"{_REFUSAL}: {node.name} is a tensor")
         if type(value) in _DATA_DEPENDENT and not tensors:

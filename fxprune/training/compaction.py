@@ -26,6 +26,7 @@ from fxprune.progress import shown
 from fxprune.runtime.default_device import on_cpu
 from fxprune.runtime.eager import uncompiled
 from fxprune.runtime.parameter_tags import carry_tags_
+from fxprune.runtime.turns import in_turn
 from fxprune.tracing.notes import erase_notes_, noted
 from fxprune.training.averaged_models import Cuts, averages_of, cut_
 from fxprune.training.optimizer_states import (
@@ -40,6 +41,7 @@ from fxprune.user_models.modules import copy_model, device_of, is_hooked, requir
 from fxprune.user_models.plain_weights import computes_weights
 
 
+@in_turn
 @uncompiled
 @on_cpu
 @shown("compact")
