@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxprune.dataflow.channels import Channels
 from fxprune.dataflow.cuts import Cut
-from fxprune.dataflow.rules import rule_for
+from fxprune.dataflow.rules import absorbs, rule_for
 from fxprune.dataflow.tags import FIXED
 from fxprune.dataflow.values import State, Value, flatten
 
@@ -36,6 +36,12 @@ def _settle(channels: Channels) -> Cut:
         for tags in _emptied(_axes(channels, gone), classes, live):
             if not bool(kept[classes[tags]].any()):
                 kept[classes[tags[0]]] = True
+        misread = _misread(channels, live, kept)
+        if bool(misread.any()):
+            live |= misread
+            _grow(channels, live)
+            gone = _superfluous(channels, live)
+            continue
         calls = [node for node in gone if node.op != "get_attr"]
         staying = {node for node in calls if _is_any(kept, channels, node)}
         if not staying:
@@ -63,6 +69,22 @@ def _grow(channels: Channels, live: Tensor) -> None:
             if not bool(live[new].all()):
                 live[new] = True
                 changed = True
+
+
+def _misread(channels: Channels, live: Tensor, kept: Tensor) -> Tensor:
+    """Return the classes that stay though dead, and that something live still reads.
+
+    A layer takes the constant in and stops reading; what does not needs the channel to be what it
+    was, though what that was computed from may have been folded as well.
+    """
+    dead = kept & ~live
+    found = torch.zeros_like(live)
+    for node, read in channels.reads if bool(dead.any()) else ():
+        inputs = channels.classes[read.inputs]
+        if bool(dead[inputs].any()) and not absorbs(channels.calls[node]):
+            taken = inputs[read.taken(live[channels.classes[read.outputs]])]
+            found[taken[dead[taken]]] = True
+    return found
 
 
 def _superfluous(

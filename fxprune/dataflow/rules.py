@@ -59,12 +59,15 @@ class Read:
 
     def needed(self, alive: Tensor) -> Tensor:
         """Return which inputs (I,) are read as they are, where the outputs `alive` (O,) are."""
-        if not bool(alive.any()):
-            return torch.zeros_like(self.foldable)
-        solid = ~self.foldable
+        return self.taken(alive) & ~self.foldable
+
+    def taken(self, alive: Tensor) -> Tensor:
+        """Return which inputs (I,) are read at all, where the outputs `alive` (O,) are."""
         if self.pairwise:
-            return solid & alive
-        return solid if self.pattern is None else solid & self.pattern[alive].any(0)
+            return alive
+        if self.pattern is None or not bool(alive.any()):
+            return alive.any().expand(self.foldable.shape)
+        return self.pattern[alive].any(0)
 
 
 @dataclass
@@ -177,6 +180,11 @@ class OpRule:
     absorb: Callable[[Call, Cut], None] = _nothing
     rewrite: Callable[[Call, Cut], Arguments | Literal | None] = _nothing
     resize: Callable[[Call], None] = _unchanged
+
+
+def absorbs(call: Call) -> bool:
+    """Tell whether an operator takes constants in, and stops reading what is one."""
+    return call.module is not None and rule_for(call.node, call.module).absorb is not _nothing
 
 
 RULES: dict[Hashable, OpRule] = {}
