@@ -25,6 +25,7 @@ from fxprune.parts.piecewise import (
 )
 from fxprune.parts.recording import copies
 from fxprune.parts.regions import Region
+from fxprune.parts.remarks import unread
 from fxprune.passes.instrumentation import insert_gates
 from fxprune.passes.padding_hoisting import hoist_padding as hoist
 from fxprune.pipelines import CUT, CUT_TO_BE_TRAINED, folding
@@ -135,6 +136,7 @@ def instrument(
     gated = _assembled("instrument", name, inputs, parts, reports)
     for region in parts.regions:
         begin_notes_(region.program.module, noted(region.program.graph), model)
+    gated.report.refused += unread(model, gated)
     _restore_state(model, gated)
     carry_tags_(model, gated, renamed_in(gated))
     return cast(GatedModel, gated)

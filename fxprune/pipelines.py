@@ -12,7 +12,12 @@ from fxprune.passes.in_place import make_functional
 from fxprune.passes.latest_names import read_latest_names
 from fxprune.passes.layer_modules import make_layers_modules
 from fxprune.passes.linear_chains import fold_linear_chains
-from fxprune.passes.no_ops import remove_no_ops, remove_products_with_ones
+from fxprune.passes.no_ops import (
+    drop_unread_tensors,
+    remove_no_ops,
+    remove_products_with_ones,
+    tensors_read,
+)
 from fxprune.passes.notes import drop_notes
 from fxprune.passes.parallel_branches import fold_parallel_branches
 from fxprune.passes.rank_questions import ask_inputs_for_ranks
@@ -56,6 +61,7 @@ def remove_dead_units(program: Program, *, trained: bool = False) -> list[Change
     A branch that nothing is left of would keep a unit, and the stream it joins from shrinking.
     trained: the result is trained on, so that a constant is what training mode computes, too.
     """
+    read = tensors_read(program)
     known = analyse(program, trained=trained)
     changes = remove_constant_branches(program, known, trained=trained)
     known = analyse(program, trained=trained) if changes else known
@@ -64,6 +70,7 @@ def remove_dead_units(program: Program, *, trained: bool = False) -> list[Change
         program, None if gathers else known, trained=trained
     )
     remove_unsettled_gathers(program)
+    drop_unread_tensors(program, read)  # an optimizer would go on decaying them
     return changes
 
 

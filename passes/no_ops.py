@@ -4,7 +4,7 @@ Assertions that always hold go too. Neutral also means safe to forward: where so
 the result in place, the operator stays, as its input would be overwritten instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def remove_no_ops(program: Program) -> list[Change]:
     )
     program.module.delete_all_unused_submodules()
     _drop_unused_tensors(program)
-    _drop_folded_tensors(program)
+    drop_unread_tensors(program)
     return changes
 
 
@@ -144,22 +144,30 @@ def _multiplies_ones(node: fx.Node, program: Program) -> bool:
 
 
 def _drop_unused_tensors(program: Program) -> None:
-    used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    used = tensors_read(program)
     for name in list(program.module._buffers):
         if name not in used:
             delattr(program.module, name)
 
 
-def _drop_folded_tensors(program: Program) -> None:
-    """Drop what nobody reads of modules that are only there to hold others: folded scales."""
-    nodes = program.graph.nodes
-    used = {str(node.target) for node in nodes if node.op == "get_attr"}
-    called = {str(node.target) for node in nodes if node.op == "call_module"}
+def tensors_read(program: Program) -> set[str]:
+    """Return the names of the tensors that a graph reads by themselves, of no module it calls."""
+    return {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+
+
+def drop_unread_tensors(program: Program, among: Collection[str] | None = None) -> None:
+    """Drop what nobody reads of modules that are only there to hold others: folded scales.
+
+    among: the names of what may go; any if not given.
+    """
+    used = tensors_read(program)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
     inside: set[str] = set()
     for path, module in program.module.named_modules():
         if path in called or path.rpartition(".")[0] in inside:
             inside.add(path)
             continue
         for name in [*module._parameters, *module._buffers]:
-            if f"{path}.{name}".lstrip(".") not in used:
+            full = f"{path}.{name}".lstrip(".")
+            if full not in used and (among is None or full in among):
                 delattr(module, name)

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fxprune.parts.regions import Region
 from fxprune.programs.pipeline import Change
+from fxprune.runtime.parameter_tags import renamed_path
 from fxprune.tracing.notes import noted
+from fxprune.user_models.naming import renamed_in
 
 _OVERWRITTEN = (
     "the model overwrites this argument, which the result may leave as it was: its outputs are the "
@@ -17,6 +19,7 @@ _NOTED = "is set by every call, as the model does; what is finalised sets no att
 _FORGOTTEN = (
     "is set by the model's forward, not by the result: let the forward return what is to be read"
 )
+_UNREAD = "no forward reads it, so that the gated model has none; train what reads it by itself"
 _NESTED = (
     "is a class inside of another, which the code that torch.fx writes into a file cannot import: "
     "saved whole, the result cannot be loaded; move the class to the top of its module, or save "
@@ -54,6 +57,28 @@ def notes(region: Region) -> dict[str, list[Change]]:
 def forgotten(region: Region) -> list[Change]:
     """Return what to report of attributes that are not set any more."""
     return [Change(name, _FORGOTTEN) for name in region.program.module.meta.get("forgotten", [])]
+
+
+def unread(model: nn.Module, gated: nn.Module) -> list[Change]:
+    """Return what to report of parameters that the model has, and what was gated has not."""
+    renamed = renamed_in(gated)
+    names = {name for name, _ in gated.named_parameters(remove_duplicate=False)}
+    found = list(model.named_parameters(remove_duplicate=False))
+    there = {id(tensor) for name, tensor in found if renamed_path(name, renamed) in names}
+    missing = [name for name, tensor in found if id(tensor) not in there]
+    present = [name for name, tensor in found if id(tensor) in there]
+    places = dict.fromkeys(_largest(name, present) for name in missing)
+    return [Change(place, _UNREAD) for place in places]
+
+
+def _largest(name: str, present: list[str]) -> str:
+    """Return the module around a parameter, as large as it can be, that holds nothing present."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        path = ".".join(parts[:count])
+        if not any(other.startswith(f"{path}.") for other in present):
+            return path
+    return name
 
 
 def unloadable(region: Region) -> list[Change]:

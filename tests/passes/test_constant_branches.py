@@ -296,3 +296,26 @@ def test_the_bias_of_a_dead_branch_is_still_learnt_without_folding() -> None:
             model.train()(x).square().sum().backward()
             optimizer.step()
     assert error(small(x), gated(x)) < 1e-12
+
+
+class Mixed(nn.Module):
+    """A branch by a raw parameter, and a layer beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.beside, self.last = nn.Linear(4, 6), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.weight = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(F.relu(self.first(x)) @ self.weight + self.beside(x)))
+
+
+def test_parameters_of_a_dead_branch_go_without_folding_too() -> None:
+    model, x = randomise(Mixed()).double(), torch.randn(7, 4).double()
+    gated: Any = fxprune.instrument(model, x)
+    with torch.no_grad():
+        gated.gates.width[:6] = 0
+    small: Any = fxprune.finalize(gated, fold=False)
+    assert error(small(x), gated.eval()(x)) < 1e-12 < spread(gated(x))
+    names = [name for name, _ in small.named_parameters()]
+    assert names == ["beside.weight", "beside.bias", "last.weight", "last.bias"]
