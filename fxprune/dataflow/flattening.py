@@ -17,6 +17,7 @@ from fxprune import ops as ops
 from fxprune.dataflow.rules import execute, rule_for
 from fxprune.dataflow.values import Barrier
 from fxprune.ops.execution import is_settled, movement_flow
+from fxprune.ops.transposition import SQUEEZE, UNSQUEEZE
 from fxprune.programs.observation import Observation, TensorSpec
 from fxprune.programs.program import Program
 from fxprune.user_models.modules import submodule
@@ -35,7 +36,8 @@ def moves_data(program: Program, node: fx.Node, seen: Observation) -> bool:
         rule = rule_for(node, _module(program, node))
     except Barrier:
         return False
-    return rule.flow is movement_flow and _is_tensor(node, seen)
+    moves = rule.flow is movement_flow or rule in (UNSQUEEZE, SQUEEZE)
+    return moves and _is_tensor(node, seen)
 
 
 def flattens(program: Program, path: Sequence[fx.Node], seen: Observation) -> bool:

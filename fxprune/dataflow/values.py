@@ -118,6 +118,17 @@ class State:
             self.whole = self._elements(shape)
         return Value(shape, self.tensor.dtype, self.whole, align(self.known(), self.whole))
 
+    def outline(self, axis: int) -> Value:
+        """Return what is known of one axis once all that use it are; nothing else cuts it."""
+        if self.whole is not None:
+            return self.value()
+        shape = tuple(self.tensor.shape)
+        tags = torch.full((1,) * len(shape), FIXED)
+        if axis in self.axes:
+            line = [-1 if place == axis else 1 for place in range(len(shape))]
+            tags = self.axes[axis].reshape(line)
+        return Value(shape, self.tensor.dtype, tags, unknown(tags))
+
     def freeze(self) -> None:
         """Let no channel of it go."""
         self.frozen = True
@@ -133,30 +144,55 @@ class State:
             self.axes[long[0]] = whole.reshape(-1)
         return whole
 
+    @property
+    def learns(self) -> bool:
+        """Whether training changes it: a parameter, not a buffer."""
+        return isinstance(self.tensor, nn.Parameter)
+
     def known(self) -> Tensor:
         """Return its numbers in float64; random ones for a parameter if facts are generic."""
-        if self.generic and isinstance(self.tensor, nn.Parameter):
+        if self.generic and self.learns:
             seed = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
             return torch.rand(self.tensor.shape, generator=seed, dtype=torch.float64) + 0.5
         return self.tensor.detach().cpu().double()
 
 
-class Transposed(State):
-    """A parameter or buffer with its axes in another order: who cuts it cuts the one it is of."""
+class Rearranged(State):
+    """A parameter or buffer with its axes in another order: who cuts it cuts the one it is of.
 
-    def __init__(self, base: State, order: Sequence[int]) -> None:
-        super().__init__(base.name, base.tensor.permute(*order), base.table, base.generic)
+    order: for every axis which one of the original it is, None for a new one of size 1; what is not
+    among them is left out, and has size 1, which it keeps: no axis is emptied.
+    """
+
+    def __init__(self, base: State, order: Sequence[int | None]) -> None:
+        super().__init__(base.name, _rearranged(base.tensor, order), base.table, base.generic)
         self.base, self.order = base, tuple(order)
+
+    @property
+    def learns(self) -> bool:
+        """Whether training changes it, as in `State`."""
+        return self.base.learns
 
     def axis(self, axis: int) -> Tensor:
         """Return the tags along one axis, as in `State`."""
-        return self.base.axis(self.order[axis])
+        origin = self.order[axis]
+        return torch.full((1,), FIXED) if origin is None else self.base.axis(origin)
 
     def value(self) -> Value:
         """Return the tensor as an operand like any other, as in `State`."""
         value = self.base.value()
-        tags, constants = value.tags.permute(self.order), value.constants.permute(self.order)
+        tags, constants = (_rearranged(t, self.order) for t in (value.tags, value.constants))
         return Value(tuple(self.tensor.shape), value.dtype, tags, constants)
+
+    def outline(self, axis: int) -> Value:
+        """Return what is known of one axis once all that use it are, as in `State`."""
+        origin, shape = self.order[axis], tuple(self.tensor.shape)
+        if origin is None:
+            tags = torch.full((1,) * len(shape), FIXED)
+            return Value(shape, self.tensor.dtype, tags, unknown(tags))
+        of_base = self.base.outline(origin)
+        tags, constants = (_rearranged(t, self.order) for t in (of_base.tags, of_base.constants))
+        return Value(shape, self.tensor.dtype, tags, constants)
 
     def freeze(self) -> None:
         """Let no channel of it go."""
@@ -164,25 +200,46 @@ class Transposed(State):
 
     def known(self) -> Tensor:
         """Return its numbers in float64, as in `State`."""
-        return self.base.known().permute(self.order)
+        return _rearranged(self.base.known(), self.order)
+
+
+def _rearranged(tensor: Tensor, order: Sequence[int | None]) -> Tensor:
+    """Return a tensor with its axes in an order, as in `Rearranged`."""
+    stay = [axis for axis in order if axis is not None]
+    left_out = [axis for axis in range(tensor.dim()) if axis not in stay]
+    moved = tensor.permute(*stay, *left_out)
+    for _ in left_out:
+        moved = moved.squeeze(-1)
+    for place, axis in enumerate(order):
+        moved = moved.unsqueeze(place) if axis is None else moved
+    return moved
 
 
 class ShapeOf(tuple[int, ...]):
-    """The shape of a value, which knows whose shape it is."""
+    """The shape of a value, parameter or buffer, which knows whose shape it is."""
 
-    value: Value
+    held: Value | State
 
-    def __new__(cls, value: Value) -> "ShapeOf":
-        """Return the shape of `value`."""
-        self = super().__new__(cls, value.shape)
-        self.value = value
+    def __new__(cls, held: Value | State) -> "ShapeOf":
+        """Return the shape of what is held."""
+        self = super().__new__(cls, held.tensor.shape if isinstance(held, State) else held.shape)
+        self.held = held
         return self
+
+    @property
+    def value(self) -> Value:
+        """The value it is of, for who uses all of it."""
+        return as_value(self.held)
+
+    def size(self, axis: int) -> "SizeOf":
+        """Return the size along an axis."""
+        return SizeOf(self.held, axis)
 
 
 class OfSizes(int):
     """A number computed from sizes, which knows of which values, and along which of their axes."""
 
-    sizes: tuple[tuple[Value, int], ...]
+    sizes: tuple[tuple[Value | State, int], ...]
 
     @classmethod
     def computed(cls, number: int, sources: Iterable[Any]) -> int:
@@ -198,9 +255,12 @@ class OfSizes(int):
     def is_of_channels(self) -> bool:
         """Tell whether all the sizes are numbers of channels, which no input changes.
 
-        Tokens may be told apart too, the first from the others; channels are all different.
+        Tokens may be told apart too, the first from the others; channels are all different. No
+        input changes the size of a parameter or buffer.
         """
-        return all(counts_channels(value.tags, axis) for value, axis in self.sizes)
+        return all(
+            isinstance(held, State) or counts_channels(held.tags, axis) for held, axis in self.sizes
+        )
 
 
 def counts_channels(tags: Tensor, axis: int) -> bool:
@@ -212,17 +272,23 @@ def counts_channels(tags: Tensor, axis: int) -> bool:
 
 
 class SizeOf(OfSizes):
-    """The size of a value along an axis, which knows whose size it is."""
+    """The size of a value, parameter or buffer along an axis, which knows whose size it is."""
 
-    value: Value
+    held: Value | State
     axis: int
 
-    def __new__(cls, value: Value, axis: int) -> "SizeOf":
-        """Return the size of `value` along `axis`."""
-        self = super().__new__(cls, value.shape[axis])
-        self.value, self.axis = value, axis % len(value.shape)
-        self.sizes = ((self.value, self.axis),)
+    def __new__(cls, held: Value | State, axis: int) -> "SizeOf":
+        """Return the size of what is held along `axis`."""
+        shape = held.tensor.shape if isinstance(held, State) else held.shape
+        self = super().__new__(cls, shape[axis])
+        self.held, self.axis = held, axis % len(shape)
+        self.sizes = ((held, self.axis),)
         return self
+
+    @property
+    def value(self) -> Value:
+        """The value it is of, for who makes something of that size."""
+        return as_value(self.held)
 
 
 def unknown(tags: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _sizes(call: Call) -> Sequence[Any]:
     place = _place(call)
     given: Any = call.kwargs.get("size", call.args[place] if len(call.args) > place else ())
     if isinstance(given, ShapeOf):
-        return [SizeOf(given.value, axis) for axis in range(len(given))]
+        return [given.size(axis) for axis in range(len(given))]
     if isinstance(given, (tuple, list)):
         return cast(Sequence[Any], given)
     return call.args[place:]

@@ -78,7 +78,7 @@ def _lines_of_sizes(call: Call) -> dict[int, Along]:
     given: Any = call.args[1:] or tuple(call.kwargs.values())
     sizes: Any = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
     if isinstance(sizes, ShapeOf):
-        sizes = [SizeOf(sizes.value, axis) for axis in range(len(sizes))]
+        sizes = [sizes.size(axis) for axis in range(len(sizes))]
     asked = {axis: size for axis, size in enumerate(sizes) if isinstance(size, SizeOf)}
     return _lines(call, {axis: (size.value, size.axis) for axis, size in asked.items()})
 

@@ -11,15 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxprune.dataflow.cuts import Arguments, Cut, Literal
 from fxprune.dataflow.rules import Call, Flow, OpRule, register
 from fxprune.dataflow.tags import varying_axes
 from fxprune.dataflow.values import (
     Barrier,
+    Rearranged,
     ShapeOf,
-    SizeOf,
     State,
     Value,
     as_value,
@@ -40,11 +40,14 @@ from fxprune.ops.rewriting import (
 
 def getitem_flow(call: Call) -> Flow:
     """Pick from a tuple, from a shape, or from a tensor."""
+    order = _arrangement(call)
+    if order is not None:
+        return Flow(Rearranged(call.args[0], order))
     container = as_value(call.args[0])
     if isinstance(container, Value):
         return _picking_flow(call, 1, call.args[1])
     if isinstance(container, ShapeOf) and isinstance(call.args[1], int):
-        return Flow(SizeOf(container.value, call.args[1]))
+        return Flow(container.size(call.args[1]))
     flow = Flow(container[call.args[1]])
     if isinstance(container, ShapeOf) and isinstance(call.args[1], slice):
         asked = range(len(container))[call.args[1]]
@@ -55,15 +58,38 @@ def getitem_flow(call: Call) -> Flow:
 
 def rewrite_getitem(call: Call, cut: Cut) -> Arguments | Literal | None:
     """Let the index name the same channels where they are now; freeze sizes that shrink."""
+    if _arrangement(call) is not None:
+        return None  # a parameter follows by itself
     container = as_value(call.args[0])
     if isinstance(container, ShapeOf):
         axis = call.args[1]
-        return frozen_size(call, cut, container.value, axis) if isinstance(axis, int) else None
+        return frozen_size(call, cut, container.size(axis)) if isinstance(axis, int) else None
     if not isinstance(container, Value) or not shrinks(call := _with_positions(call, 1, ""), cut):
         return None
     if follows_as_is(call, cut):
         return None
     return _rewrite_index(call, cut, container, call.args[1], call.node.args[1])
+
+
+def _arrangement(call: Call) -> list[int | None] | None:
+    """Return how an index of None, `...` and whole slices (`w[:, None]`) arranges a parameter.
+
+    None for any other index, and for what is no parameter or buffer.
+    """
+    held, index = call.args[0], call.args[1]
+    entries = index if isinstance(index, tuple) else (index,)
+    whole = [isinstance(one, slice) and one == slice(None) for one in entries]
+    if not isinstance(held, State) or not all(
+        one is None or one is ... or is_whole for one, is_whole in zip(entries, whole, strict=True)
+    ):
+        return None
+    axes = list(range(held.tensor.dim()))
+    order: list[int | None] = []
+    for place, one in enumerate(entries):
+        count = len(axes) - sum(whole[place:]) if one is ... else int(whole[place])
+        order += [None] if one is None else axes[:count]
+        axes = axes[count:]
+    return order + axes
 
 
 def rewrite_select(call: Call, cut: Cut) -> Arguments | None:
@@ -107,7 +133,7 @@ def _picking_flow(call: Call, place: int, index: Any) -> Flow:
 
 def _is_computed(entry: Any) -> bool:
     """Tell whether an index is known when the model runs only."""
-    never_changes = isinstance(entry, State) and not isinstance(entry.tensor, nn.Parameter)
+    never_changes = isinstance(entry, State) and not entry.learns
     return isinstance(entry, (Value, State)) and not never_changes
 
 

@@ -46,12 +46,19 @@ register(
     *(F.pixel_shuffle, F.pixel_unshuffle),
     *(torch.stack, torch.hstack, torch.vstack),
     *(torch.dstack, torch.column_stack, torch.row_stack, torch.flatten, torch.ravel),
-    *(torch.squeeze, torch.unsqueeze, torch.flip, torch.fliplr),
-    *(torch.flipud, torch.roll, torch.rot90, torch.unbind, torch.narrow, torch.diagonal),
+    *(
+        torch.flip,
+        torch.fliplr,
+        torch.flipud,
+        torch.roll,
+        torch.rot90,
+        torch.unbind,
+        torch.narrow,
+        torch.diagonal,
+    ),
     *(torch.tile, torch.repeat_interleave, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d),
-    *("flatten", "ravel", "squeeze", "unsqueeze", "flip", "fliplr", "flipud", "roll", "rot90"),
+    *("flatten", "ravel", "flip", "fliplr", "flipud", "roll", "rot90"),
     *("unbind", "narrow", "diagonal", "tile", "repeat", "repeat_interleave", "unfold"),
-    *("squeeze_", "unsqueeze_"),
 )
 register(OpRule("like", like_flow, rewrite=rewrite_nothing), "view_as", "reshape_as")
 register(

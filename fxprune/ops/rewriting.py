@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate
 
 from fxprune.dataflow.cuts import Arguments, Cut, Literal, Scaled
 from fxprune.dataflow.rules import Call, execute
-from fxprune.dataflow.values import Barrier, OfSizes, State, Value, counts_channels, flatten
+from fxprune.dataflow.values import Barrier, OfSizes, SizeOf, State, Value, flatten
 from fxprune.ops.execution import check, checked_arguments, movement_flow, node_values
 
 # By which a map is tried to be longer: of several, as half of the channels may be half of a row's.
@@ -123,11 +123,13 @@ def with_sizes(
     return args, kwargs
 
 
-def frozen_size(call: Call, cut: Cut, value: Value, axis: int) -> Literal | None:
+def frozen_size(call: Call, cut: Cut, size: SizeOf) -> Literal | None:
     """Freeze the size of an axis that shrinks at what it was; no samples may be counted in it."""
+    held, axis = size.held, size.axis
+    value = held.outline(axis) if isinstance(held, State) else held
     if not cut.shrinks(value, axis):
         return None
-    if axis % len(value.shape) == 0 and not counts_channels(value.tags, 0):
+    if axis == 0 and not size.is_of_channels:
         raise Barrier("it asks how many samples, and channels, an axis holds")
     return Literal(call.spec)
 

@@ -13,11 +13,20 @@ from torch import fx
 
 from fxprune.dataflow.cuts import Arguments, Cut, Literal
 from fxprune.dataflow.rules import Call, Flow, OpRule, register
-from fxprune.dataflow.values import Barrier, ShapeOf, SizeOf, Value, as_value, fixed, zeros_of
+from fxprune.dataflow.values import (
+    Barrier,
+    ShapeOf,
+    SizeOf,
+    State,
+    Value,
+    as_value,
+    fixed,
+    zeros_of,
+)
 from fxprune.ops.creation import FILLERS
 from fxprune.ops.execution import movement_flow
 from fxprune.ops.rewriting import frozen_size, rewrite_nothing
-from fxprune.ops.transposition import rewrite_transposed, transposed_flow
+from fxprune.ops.transposition import TRANSPOSITION
 from fxprune.runtime.kinds import FORMS
 
 # What makes the places that maps are read at.
@@ -40,7 +49,7 @@ def getattr_flow(call: Call) -> Flow:
     if name in _HARMLESS:
         return Flow(call.spec)
     if name in _TRANSPOSED:
-        return transposed_flow(call)
+        return TRANSPOSITION.flow(call)
     if name == "data":
         return movement_flow(call)
     if name in _PARTS:
@@ -49,21 +58,27 @@ def getattr_flow(call: Call) -> Flow:
     raise Barrier(f"the attribute {name!r} is read")
 
 
-def rewrite_getattr(call: Call, cut: Cut) -> Arguments | None:
+def rewrite_getattr(call: Call, cut: Cut) -> Arguments | Literal | None:
     """Check that a transposed tensor follows."""
     if call.args[1] in _TRANSPOSED:
-        return rewrite_transposed(call, cut)
+        return TRANSPOSITION.rewrite(call, cut)
     return rewrite_nothing(call, cut) if call.args[1] == "data" else None
 
 
 def size_flow(call: Call) -> Flow:
     """Answer the size of an axis, or of all: then only picking from it is understood."""
-    value = call.value()
+    held = _held(call)
     if isinstance(call.spec, int):
-        return Flow(SizeOf(value, call.argument(1, "dim")))
+        return Flow(SizeOf(held, call.argument(1, "dim")))
     if all(_picks(user) for user in call.node.users):
-        return Flow(ShapeOf(value))
-    return Flow(call.spec, keeps=[(value.tags, "its whole shape is used")])
+        return Flow(ShapeOf(held))
+    return Flow(call.spec, keeps=[(call.value().tags, "its whole shape is used")])
+
+
+def _held(call: Call) -> Value | State:
+    """Return whose size is asked for; of a parameter it says nothing of the other axes."""
+    held = call.argument(0, "input")
+    return held if isinstance(held, State) else call.value()
 
 
 def count_flow(call: Call) -> Flow:
@@ -88,7 +103,7 @@ def rewrite_size(call: Call, cut: Cut) -> Literal | None:
     """Freeze the size of an axis that shrinks."""
     if not isinstance(call.spec, int):
         return None
-    return frozen_size(call, cut, call.value(), call.argument(1, "dim"))
+    return frozen_size(call, cut, SizeOf(_held(call), call.argument(1, "dim")))
 
 
 def structure_flow(call: Call) -> Flow:

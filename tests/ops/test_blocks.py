@@ -484,6 +484,61 @@ def test_a_transposed_parameter_is_gated() -> None:
     assert small.inner.shape[0] < 16
 
 
+class Rowwise(nn.Module):
+    """A layer, then a convolution that scales and shifts rows by `weight`, then a layer."""
+
+    def __init__(self, shape: tuple[int, ...], convolve: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(4, 12, 1), nn.Conv1d(12, 5, 1)
+        self.weight, self.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(12))
+        self.convolve = convolve
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.silu(self.convolve(self.first(x), self)))
+
+
+def causal(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve every row with its own kernel (rows, 1, size), as selective state spaces do."""
+    y = F.conv1d(x, weight, bias, padding=weight.shape[-1] - 1, groups=x.shape[1])
+    return y[:, :, : x.shape[-1]]
+
+
+ARRANGED: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Any], Tensor]]] = {
+    "unsqueeze": ((12, 3), lambda x, m: causal(x, m.weight.unsqueeze(1), m.bias)),
+    "function": ((12, 3), lambda x, m: causal(x, torch.unsqueeze(m.weight, dim=-2), m.bias)),
+    "None": ((12, 3), lambda x, m: causal(x, m.weight[:, None], m.bias)),
+    "turned": ((12, 1), lambda x, m: causal(x, m.weight[None].transpose(0, 1), m.bias)),
+    "dots": ((12, 3), lambda x, m: causal(x, m.weight[..., None].mT, m.bias)),
+    "dots between": ((12, 3), lambda x, m: causal(x, m.weight[:, None, ..., :], m.bias[...])),
+    "and back": ((12, 1, 3), lambda x, m: causal(x, m.weight.squeeze(1).unsqueeze(1), m.bias)),
+    "bias too": ((12, 3), lambda x, m: causal(x, m.weight[:, None], m.bias[None].squeeze(0))),
+    "linear": (
+        (12, 12, 1),
+        lambda x, m: F.linear(x.mT, m.weight.squeeze(-1), m.bias).transpose(1, 2),
+    ),
+    "sizes asked": (
+        (12, 3),
+        lambda x, m: causal(x, m.weight.unsqueeze(1), m.bias) * (m.weight.size(1) / 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", ARRANGED)
+def test_a_parameter_with_axes_of_size_1_more_or_fewer_is_cut_like_a_weight(spelling: str) -> None:
+    shape, convolve = ARRANGED[spelling]
+    model, x = randomise(Rowwise(shape, convolve)).double(), torch.randn(3, 4, 7).double()
+    gated: Any = fxprune.instrument(model, x)
+    with torch.no_grad():
+        gated.gates.width[:5] = 0
+    for fold in (True, False):
+        small: Any = fxprune.finalize(gated, fold=fold)
+        others = torch.randn(5, 4, 9).double()
+        assert error(small(others), gated.eval()(others)) < 1e-12 < spread(gated(others))
+        assert small.second.in_channels == 7
+        weights = [p for p in small.parameters() if p.shape[0] == 7]
+        assert any(p.dim() == len(shape) for p in weights) or fold
+
+
 class Messages(nn.Module):
     """A graph network: nodes gather what edges carry from others."""
 
