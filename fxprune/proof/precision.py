@@ -32,12 +32,14 @@ class Run:
     """Outputs as `output_leaves` flattens them, or why there are none.
 
     rounding: the largest ε of the dtypes that float64 values were rounded to, 0 if none were.
+    overwritten: the places of the input tensors that hold other numbers since.
     """
 
     outputs: dict[str, Any]
     failure: str
     rounding: float
     seconds: float
+    overwritten: frozenset[int] = frozenset()
 
 
 # By case, the run of the reference and that of the candidate.
@@ -133,7 +135,7 @@ def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Run:
         wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to(device, wanted, copy=True)
 
-    args, kwargs = pytree.tree_map_only(Tensor, fresh, inputs)
+    args, kwargs = given = pytree.tree_map_only(Tensor, fresh, inputs)
     float64 = _Float64()
     mode = float64 if dtype == torch.float64 else nullcontext()
     start = time.perf_counter()
@@ -142,7 +144,24 @@ def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Run:
             outputs = output_leaves(model(*args, **kwargs))
     except Exception as error:
         return Run({}, one_line(error), 0.0, time.perf_counter() - start)
-    return Run(outputs, "", float64.rounding, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Run(outputs, "", float64.rounding, seconds, _overwritten(given, inputs))
+
+
+def _overwritten(given: Inputs, before: Inputs) -> frozenset[int]:
+    """Return the places of the tensors that a run has overwritten with other numbers."""
+    pairs = zip(tensors_of(given), tensors_of(before), strict=True)
+    return frozenset(
+        place
+        for place, (now, was) in enumerate(pairs)
+        # Most were never written to, which their version tells.
+        if now._version and not _same_numbers(now, was)
+    )
+
+
+def _same_numbers(now: Tensor, before: Tensor) -> bool:
+    before = before.detach().to(now.device, now.dtype)
+    return now.shape == before.shape and bool(now.isclose(before, 0, 0, equal_nan=True).all())
 
 
 def reading_float64() -> AbstractContextManager[Any]:

@@ -119,6 +119,10 @@ class _Evidence:
             failed = Difference("output", math.inf)
             return self._check("different", f"the candidate fails: {candidate.failure}", failed)
 
+        if candidate.overwritten - reference.overwritten:
+            failed = Difference("output", math.inf)
+            return self._check("different", "the candidate overwrites its inputs", failed)
+
         def severity(difference: Difference) -> tuple[bool, bool, bool, float]:
             error = difference.error
             exceeds = error > (0.0 if difference.exact else self.tolerance)

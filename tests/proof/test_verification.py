@@ -185,3 +185,12 @@ def test_a_model_that_takes_no_float32_is_compared_as_it_is() -> None:
     other = copy.deepcopy(model)
     other.second.weight.data *= 1.01
     assert verify(model, other, x).verdict == "different"
+
+
+def test_who_alone_overwrites_its_inputs_is_different() -> None:
+    found = compare(lambda x: x.relu() + 1, lambda x: x.relu_() + 1)
+    assert found.verdict == "different"
+    assert "overwrites its inputs" in found.checks[0].reason
+    assert compare(lambda x: x.relu_() + 1, lambda x: x.relu() + 1).verdict == "equal"
+    assert compare(lambda x: x.relu_() + 1, lambda x: x.clamp_(min=0) + 1).verdict == "equal"
+    assert compare(lambda x: x + 1, lambda x: x.mul_(1) + 1).verdict == "equal"
