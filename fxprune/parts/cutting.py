@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fxprune.costs import costs_of
 from fxprune.dataflow.values import flatten
+from fxprune.errors import VerificationError
 from fxprune.parts.regions import Region
 from fxprune.parts.remarks import EVALUATION_ONLY, forgotten, overwritten, renaming, unloadable
 from fxprune.pipelines import PLAIN
@@ -58,6 +59,7 @@ def cut_(
     if trained and of_evaluation and not has_both_modes(program.graph):
         report.refused.append(Change("training", f"{EVALUATION_ONLY} ({program.untrained})"))
     if source is not None:
+        _require_untouched(reference, source)
         proof = _prove(reference, source, program, (*PLAIN, *passes), region.other_inputs())
         report.verification = proof
     return report
@@ -94,6 +96,30 @@ def _prove(
         traced=traced,
         extra_inputs=extra_inputs,
     )
+
+
+@torch.no_grad()
+def _require_untouched(reference: nn.Module, source: Program) -> None:
+    """Raise unless a model holds the weights it had when its program was made, and put these back.
+
+    A program borrows weights. Who writes into one makes of the model whatever it makes of the
+    result, and of the program that stands for it in float64: the proof would call that equal.
+    """
+    before = dict(source.module.named_parameters())
+    touched = [
+        (name, parameter, before[name])
+        for name, parameter in reference.named_parameters()
+        # Others than dense ones are never lent.
+        if name in before and parameter.layout is torch.strided
+        if not torch.equal(parameter, before[name])
+    ]
+    for _, parameter, was in touched:
+        parameter.copy_(was)
+    if touched:
+        raise VerificationError(
+            f"{touched[0][0]} of {type(reference).__name__} was overwritten while its copy was "
+            "made smaller; this is a bug in fxprune"
+        )
 
 
 def _holds_constants(source: Program, reference: nn.Module) -> bool:

@@ -38,3 +38,18 @@ def test_constants_that_passes_write_leave_the_proof_its_reference(
     monkeypatch.setattr(compiler, "CUT_TO_BE_TRAINED", (*compiler.CUT_TO_BE_TRAINED, spoil))
     with pytest.raises(VerificationError, match="float64"):
         fxprune.finalize(model, x, fold=False)
+
+
+def negate_in_place(program: Program) -> list[Change]:
+    """Write into a weight that a program may have borrowed from the model it was made from."""
+    program.module.get_parameter("2.weight").data.neg_()
+    return [Change("2", "negated")]
+
+
+def test_who_writes_into_borrowed_weights_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    gated = fxprune.instrument(model, torch.randn(2, 4))
+    monkeypatch.setattr(compiler, "CUT", (*compiler.CUT, negate_in_place))
+    with pytest.raises(VerificationError, match=r"2\.weight .* overwritten"):
+        fxprune.finalize(gated)
+    assert torch.equal(gated.get_parameter("2.weight"), model.get_parameter("2.weight"))
