@@ -165,7 +165,8 @@ def finalize(
     on, and what is constant in evaluation only stays. cost: what layers are merged to save, and
     never take more of: "parameters"; on the example inputs "macs"; or "latency", of single layers
     in onnxruntime, measured here where the user's cache does not know it. check: prove trace and
-    result, in float64 to 1e-9 and in the model's dtype to 1e-4.
+    result, in float64 to 1e-9 and in the model's dtype to 1e-4; without `fold` also a step of
+    training in float64, by its outputs, its gradients by inputs and its buffers.
 
     Raises `TraceError`, `ExampleInputError`, `ModelError`, and `VerificationError` if the result is
     not the same function.

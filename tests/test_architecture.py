@@ -55,7 +55,7 @@ MAP = (
         "functional_layers affine_maps convolutions average_pools transposed_convolutions "
         "whole_maps affine_neighbours chains latency linear_layers layer_costs links plans",
     ),
-    ("proof", "comparison precision verdicts verification"),
+    ("proof", "comparison precision verdicts verification training_steps"),
     (
         "planning",
         "absorption handwritten lowering mergers pooled_layers sites accounts depth_sites",

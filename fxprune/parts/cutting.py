@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from fxprune.programs.observation import TensorSpec, observe
 from fxprune.programs.pipeline import Change, Pass, run
 from fxprune.programs.program import Program, widened
 from fxprune.proof.precision import reading_float64
-from fxprune.proof.verification import Verification, verify
+from fxprune.proof.training_steps import verify_step
+from fxprune.proof.verification import EXACT, Verification, verify
 from fxprune.report import Report
 from fxprune.runtime.memory_formats import formats_in, restore_formats_
 from fxprune.tracing.retracing import keep_buffers_, keep_questions_
@@ -44,6 +46,7 @@ def cut_(
     report.before = costs_of(program, reference)
     report.passes |= run(program, passes)
     own_(program.module, reference)
+    program.module.eval()  # the proof runs a copy so, whatever passes left layers in
     program.module.delete_all_unused_submodules()
     restore_formats_(program.module, formats)
     report.after = costs_of(program)
@@ -60,8 +63,11 @@ def cut_(
         report.refused.append(Change("training", f"{EVALUATION_ONLY} ({program.untrained})"))
     if source is not None:
         _require_untouched(reference, source)
-        proof = _prove(reference, source, program, (*PLAIN, *passes), region.other_inputs())
-        report.verification = proof
+        trained = trained and (not of_evaluation or has_both_modes(program.graph))
+        all_passes = (*PLAIN, *passes)
+        report.verification = _prove(
+            reference, source, program, all_passes, region.other_inputs(), trained=trained
+        )
     return report
 
 
@@ -71,8 +77,12 @@ def _prove(
     program: Program,
     passes: tuple[Pass, ...],
     extra_inputs: Sequence[Inputs],
+    *,
+    trained: bool,
 ) -> Verification:
     """Compare a part of the result with that of the model it was made from.
+
+    trained: it is trained on, so that a step of training is compared, too.
 
     The rewrite itself is proved in float64, on a model that the same passes made from the same
     weights in float64: rounding the merged weights to their dtype would hide what it does. Where
@@ -88,14 +98,19 @@ def _prove(
         # As the proof reads them: a pass may compute what is constant.
         with reading_float64() if casts else nullcontext():
             run(exact, passes)
-    return verify(
+    inputs = source.args, source.kwargs
+    proof = verify(
         reference,
         program.module,
-        (source.args, source.kwargs),
+        inputs,
         exact=None if exact is None else exact.module,
         traced=traced,
         extra_inputs=extra_inputs,
     )
+    if not trained or exact is None or proof.verdict != "equal":
+        return proof
+    step = verify_step(traced or reference, exact.module, inputs, exact.cuts, EXACT)
+    return proof if step is None else replace(proof, checks=(*proof.checks, step))
 
 
 @torch.no_grad()
