@@ -24,6 +24,7 @@ from fxprune.programs.pipeline import Change
 from fxprune.programs.program import Program
 from fxprune.runtime.kinds import CALLS, PRODUCTS, SUMS
 from fxprune.tracing.asked_tracer import PLAIN
+from fxprune.tracing.two_modes import has_both_modes
 from fxprune.user_models.modules import device_of
 
 _DIFFERENCES = (operator.sub, torch.sub, "sub")
@@ -62,8 +63,10 @@ def remove_constant_branches(
             constant = None if operand in learnt else _constant(channels, operand)
             if constant is None or not _broadcasts(call, seen, operand, constant):
                 continue
+            learning = trained and _has_learnt(program, operand)
+            if learning and has_both_modes(program.graph):
+                continue  # either mode would have a parameter of its own, and one is not trained
             if not _grows_alone(program, call, seen, operand, moved):
-                learning = trained and _has_learnt(program, operand)
                 changes.append(_replace(program, seen, node, operand, constant, learning=learning))
     if changes:
         seen.drop_dead_code(program.graph)

@@ -319,3 +319,30 @@ def test_parameters_of_a_dead_branch_go_without_folding_too() -> None:
     assert error(small(x), gated.eval()(x)) < 1e-12 < spread(gated(x))
     names = [name for name, _ in small.named_parameters()]
     assert names == ["beside.weight", "beside.bias", "last.weight", "last.bias"]
+
+
+class TwoModes(nn.Module):
+    """What a bias alone computes is added in either mode; training has a head more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.auxiliary = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+        with torch.no_grad():
+            self.stem.weight.zero_()
+
+    def forward(self, x: Tensor) -> Any:
+        learnt = self.stem(x)
+        y = self.head(x.tanh() + learnt.sigmoid())
+        return (y, self.auxiliary(learnt.tanh() + x)) if self.training else y
+
+
+def test_what_either_mode_reads_stays_one_parameter() -> None:
+    model, x = TwoModes().double(), torch.randn(5, 4, dtype=torch.float64)
+    small: Any = fxprune.finalize(model.train(), x, fold=False)
+    assert set(dict(small.named_parameters())) <= set(dict(model.named_parameters()))
+    for one in (model, small):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.5)
+        one.train()(x)[0].square().sum().backward()
+        optimizer.step()
+    before = small.eval()(x)
+    assert error(before, model.eval()(x)) < 1e-12 < spread(before)
