@@ -34,7 +34,7 @@ from fxprune.proof.verification import Verification
 from fxprune.report import Report
 from fxprune.tracing.two_modes import drop_requirements_, join, keep_mode_, missing_part
 from fxprune.user_models.graph_modules import borrowing_copy
-from fxprune.user_models.inputs import Inputs, describe, to_device
+from fxprune.user_models.inputs import Inputs, describe, tensors_of, to_device
 from fxprune.user_models.modules import check_parameters, copy_model, device_of
 from fxprune.user_models.naming import renamed_in
 
@@ -301,9 +301,11 @@ def _check_around(
     """Run both as they are, each region of the result corrected to the bit by the reference's.
 
     A region that is grossly off (how far exactly, its own proof says), or anything in the outputs
-    that is not the same to the bit, makes them different.
+    that is not the same to the bit, makes them different. Where the rest takes gradients through a
+    region (forces, of an energy), it is the reference's that is called: those are its own, too.
     """
     models = [copy_model(model).eval() for model in (reference, result)]
+    own: dict[str, nn.Module] = {}
     said: list[tuple[str, Any]] = []
 
     def listen(path: str) -> Any:
@@ -313,20 +315,24 @@ def _check_around(
         return hook
 
     def correct(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             expected_path, expected = said.pop(0) if said else ("", None)
             if path != expected_path:
                 raise VerificationError(f"{path} is called where {expected_path or 'none'} was")
             for found in differences(output_leaves(expected), output_leaves(output)):
                 if found.error > GROSS:
                     raise VerificationError(f"{found.output} of {path} {found.message}")
-            return expected
+            if not any(tensor.requires_grad for tensor in tensors_of(output)):
+                return expected
+            if path not in own:
+                own[path] = copy_model(reference.get_submodule(path)).eval()
+            return own[path](*args, **kwargs)
 
         return hook
 
-    for model, hook in zip(models, (listen, correct), strict=True):
-        for path in paths:
-            model.get_submodule(path).register_forward_hook(hook(path))
+    for path in paths:
+        models[0].get_submodule(path).register_forward_hook(listen(path))
+        models[1].get_submodule(path).register_forward_hook(correct(path), with_kwargs=True)
     runs = run_all(models, {"example": inputs}, [None, None])["example"]
     return _judged(runs, inputs, bool(said))
 

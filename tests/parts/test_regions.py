@@ -665,3 +665,30 @@ def test_a_list_that_parts_share_is_one_in_their_copies() -> None:
     assert gated.heads is gated.part.heads and torch.equal(gated.heads[0], torch.zeros(1))
     x = torch.randn(4, 8)
     assert torch.equal(gated(x), model(x))
+
+
+class Forces(nn.Module):
+    """A force field: what moves atoms is the gradient of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_what_differentiates_its_regions_is_proved_with_their_gradients() -> None:
+    model: Any = randomise(Forces())
+    x = torch.randn(5, 3)
+    gated: Any = fxprune.instrument(model, x)
+    assert torch.equal(gated(x), model(x))
+    close_half(gated)
+    small: Any = fxprune.finalize(gated)
+    assert small.energy.get_submodule("0").out_features == 8
+    check = next(one for one in small.report.verification.checks if "around" in one.name)
+    assert check.verdict == "equal" and check.error == 0
+    for inputs in (x, torch.randn(2, 3)):
+        assert error(gated(inputs), small(inputs)) < 1e-5
