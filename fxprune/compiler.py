@@ -12,6 +12,7 @@ from fxprune.costs import Costs, count_costs
 from fxprune.dataflow.memories import memory_of_run
 from fxprune.errors import ExampleInputError, FxpruneError, GateError, VerificationError
 from fxprune.gating.gates import Gates, gate_owners, sound_inits
+from fxprune.gating.penalties import require_terms
 from fxprune.gating.remembered import memory_of, remember_, remembered_inputs
 from fxprune.gating.sharding import require_whole
 from fxprune.parts.cutting import cut_
@@ -110,8 +111,8 @@ def instrument(
     and `NothingToDoError` with the reasons if no gate can go anywhere. After Srinivas & Babu, BMVC
     2016.
     """
-    if penalties is not None and not hasattr(penalties, "values"):
-        raise GateError(f"penalties={penalties!r} are no nn.ModuleDict of named terms")
+    if penalties is not None:
+        require_terms(penalties)
     sound_inits(width_init, linear_init)
     if gate_owners(model):
         raise GateError(f"{type(model).__name__} is instrumented already; finalize it first")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.errors import FxpruneError, ModelError
+from fxprune.errors import FxpruneError, GateError, ModelError
 
 VERBS: dict[str, Callable[[Any], Any]] = {
     "instrument": fxprune.instrument,
@@ -48,3 +48,23 @@ def test_terms_without_names_are_refused() -> None:
     terms: Any = [fxprune.Cost(1.0)]
     with pytest.raises(FxpruneError, match=r"are no nn\.ModuleDict"):
         fxprune.instrument(nn.Linear(3, 3), torch.randn(1, 3), penalties=terms)
+
+
+@pytest.mark.parametrize("term", [nn.Linear(4, 4), nn.Module(), nn.Sequential(nn.ReLU())])
+def test_what_takes_no_gates_is_no_term(term: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+    terms = fxprune.paper_penalties()
+    terms["mine"] = term
+    with pytest.raises(GateError, match=r"penalties\['mine'\] is a .* computes nothing of gates"):
+        fxprune.instrument(model, torch.randn(2, 3), penalties=terms)
+
+
+def test_whatever_has_a_forward_of_its_own_is_a_term() -> None:
+    class Mine(nn.Module):
+        def forward(self, gates: Any) -> torch.Tensor:
+            return gates.width.sum()
+
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+    terms = nn.ModuleDict({"mine": nn.Sequential(Mine(), nn.ReLU())})
+    gated: Any = fxprune.instrument(model, torch.randn(2, 3), penalties=terms)
+    assert fxprune.penalty(gated) == 8 * 0.75

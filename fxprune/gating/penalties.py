@@ -168,6 +168,27 @@ def paper_penalties(
     )
 
 
+def require_terms(penalties: Any) -> None:
+    """Raise `GateError` for what is no `nn.ModuleDict` of terms: modules that take gates."""
+    if not hasattr(penalties, "items"):
+        raise GateError(f"penalties={penalties!r} are no nn.ModuleDict of named terms")
+    for name, term in penalties.items():
+        if _is_torchs(term):
+            raise GateError(
+                f"penalties[{name!r}] is a {type(term).__name__}, which computes nothing of gates; "
+                "a term is a module whose forward takes them and returns a scalar "
+                "(fxprune.Penalty with a term of its own)"
+            )
+
+
+def _is_torchs(term: Any) -> bool:
+    """Tell whether what a term computes is torch's idea: no layer of its takes gates."""
+    if isinstance(term, nn.Sequential) and len(term):
+        return _is_torchs(term[0])
+    forward = vars(term).get("forward", type(term).forward)
+    return str(getattr(forward, "__module__", "")).startswith("torch.nn.")
+
+
 def penalty(gated: nn.Module) -> Tensor:
     """Return the sum of the model's penalties: a scalar, differentiable, on the gates' device.
 
