@@ -24,6 +24,7 @@ from fxprune.runtime.dispatch import DispatchMode
 from fxprune.runtime.randomness import Generators
 from fxprune.tracing.watching import OwnTensors
 from fxprune.user_models.beside import names_in
+from fxprune.user_models.hooks import are_all_hooked, without_hooks_of_all
 from fxprune.user_models.inputs import Inputs, another, same, to_device
 from fxprune.user_models.keeping import values_in
 from fxprune.user_models.modules import copy_model, device_of, evaluating, is_hooked, run_alike
@@ -38,12 +39,14 @@ def require_copyable(model: nn.Module, inputs: Inputs) -> None:
     lazy = any(map(is_lazy, (*model.parameters(), *model.buffers())))  # is refused elsewhere
     holding = [*_holding(model)]
     hooked = any(map(is_hooked, model.modules()))
-    if lazy or not (hooked or holding):
+    if lazy or not (hooked or holding or are_all_hooked()):
         return
     held = [(buffer, buffer.clone()) for buffer in model.buffers()]
     given = to_device(inputs, device_of(model))
     try:
         twin = copy_model(model)
+        if are_all_hooked():
+            _require_same_unhooked(twin, given)
         if hooked:
             _require_same(model, twin, given)
         if holding:
@@ -85,6 +88,23 @@ def _require_same(model: nn.Module, twin: nn.Module, given: Inputs) -> None:
                     "into what is no part of it (a dict of their own); let them keep what they "
                     "find in an attribute of the module they are called with, or return it"
                 )
+
+
+def _require_same_unhooked(twin: nn.Module, given: Inputs) -> None:
+    """Raise `ModelError` if hooks of all modules change what a copy of a model computes."""
+    with evaluating(twin), torch.no_grad(), quiet():
+        try:
+            with without_hooks_of_all():
+                expected = _drawing_the_same(twin, given)
+            actual = _drawing_the_same(twin, given)
+        except Exception:  # that the example fails is said elsewhere, and by name
+            return
+    if not same(expected, actual, nan=True):
+        raise ModelError(
+            "a hook of all modules (register_module_forward_hook or _pre_hook of torch.nn.modules."
+            f"module) changes what {type(twin).__name__} computes, and would change the gates, "
+            "too: remove it, and hook the modules that it is for"
+        )
 
 
 def _require_its_own(
