@@ -40,8 +40,8 @@ MAP = (
         "assignments einops_backend example_values expressions literals lookups source_lines "
         "notes stale_names stand_ins aten_operators two_modes assumptions askable asked_tracer "
         "caches call_state checkpoints classes dtype_limits faithful_notes imports modes scripts "
-        "tables watching whole_numbers retracing unrecorded signatures mappings model_tracer "
-        "one_mode both_modes",
+        "tables watching whole_numbers retracing unrecorded signatures mappings own_hooks "
+        "model_tracer one_mode both_modes",
     ),
     (
         "programs",

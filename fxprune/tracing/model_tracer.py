@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from fxprune.runtime.randomness import Generators
 from fxprune.tracing.asked_tracer import PLAIN
 from fxprune.tracing.mappings import arguments_of
 from fxprune.tracing.notes import OWNER, leave_note
+from fxprune.tracing.own_hooks import HOOKED, hooks_traced
 from fxprune.tracing.signatures import flat_arguments, in_order, may_be_none, optional_inputs
 from fxprune.tracing.source_lines import first_line, first_line_of, user_line
 from fxprune.tracing.stale_names import stale_read
@@ -41,7 +42,6 @@ _TRANSFORMERS = (
     *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerDecoder),
     nn.Transformer,
 )
-HOOKED = "it has hooks, which a trace would call once; remove them first, and add them again then"
 
 
 class ModelTracer(UnrecordedTracer):
@@ -70,6 +70,7 @@ class ModelTracer(UnrecordedTracer):
         self.keeping: list[Held] = []
         self.arguments = contents_of({})
         self.beside: Beside | None = None
+        self.packages: Collection[str] = ()  # of the model's own code
         self.other: ModelTracer | None = None  # of training, if that has a graph of its own
         self.untrained = ""  # why it has none
         self.asked: set[nn.Module] = set()  # who asks for its mode, in either
@@ -218,9 +219,9 @@ class ModelTracer(UnrecordedTracer):
         if kwargs and is_leaf:
             args, kwargs = in_order(m, args, kwargs)
         try:
-            if has_hooks(m) and not is_leaf:
-                raise TraceError(HOOKED)
-            result = super().call_module(m, forward, args, kwargs)
+            hooked = has_hooks(m) and not is_leaf
+            with self._hooks_traced(m) if hooked else nullcontext():
+                result = super().call_module(m, forward, args, kwargs)
             self.require_fresh(writes)
             kept = held.kept()
             self.note(held.put_back(), path)
@@ -251,6 +252,12 @@ class ModelTracer(UnrecordedTracer):
             if replaced_methods(m) and super().is_leaf_module(m, path):
                 raise TraceError(f"{_not_its_class(m, path)}: {error}") from error
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def _hooks_traced(self, m: nn.Module) -> AbstractContextManager[None]:
+        """Call hooks of the model's own code; in a part of it, they are of what is around it."""
+        if self.inside:
+            raise TraceError(HOOKED)
+        return hooks_traced(m, self.packages)
 
     def _value(self, obj: fx.Proxy, *, tensors: bool = False) -> Any:
         """Answer a question; whoever is run for it may write, which is not the forward's deed."""

@@ -24,13 +24,9 @@ from fxprune.tracing.classes import modules_of, of_their_classes
 from fxprune.tracing.dtype_limits import asking_for_limits
 from fxprune.tracing.einops_backend import teach_einops
 from fxprune.tracing.imports import imported_unchanged
-from fxprune.tracing.model_tracer import (
-    HOOKED,
-    ModelTracer,
-    require_drawn_nothing,
-    require_unwritten,
-)
+from fxprune.tracing.model_tracer import ModelTracer, require_drawn_nothing, require_unwritten
 from fxprune.tracing.modes import differ_in_constants, forget_counts, same_structure
+from fxprune.tracing.own_hooks import HOOKED
 from fxprune.tracing.retracing import wrap_functions_
 from fxprune.tracing.scripts import inlined
 from fxprune.tracing.source_lines import first_line, place_of_error
@@ -129,7 +125,7 @@ def _traced(
     teach_einops()
     tracer, held = ModelTracer(given, whole, inside=inside), Held(root)
     tracer.watching, tracer.own = watching, OwnTensors(root)
-    tracer.beside = beside if refusing_writes else None
+    tracer.beside, tracer.packages = beside if refusing_writes else None, beside.packages
     parts, users = Parts(root), modules_of(root)
     try:
         with (

@@ -35,6 +35,7 @@ class Beside(Contents):
         search = _Search(list(root.modules()))
         super().__init__(search.run(), search.is_users, memos=True)
         self.functions, self.remembering = search.functions, search.remembering
+        self.packages = search.packages
         self.remembering_as = search.remembering_as
 
     def forget_traced(self) -> None:
@@ -88,7 +89,8 @@ class _Search:
         for kind in kinds:
             self._meet_class(kind)
         for part in parts:
-            for value in vars(part).values():
+            hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+            for value in (*vars(part).values(), *hooks):
                 if isinstance(value, FunctionType):
                     self._meet("", value, ())
 
