@@ -19,7 +19,8 @@ from fxprune.proof.verification import Verification
 class Report:
     """The report of `instrument` or `finalize`.
 
-    passes: the changes, by pass. refused: what could not be gated, removed or folded, and why.
+    passes: the changes, by pass; those of "insert_gates" say of every nonlinearity which gate it
+    has, or why none. refused: what else could not be gated, removed or folded, and why.
     assumptions: what Python asked of the example inputs; other inputs are refused at run time.
     plans: how every chain of layers was cut, and what else was considered.
     """
