@@ -10,6 +10,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -28,12 +29,27 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):  # names may have letters that an encoding lacks
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        status = app(standalone_mode=False)
     except FxpruneError as error:
         _end(str(error))
     except OSError as error:  # what is printed reaches nobody
         _end(f"the output cannot be written: {error}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's, of which typer may have a copy
+            raise
+        _end_usage(error)
+    sys.exit(status or 0)
+
+
+def _end_usage(error: Any) -> NoReturn:
+    message = error.format_message()
+    if message:  # else help was shown instead
+        _end(f"{message} Try 'fxprune --help', or '--help' behind a command.")
+    sys.exit(2)
 
 
 def _end(message: str) -> NoReturn:

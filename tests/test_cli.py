@@ -1,6 +1,7 @@
 """The command line: a table, JSON, and one line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ class Odd(nn.Module):
 number = 7
 def talks(): print("loading"); return small()
 def ends(): raise SystemExit(0)
+class Named(nn.Sequential):
+    def __init__(self): super().__init__(); self.add_module("größe", nn.Linear(3, 4))
 class Ending(nn.Module):
     def forward(self, x): raise SystemExit(0)
 """
@@ -116,6 +119,34 @@ def test_output_that_cannot_be_written_is_one_line_and_status_2(
     assert (
         done.errors == "fxprune: the output cannot be written: [Errno 28] No space left on device\n"
     )
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+def test_names_are_printed_in_whatever_encoding_the_output_has(options: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "fxprune", "inspect", "mine:Named", "--input", "1x3", *options]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "gr\\" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("inspect",), ("inspect", "mine:small", "--absent"), ("absent",), ("inspect", "a", "b")],
+    ids=["no model", "an option", "a command", "two models"],
+)
+def test_a_command_that_is_none_is_one_line_and_status_2(
+    args: tuple[str, ...], run: Runner
+) -> None:
+    done = run(*args)
+    assert done.status == 2
+    assert done.errors.startswith("fxprune: ") and "--help" in done.errors
+    assert len(done.errors.strip().splitlines()) == 1
+
+
+def test_without_a_command_there_is_help(run: Runner) -> None:
+    done = run()
+    assert "inspect" in done.output + done.errors and "Usage" in done.output + done.errors
 
 
 def test_python_m_fxprune_runs() -> None:
