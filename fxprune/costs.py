@@ -19,6 +19,7 @@ from fxprune.gating.gates import Gates
 from fxprune.programs.macs import MacCounter
 from fxprune.programs.observation import observe
 from fxprune.programs.program import Program
+from fxprune.user_models.cases import normalised_inputs
 from fxprune.user_models.inputs import Inputs, copied, describe, leading_size, to_device
 from fxprune.user_models.modules import device_of
 
@@ -38,14 +39,15 @@ class Costs:
         return asdict(self)
 
 
-def count_costs(module: nn.Module, example_inputs: Inputs) -> Costs:
+def count_costs(module: nn.Module, example_inputs: Any) -> Costs:
     """Count what `module` costs in evaluation mode; shared parameters once, gates not at all.
 
-    example_inputs: (args, kwargs); the MACs of their run are divided by their batch size, dim 0 of
-    the first tensor that has one. Raises `ExampleInputError` if the module does not run on them.
+    example_inputs: as in `fxprune.verify`; the MACs of their run are divided by their batch size,
+    dim 0 of the first tensor that has one. Raises `ExampleInputError` if the module does not run on
+    them.
     """
     require_module(module)
-    return _costs(module, _macs(module, example_inputs))
+    return _costs(module, _macs(module, normalised_inputs(example_inputs)))
 
 
 def costs_of(program: Program, module: nn.Module | None = None) -> Costs:

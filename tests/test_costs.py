@@ -1,6 +1,8 @@
 """Parameters, MACs and bytes are those counted by hand; latency is that of one call."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,77 @@ def test_recurrent_layers_multiply_by_every_weight_at_every_step(
     weights = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
     inputs = (torch.randn(4, 4, 9, dtype=dtype),), {}
     assert count_costs(layer, inputs).macs == 4 * weights
+
+
+def encoder(layers: int = 2, nested: bool = False) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=nested)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+ATTENTION = 7 * 4 * 16 * 16 + 2 * 7 * 7 * 16
+
+
+@pytest.mark.parametrize(
+    ("model", "macs"),
+    [(SelfAttention(), ATTENTION), (encoder(), 2 * (ATTENTION + 7 * 2 * 16 * 24))],
+    ids=["attention", "encoder"],
+)
+def test_layers_of_transformers_cost_what_their_operators_do(model: nn.Module, macs: int) -> None:
+    inputs = (torch.randn(3, 7, 16),), {}  # torch runs each as one operator in evaluation
+    assert count_costs(model, inputs).macs == macs
+
+
+def test_of_padded_sequences_what_runs_is_counted() -> None:
+    padded = torch.zeros(2, 7, dtype=torch.bool)
+    padded[1, 5:] = True
+    inputs = (torch.randn(2, 7, 16),), {"src_key_padding_mask": padded}
+    macs = sum(n * (4 * 16 * 16 + 2 * 16 * 24) + 2 * n * n * 16 for n in (7, 5))
+    with pytest.warns(UserWarning, match="nested tensors"):
+        assert count_costs(encoder(1, nested=True), inputs).macs == macs // 2
+
+
+class Products(nn.Module):
+    def __init__(self, product: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+VECTOR, MATRICES = torch.randn(6), torch.randn(4, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("product", "macs"),
+    [
+        (lambda x: x @ VECTOR, 4 * 5 * 6),
+        (lambda x: torch.addmv(torch.zeros(5), x[0], VECTOR), 5 * 6),
+        (lambda x: x[0, 0] @ VECTOR, 6),
+        (lambda x: torch.addbmm(torch.zeros(5, 3), x, MATRICES), 4 * 5 * 6 * 3),
+        (nn.Bilinear(6, 6, 2), 4 * 5 * 6 * 6 * 2),
+    ],
+    ids=["matrices and a vector", "plus something", "vectors", "summed up", "bilinear"],
+)
+def test_other_products_are_counted(product: Any, macs: int) -> None:
+    model = Products(product if not isinstance(product, nn.Module) else lambda x: product(x, x))
+    assert count_costs(model, ((torch.randn(4, 5, 6),), {})).macs == macs // 4
+
+
+def test_inputs_are_taken_as_by_other_verbs() -> None:
+    layer, x = nn.Linear(4, 6), torch.randn(2, 4)
+    expected = count_costs(layer, ((x,), {}))
+    assert count_costs(layer, x) == count_costs(layer, (x,)) == expected
+    assert count_costs(layer, {"input": x}) == expected
 
 
 def test_state_is_in_bytes_whatever_its_dtype() -> None:

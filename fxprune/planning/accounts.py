@@ -79,10 +79,10 @@ class _Accountant:
         self.rows_of: dict[fx.Node, Row] = {}
         self.fixed = Row(1)
         self.open = [Row(0, (self.units + site,), (1,)) for site in range(len(depth))]
-        self.reads: dict[fx.Node, Tensor] = {}
+        self.reads: dict[fx.Node, list[Tensor]] = {}
         for node, read in plan.channels.reads:
             if len(read.inputs) > 1:
-                self.reads.setdefault(node, read.inputs)
+                self.reads.setdefault(node, []).append(read.inputs)
         self.states = {id(state.tensor): state for state in plan.channels.states.values()}
         self.sole = sole_modules(program)
         self.absorbed = find_absorptions(program, depth, self.sole, seen)
@@ -204,11 +204,15 @@ class _Accountant:
             count = geometry.macs(prod(self._places(node, geometry)))
         if call is None or node in self.channels.barriers or not isinstance(value, Value):
             return Term(count, ())
-        rows = [self._row(value.tags)]
-        # Of attention whole heads go, which its output tells.
-        if node in self.reads and rule_for(node, call.module).name != "attention":
-            rows.append(self._row(self.reads[node]))
-        return Term(count, tuple(rows))
+        reads = self.reads.get(node, [])
+        match rule_for(node, call.module).name:
+            case "attention":  # whole heads go, which its output tells
+                reads = []
+            case "bilinear":  # every channel of one input meets every one of the other
+                pass
+            case _:
+                reads = reads[:1]
+        return Term(count, tuple(map(self._row, [value.tags, *reads])))
 
     def _timing(self, node: fx.Node) -> Timing | None:
         """Return the timing of a layer; other operators are not counted."""

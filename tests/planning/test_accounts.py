@@ -186,6 +186,32 @@ def recurrent(kind: Any, made: int = 6, **options: Any) -> Callable[[], nn.Modul
     return lambda: Recurrent(kind(9, 6, **options), made)
 
 
+class Bilinear(nn.Module):
+    """A layer that reads two inputs, and a product with a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(7, 5), nn.Linear(7, 6)
+        self.both, self.last = nn.Bilinear(5, 6, 8), nn.Linear(8, 3)
+        self.vector = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.left(x)), F.relu(self.right(x))
+        return self.last(F.relu(self.both(left, right))) + (left @ self.vector).unsqueeze(-1)
+
+
+class SelfAttention(nn.Module):
+    """torch's own attention module, which evaluation may run as one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.hidden, self.last = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.gelu(self.hidden(self.attention(x, x, x, need_weights=False)[0])))
+
+
 IMAGES, STEPS = (2, 3, 8, 8), (2, 5, 7)
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (Residual, IMAGES),
@@ -194,6 +220,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "grouped": (grouped, IMAGES),
     "flattened": (flattened, IMAGES),
     "attention": (Attention, (2, 5, 6)),
+    "attention module": (SelfAttention, (2, 5, 8)),
+    "bilinear": (Bilinear, STEPS),
     "inverted residual": (InvertedResidual, IMAGES),
     "resnext": (ResNeXt, IMAGES),
     "densenet": (DenseNet, IMAGES),
