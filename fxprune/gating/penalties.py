@@ -192,8 +192,8 @@ def _is_torchs(term: Any) -> bool:
 def penalty(gated: nn.Module) -> Tensor:
     """Return the sum of the model's penalties: a scalar, differentiable, on the gates' device.
 
-    Of several instrumented models in one, all count. Raises `GateError` if there is none, or if its
-    optimizer was handed over to what `fxprune.compact` returned.
+    Of several instrumented models in one, all count. Raises `GateError` if there is none, if its
+    optimizer was handed over to what `fxprune.compact` returned, or if a term is no number.
     """
     totals: list[Tensor] = []
     for gates, owner in gates_with_owners(gated).items():
@@ -201,9 +201,19 @@ def penalty(gated: nn.Module) -> Tensor:
         terms: Any = owner.penalties
         joint, others = _divided(list(terms.values()))
         totals += _joint_terms(joint, gates) if joint else []
-        totals += [term(gates) for term in others]
+        totals += [_value(term, gates) for term in others]
     first = totals[0] if totals else _zero(gates_of(gated))
     return sum((total.to(first.device) for total in totals[1:]), first)
+
+
+def _value(term: nn.Module, gates: Gates) -> Tensor:
+    found: Any = term(gates)
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise GateError(
+            f"the penalty {type(term).__name__} returned {given}; return a tensor that is a scalar"
+        )
+    return found.reshape(())
 
 
 def _divided(terms: list[nn.Module]) -> tuple[dict[type, float], list[nn.Module]]:

@@ -11,8 +11,9 @@ gates' device, and waits for it only where units are ranked.
 import copy
 import math
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,9 @@ class Phases:
 
     def __post_init__(self) -> None:
         """Raise `BudgetError` unless they follow each other."""
-        if not 0 <= self.warm_up < self.shrink <= self.settle <= 1:
+        parts = (self.warm_up, self.shrink, self.settle)
+        are_numbers = all(isinstance(part, Real) for part in parts)
+        if not are_numbers or not 0 <= self.warm_up < self.shrink <= self.settle <= 1:
             raise BudgetError(
                 f"{self} are no phases; take 0 ≤ warm_up < shrink ≤ settle ≤ 1, as parts of a run"
             )
@@ -118,7 +121,7 @@ class Budget:
                 f"steps={steps}, strength={strength}, depth={depth}: steps, a whole number, and "
                 "strength must be positive, depth not negative"
             )
-        self.steps, self.phases = steps, phases or Phases()
+        self.steps, self.phases = int(steps), phases or Phases()
         if not hasattr(self.phases, "settle"):
             raise BudgetError(f"phases={phases!r} are no fxprune.Phases")
         self.steps_done = 0
@@ -144,6 +147,7 @@ class Budget:
         for gates in self._gates:
             gates.superseded = False  # who follows them trains them
         self._groups = [units_of(gates) for gates in self._gates]
+        self._leads = False
         self._last_cost: Tensor | None = None
         self._estimator.follow(self._gates, self._groups, self.kind)
 
@@ -208,9 +212,12 @@ class Budget:
         """Move λ and, when it is time, freeze the gates; call it after `optimizer.step()`.
 
         loss: if given it is looked at too. Raises `BudgetError` if it or a gate is NaN: at once on
-        the CPU, on another device within 50 steps. Raises `GateError` as `penalty` does.
+        the CPU, on another device within 50 steps, or if another budget moves the gates in turn:
+        the first to freeze them would leave the other's missed. Raises `GateError` as `penalty`
+        does.
         """
         self._require_trained()
+        self._lead_()
         phase = self.phase
         self.steps_done += 1
         self._require_numbers(loss)
@@ -264,7 +271,8 @@ class Budget:
         self._estimator.require(state)
         if not state["frozen"]:
             self._thaw_()
-        self.steps, self.steps_done = state["steps"], state["steps_done"]
+        self.steps, self.steps_done = int(state["steps"]), int(state["steps_done"])
+        self._leads = False
         self._estimator.restore(state)
         self._last_cost = None
         if state["frozen"]:
@@ -341,6 +349,17 @@ class Budget:
         for gates in [] if self.frozen else self._gates:
             require_trained(gates, "call budget.follow() with that model")
 
+    def _lead_(self) -> None:
+        """Take the lead over the gates; raise `BudgetError` if another took it since this had."""
+        leaders = [_LEADERS.get(gates, ref(self))() for gates in self._gates]
+        if self._leads and any(one is not None and one is not self for one in leaders):
+            raise BudgetError(
+                "another budget moves these gates in turn, and a model meets one: train to the "
+                "first, then make the other for what fxprune.compact returns, or drop one"
+            )
+        _LEADERS.update(dict.fromkeys(self._gates, ref(self)))
+        self._leads = True
+
     def _require_numbers(self, loss: Tensor | float | None, *, wait: bool = False) -> None:
         """Raise if the loss or a gate is NaN."""
         waits = _width(self._gates[0]).device.type != "cpu"
@@ -356,6 +375,9 @@ class Budget:
                 f"{' and '.join(found)} became NaN by step {self.steps_done}; take up the last "
                 "checkpoint with a lower learning rate, of gates or weights, or clip gradients"
             )
+
+
+_LEADERS: WeakKeyDictionary[Gates, ReferenceType[Budget]] = WeakKeyDictionary()  # the last to step
 
 
 def _width(gates: Gates) -> nn.Parameter:

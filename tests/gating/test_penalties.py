@@ -291,6 +291,23 @@ def test_a_penalty_without_a_term_says_so() -> None:
         Penalty(1.0)(Gated().gates)
 
 
+class Returns(nn.Module):
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, gates: Gates) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize("value", [None, 3, "a", torch.ones(3)], ids=str)
+def test_a_term_that_is_no_scalar_is_refused(value: Any) -> None:
+    model = Gated()
+    model.penalties["odd"] = Returns(value)
+    with pytest.raises(GateError, match=r"the penalty Returns returned .*; return a tensor"):
+        penalty(model)
+
+
 # Finding the gates.
 
 
@@ -371,6 +388,21 @@ def test_rates_are_those_asked_for() -> None:
     assert [group["lr"] for group in default] == [0.3, 0.1]
     assert [group["lr"] for group in chosen] == [0.3, 0.02]
     assert [group["weight_decay"] for group in chosen] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{"lr": float("nan")}, {"lr": -1}, {"gate_lr": "x"}, {"weight_decay": float("inf")}],
+    ids=str,
+)
+def test_what_is_no_rate_is_refused(rates: dict[str, Any]) -> None:
+    with pytest.raises(GateError, match=f"{next(iter(rates))}=.* is no rate"):
+        parameter_groups(Gated(), **{"lr": 0.1, **rates})
+
+
+def test_a_rate_may_be_a_tensor() -> None:
+    rate: Any = torch.tensor(0.2)
+    assert parameter_groups(Gated(), lr=rate)[0]["lr"] is rate
 
 
 def test_frozen_gates_are_not_trained() -> None:

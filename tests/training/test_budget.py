@@ -5,13 +5,14 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import BudgetError
+from fxprune.errors import BudgetError, GateError
 from fxprune.gating.gates import Gates
 from fxprune.gating.owners import gates_by_name, gates_of
 from models.lenet import LeNet
@@ -364,9 +365,41 @@ def test_impossible_budgets_are_refused(options: dict[str, Any], message: str) -
         fxprune.Budget(gated, steps=10, **options)
 
 
-def test_the_phases_follow_each_other() -> None:
+@pytest.mark.parametrize("given", [{"warm_up": 0.5, "shrink": 0.4}, {"settle": None}], ids=str)
+def test_the_phases_follow_each_other(given: dict[str, Any]) -> None:
     with pytest.raises(BudgetError, match="are no phases"):
-        fxprune.Phases(warm_up=0.5, shrink=0.4)
+        fxprune.Phases(**given)
+
+
+def test_steps_that_numpy_counted_are_saved_as_others() -> None:
+    run = Run(macs=0.3, steps=np.int64(STEPS)).train(2)
+    assert type(run.budget.state_dict()["steps"]) is int
+    assert Run(macs=0.3).load(run.save()).budget.steps_done == 2
+
+
+def test_two_budgets_do_not_move_one_models_gates_in_turn() -> None:
+    run = Run(macs=0.5)
+    other = fxprune.Budget(run.gated, parameters=0.3, steps=STEPS)
+    run.train(1)
+    other.step()
+    with pytest.raises(BudgetError, match="another budget moves these gates in turn"):
+        run.budget.step()
+
+
+def test_one_budget_may_follow_another_and_copies_go_on() -> None:
+    run = Run(macs=0.5).train(3)
+    gated, budget = copy.deepcopy((run.gated, run.budget))
+    run.budget = fxprune.Budget(run.gated, parameters=0.3, steps=STEPS)
+    run.train(STEPS)
+    assert run.budget.cost <= run.budget.target
+    budget.step()
+    assert budget.gated is gated and budget.steps_done == 4
+
+
+def test_an_optimizer_that_is_none_is_refused() -> None:
+    optimizer: Any = 3
+    with pytest.raises(GateError, match="int is no optimizer"):
+        fxprune.Budget(Run().gated, macs=0.5, steps=9, optimizer=optimizer)
 
 
 def test_a_state_of_another_budget_is_refused() -> None:
