@@ -150,7 +150,7 @@ class ModelTracer(UnrecordedTracer):
     def _lowered(self, a: Any) -> Any:
         try:
             return super().create_arg(a)
-        except (NotImplementedError, KeyError) as error:  # a dict may take any attribute for a key
+        except (NotImplementedError, KeyError) as error:  # it may take any attribute for a key
             raise TraceError(
                 f"no graph holds a {type(a).__name__}, as is passed on or returned; do without it "
                 "(models of transformers: model.config.use_cache = False)"

@@ -435,11 +435,11 @@ class Memory:
     """What a language model keeps of the tokens before: an object, grown in place."""
 
 
-class Attributes(dict[str, Any]):
-    """A dict whose entries are attributes, too."""
+class Attributes:
+    """An object that takes any attribute for a key."""
 
     def __getattr__(self, name: str) -> Any:
-        return self[name]
+        return vars(self)[name]
 
 
 @pytest.mark.parametrize("kind", [Memory, Attributes])
