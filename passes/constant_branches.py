@@ -18,7 +18,7 @@ from fxprune.dataflow.channels import Channels, analyse
 from fxprune.dataflow.fixed_sizes import is_fixed
 from fxprune.dataflow.rules import Call, rule_for
 from fxprune.dataflow.tags import compress, varying_axes
-from fxprune.dataflow.values import Value
+from fxprune.dataflow.values import State, Value
 from fxprune.programs.observation import Observation, TensorSpec, observe
 from fxprune.programs.pipeline import Change
 from fxprune.programs.program import Program
@@ -139,6 +139,7 @@ def _has_learnt(program: Program, operand: fx.Node) -> bool:
 def _constant(channels: Channels, node: fx.Node) -> Tensor | None:
     """Return what a computed tensor always is, float64; None if not known for maps of any size."""
     value = channels.values.get(node)
+    value = value.operand if isinstance(value, State) else value
     if node not in channels.calls or not isinstance(value, Value):
         return None
     if not value.dtype.is_floating_point or not bool(torch.isfinite(value.constants).all()):

@@ -127,7 +127,9 @@ def _may_leave_out(channels: Channels, live: Tensor, user: fx.Node) -> bool:
 
 def _is_any(mask: Tensor, channels: Channels, node: fx.Node) -> bool:
     """Tell whether any channel of a node's tensors is in the mask; so is what is no tensor."""
-    leaves = flatten(channels.values[node])
+    leaves = [
+        leaf.operand if isinstance(leaf, State) else leaf for leaf in flatten(channels.values[node])
+    ]
     values = [leaf for leaf in leaves if isinstance(leaf, Value)]
     if not values or len(values) < len(leaves):
         return True

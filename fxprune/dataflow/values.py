@@ -118,10 +118,15 @@ class State:
             self.whole = self._elements(shape)
         return Value(shape, self.tensor.dtype, self.whole, align(self.known(), self.whole))
 
+    @property
+    def operand(self) -> Value | None:
+        """The operand it was to some operator, None if to none."""
+        return None if self.whole is None else self.value()
+
     def outline(self, axis: int) -> Value:
         """Return what is known of one axis once all that use it are; nothing else cuts it."""
-        if self.whole is not None:
-            return self.value()
+        if self.operand is not None:
+            return self.operand
         shape = tuple(self.tensor.shape)
         tags = torch.full((1,) * len(shape), FIXED)
         if axis in self.axes:
@@ -183,6 +188,11 @@ class Rearranged(State):
         value = self.base.value()
         tags, constants = (_rearranged(t, self.order) for t in (value.tags, value.constants))
         return Value(tuple(self.tensor.shape), value.dtype, tags, constants)
+
+    @property
+    def operand(self) -> Value | None:
+        """The operand it was to some operator, as in `State`."""
+        return None if self.base.operand is None else self.value()
 
     def outline(self, axis: int) -> Value:
         """Return what is known of one axis once all that use it are, as in `State`."""

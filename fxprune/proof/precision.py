@@ -136,6 +136,7 @@ def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Run:
         return tensor.detach().to(device, wanted, copy=True)
 
     args, kwargs = given = pytree.tree_map_only(Tensor, fresh, inputs)
+    held = tensors_of(given)  # before the model puts others beside them
     float64 = _Float64()
     mode = float64 if dtype == torch.float64 else nullcontext()
     start = time.perf_counter()
@@ -145,12 +146,12 @@ def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> Run:
     except Exception as error:
         return Run({}, one_line(error), 0.0, time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    return Run(outputs, "", float64.rounding, seconds, _overwritten(given, inputs))
+    return Run(outputs, "", float64.rounding, seconds, _overwritten(held, tensors_of(inputs)))
 
 
-def _overwritten(given: Inputs, before: Inputs) -> frozenset[int]:
+def _overwritten(given: Sequence[Tensor], before: Sequence[Tensor]) -> frozenset[int]:
     """Return the places of the tensors that a run has overwritten with other numbers."""
-    pairs = zip(tensors_of(given), tensors_of(before), strict=True)
+    pairs = zip(given, before, strict=True)
     return frozenset(
         place
         for place, (now, was) in enumerate(pairs)
