@@ -53,6 +53,11 @@ class GateCallback(_Callback):
             self._stepped = False
             finish_step_(pl_module, self.budget)
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Put frozen gates back: other callbacks may have put in weights that were averaged."""
+        if self.budget is not None:
+            self.budget.put_back()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the budget's state."""
         return {} if self.budget is None else {"budget": self.budget.state_dict()}

@@ -125,7 +125,7 @@ class Budget:
         if not hasattr(self.phases, "settle"):
             raise BudgetError(f"phases={phases!r} are no fxprune.Phases")
         self.steps_done = 0
-        self._frozen_here: list[nn.Parameter] = []
+        self._frozen_here: dict[nn.Parameter, Tensor] = {}  # and at what
         self._estimator = find_estimator(estimator, strength, steps)
         self._depth = Depth(depth)
         self.follow(gated)
@@ -243,6 +243,15 @@ class Budget:
             self._meet_()
             self._freeze_()
 
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Put the gates that this budget froze back, where something else moved them since.
+
+        An average of weights that was begun before they were frozen brings some back.
+        """
+        for gate, frozen_at in self._frozen_here.items():
+            gate.copy_(frozen_at)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on, beside the model's and the optimizer's state."""
         return {
@@ -281,7 +290,8 @@ class Budget:
     def _freeze_(self) -> None:
         """Freeze the gates, and note whose gates were trained until now."""
         gates = [g for one in gates_by_name(self.gated).values() for g in one.parameters()]
-        self._frozen_here += [gate for gate in gates if gate.requires_grad]
+        frozen_now = [gate for gate in gates if gate.requires_grad]
+        self._frozen_here |= {gate: gate.detach().clone() for gate in frozen_now}
         freeze(self.gated)
 
     def _thaw_(self) -> None:

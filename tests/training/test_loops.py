@@ -167,7 +167,7 @@ def lightning_fit(path: Path, callback: Any, model: nn.Module, **options: Any) -
         accelerator="cpu",
         max_epochs=options.get("epochs", 2),
         accumulate_grad_batches=PARTS,
-        callbacks=[callback],
+        callbacks=[callback, *options.get("others", ())],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -190,6 +190,21 @@ def test_lightning_trains_as_a_plain_loop(
     lightning_fit(tmp_path, GateCallback(budget_of(gated, with_budget)), gated)
     close(gated.state_dict(), plain_loop(with_budget, kind).state_dict())
     assert not gates_of(gated).live().all()
+
+
+@pytest.mark.slow
+def test_lightning_averages_weights_and_keeps_to_the_budget(tmp_path: Path) -> None:
+    callbacks: Any = pytest.importorskip("lightning.pytorch.callbacks")
+    from fxprune.lightning import GateCallback
+
+    gated = gated_model()
+    budget = budget_of(gated, True)
+    assert budget is not None
+    averaging = callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    fitting = {"epochs": 4, "others": [averaging]}
+    lightning_fit(tmp_path, GateCallback(budget), gated, **fitting)
+    assert budget.frozen and budget.cost <= budget.target
+    assert set(gated.gates.width.tolist()) <= {0.0, 1.0}
 
 
 @pytest.mark.slow
