@@ -31,9 +31,9 @@ def make_functional(program: Program) -> list[Change]:
     changes: list[Change] = []
     turned: set[Any] = set()
     for writer in list(seen.mutated):
-        if not _keeps_type(writer, seen):
-            continue
         if writer in needed or (writer.op == "call_module" and writer.target in stay):
+            continue
+        if not _keeps_type(writer, seen):
             continue
         if make_out_of_place(writer, program.module):
             changes.append(Change(writer.name, "no longer overwrites its input"))

@@ -39,7 +39,7 @@ def remove_products_with_ones(program: Program) -> list[Change]:
     """Bypass what is the identity in training too: gates that kept every channel they have."""
     changes = _bypass(program, lambda node: _multiplies_ones(node, program), "it multiplies by 1")
     program.module.delete_all_unused_submodules()
-    _drop_unused_tensors(program)
+    drop_unread_tensors(program, set(program.module._buffers))
     return changes
 
 
@@ -51,7 +51,6 @@ def remove_no_ops(program: Program) -> list[Change]:
         program, lambda node: _is_neutral(node, modules, program), "it does nothing in evaluation"
     )
     program.module.delete_all_unused_submodules()
-    _drop_unused_tensors(program)
     drop_unread_tensors(program)
     return changes
 
@@ -141,13 +140,6 @@ def _multiplies_ones(node: fx.Node, program: Program) -> bool:
         return False
     buffer = program.module._buffers.get(str(mask.target))
     return isinstance(buffer, Tensor) and bool((buffer == 1).all())
-
-
-def _drop_unused_tensors(program: Program) -> None:
-    used = tensors_read(program)
-    for name in list(program.module._buffers):
-        if name not in used:
-            delattr(program.module, name)
 
 
 def tensors_read(program: Program) -> set[str]:

@@ -269,7 +269,7 @@ def _unknown(node: fx.Node) -> str:
         return f"it could not be traced into: {because}"
     target: Any = node.target
     is_structure = isinstance(target, type) and (issubclass(target, dict) or is_dataclass(target))
-    return f"it is handed over in a {target.__name__}" if is_structure else "unknown operator"
+    return f"it is handed over in the {target.__name__}" if is_structure else "unknown operator"
 
 
 def flow_of(call: Call) -> Flow:

@@ -65,20 +65,19 @@ def unread(model: nn.Module, gated: nn.Module) -> list[Change]:
     names = {name for name, _ in gated.named_parameters(remove_duplicate=False)}
     found = list(model.named_parameters(remove_duplicate=False))
     there = {id(tensor) for name, tensor in found if renamed_path(name, renamed) in names}
+    occupied = {path for name, tensor in found if id(tensor) in there for path in _around(name)}
     missing = [name for name, tensor in found if id(tensor) not in there]
-    present = [name for name, tensor in found if id(tensor) in there]
-    places = dict.fromkeys(_largest(name, present) for name in missing)
+    # As large a module as holds nothing that is there.
+    places = dict.fromkeys(
+        next((path for path in _around(name) if path not in occupied), name) for name in missing
+    )
     return [Change(place, _UNREAD) for place in places]
 
 
-def _largest(name: str, present: list[str]) -> str:
-    """Return the module around a parameter, as large as it can be, that holds nothing present."""
+def _around(name: str) -> list[str]:
+    """Return the paths of the modules around a parameter, the largest first."""
     parts = name.split(".")
-    for count in range(1, len(parts)):
-        path = ".".join(parts[:count])
-        if not any(other.startswith(f"{path}.") for other in present):
-            return path
-    return name
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def unloadable(region: Region) -> list[Change]:

@@ -95,12 +95,10 @@ def judge_all(
     return tuple(checks)
 
 
-def judge_step(
-    inputs: Inputs, runs: Sequence[Run], tolerance: float, nudge: _Nudge, rounded: float = 0.0
-) -> Check:
+def judge_step(inputs: Inputs, runs: Sequence[Run], tolerance: float, nudge: _Nudge) -> Check:
     """Judge a step of training, in float64; nobody asks how much gradients vary over inputs."""
     evidence = _Evidence("a step of training", inputs, "float64", tolerance, math.nan, runs)
-    return evidence.judge(_resolution(runs[0], nudge, rounded), "the reference is as sensitive")
+    return evidence.judge(_resolution(runs[0], nudge, 0.0), "the reference is as sensitive")
 
 
 @dataclass(frozen=True)
